@@ -1,0 +1,199 @@
+//! Database: how this service reaches Postgres.
+//!
+//! Promise: every connection has deadlines on both sides, and none is handed on in an unknown state.
+//! Not here, on purpose: SQL of a feature, and a pool behind request handlers. A handler's future dies with its
+//! client, and a pool then lends out what it left behind; work on a [`Line`] runs in the task that owns it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{
+    ConnectOptions, Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::time::timeout;
+
+/// Until a new connection stands. An API that cannot have one in this time says 503 rather than wait on.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+/// Until a statement has answered, seen from here: past the server's own `statement_timeout`, so that it only fires on a
+/// network that swallows packets.
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(8);
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// Where the database is, and the manners of every session there.
+#[derive(Clone)]
+pub struct Db {
+    options: PgConnectOptions,
+}
+
+/// Why a statement has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Trouble {
+    /// No connection: nothing was sent.
+    #[error("the database cannot be reached")]
+    Unreachable(#[source] anyhow::Error),
+    /// The database refused the statement and rolled it back.
+    #[error("the database refused a statement ({})", code(.0))]
+    Refused(#[source] sqlx::Error),
+    /// The connection broke, or fell silent, while the statement was under way: it may have been committed.
+    #[error("the connection to the database broke before it answered")]
+    Broken(#[source] anyhow::Error),
+}
+
+impl Trouble {
+    /// SQLSTATE of a refusal.
+    pub fn code(&self) -> Option<String> {
+        match self {
+            Self::Refused(error) => Some(code(error)),
+            Self::Unreachable(_) | Self::Broken(_) => None,
+        }
+    }
+}
+
+/// The SQLSTATE alone: the message and detail of a database error quote the row, and with it a user's values.
+fn code(error: &sqlx::Error) -> String {
+    error.as_database_error().and_then(|e| e.code()).map_or_else(|| "no code".to_owned(), |code| code.into_owned())
+}
+
+impl Db {
+    /// # Errors
+    /// When `url` is no Postgres URL. The URL is not repeated: it holds a password.
+    pub fn new(url: &SecretString) -> anyhow::Result<Self> {
+        let options: PgConnectOptions =
+            url.expose_secret().parse().map_err(|_| anyhow::anyhow!("expected postgres://USER:PASSWORD@HOST/DATABASE"))?;
+        Ok(Self {
+            options: options
+                .application_name("tidings")
+                .options([
+                    ("statement_timeout", "5s"),
+                    ("lock_timeout", "2s"),
+                    ("idle_in_transaction_session_timeout", "10s"),
+                ])
+                .disable_statement_logging(),
+        })
+    }
+
+    /// A line of this purpose's own; `settings` are session settings on top of the common ones.
+    pub fn line<const N: usize>(&self, purpose: &str, settings: [(&str, &str); N]) -> Line {
+        let options = self.options.clone().application_name(&format!("tidings {purpose}")).options(settings);
+        Line { options, connection: None }
+    }
+
+    /// A small pool for queries outside the hot paths (list, health, metrics), each in a task of its own.
+    pub fn pool(&self) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(4)
+            .min_connections(0)
+            .acquire_timeout(CONNECT_DEADLINE)
+            .connect_lazy_with(self.options.clone().application_name("tidings queries"))
+    }
+
+    /// Options for a session that sqlx manages itself (LISTEN).
+    pub fn listener_pool(&self) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(CONNECT_DEADLINE)
+            .connect_lazy_with(self.options.clone().application_name("tidings listener"))
+    }
+
+    /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
+    pub async fn migrate(&self) -> anyhow::Result<()> {
+        let options = self.options.clone().application_name("tidings migrate").options([
+            ("statement_timeout", "0"),
+            // A migration that waits for a lock holds up every statement behind it.
+            ("lock_timeout", "5s"),
+        ]);
+        let mut connection = connect(&options).await?;
+        MIGRATIONS.run(&mut connection).await.context("the migrations did not complete")?;
+        Ok(connection.close().await?)
+    }
+
+    /// Refuses a database that forgets what it acknowledged.
+    ///
+    /// # Errors
+    /// When `fsync` or `synchronous_commit` is off, or the database cannot be reached.
+    pub async fn check_durability(&self) -> anyhow::Result<()> {
+        let mut connection = connect(&self.options).await?;
+        let off: Vec<String> = sqlx::query_scalar(
+            "select name from pg_settings where name in ('fsync', 'synchronous_commit') and setting = 'off' order by name",
+        )
+        .fetch_all(&mut connection)
+        .await?;
+        anyhow::ensure!(
+            off.is_empty(),
+            "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",
+            off.join(" and ")
+        );
+        Ok(connection.close().await?)
+    }
+}
+
+async fn connect(options: &PgConnectOptions) -> anyhow::Result<PgConnection> {
+    timeout(CONNECT_DEADLINE, options.connect())
+        .await
+        .map_err(|_| anyhow::anyhow!("no answer within {CONNECT_DEADLINE:?}"))?
+        .context("the database cannot be reached")
+}
+
+/// One connection that one task owns, dialled when it is first needed and again after it was lost.
+pub struct Line {
+    options: PgConnectOptions,
+    connection: Option<PgConnection>,
+}
+
+impl Line {
+    /// Runs `work` on the connection, within the deadline.
+    ///
+    /// After anything but success or a refusal by the database the connection is dropped, never reused.
+    pub async fn run<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+    ) -> Result<T, Trouble> {
+        // Taken out while in use: when this future is dropped or fails, the connection goes with it.
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => connect(&self.options).await.map_err(Trouble::Unreachable)?,
+        };
+        match timeout(ANSWER_DEADLINE, work(&mut connection)).await {
+            Ok(Ok(done)) => {
+                self.connection = Some(connection);
+                Ok(done)
+            }
+            Ok(Err(error)) if is_refusal(&error) => {
+                if !has_stale_plans(&error) {
+                    self.connection = Some(connection);
+                }
+                Err(Trouble::Refused(error))
+            }
+            Ok(Err(error)) => Err(Trouble::Broken(error.into())),
+            Err(_) => Err(Trouble::Broken(anyhow::anyhow!("no answer within {ANSWER_DEADLINE:?}"))),
+        }
+    }
+
+    /// Whether the connection outlived its last use.
+    pub fn is_up(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Ends the session in order, so that its locks go at once.
+    pub async fn hang_up(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            // The session ends either way; saying goodbye only makes it sooner.
+            let _ = timeout(Duration::from_secs(1), connection.close()).await;
+        }
+    }
+}
+
+/// A statement that the database refused was rolled back. Not so when the session ends with it: classes 57P (shutdown, crash,
+/// terminated) and 08 (connection) say nothing about a commit that was under way.
+fn is_refusal(error: &sqlx::Error) -> bool {
+    let code = code(error);
+    matches!(error, sqlx::Error::Database(_)) && !code.starts_with("57P") && !code.starts_with("08")
+}
+
+/// "cached plan must not change result type": a migration ran under us; a new session has no cached plans.
+fn has_stale_plans(error: &sqlx::Error) -> bool {
+    code(error) == "0A000"
+}

@@ -1,0 +1,36 @@
+//! Lifecycle: how the process starts to leave, and how it makes sure that it does.
+//!
+//! Promise: the first SIGTERM or SIGINT drains within a bound; a second one leaves at once.
+//! Not here, on purpose: what draining means. Each role watches the token and knows what it still owes.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// A supervisor (systemd, Docker, Kubernetes) kills after 10 to 90 s; stay below the usual 30.
+pub const DRAIN_BOUND: Duration = Duration::from_secs(20);
+
+/// Cancels `stop` on the first signal and ends the process on the second, or when the drain overruns its bound.
+pub fn leave_on_signal(stop: CancellationToken) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        either(&mut terminate, &mut interrupt).await;
+        tracing::info!(bound_s = DRAIN_BOUND.as_secs(), "leaving: finishing what is under way; a second signal leaves at once");
+        stop.cancel();
+        tokio::select! {
+            () = either(&mut terminate, &mut interrupt) => tracing::warn!("a second signal: leaving at once"),
+            () = tokio::time::sleep(DRAIN_BOUND) => tracing::warn!("the drain overran its bound: leaving at once"),
+        }
+        std::process::exit(1);
+    });
+    Ok(())
+}
+
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

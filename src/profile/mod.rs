@@ -1,0 +1,106 @@
+//! Profile: what the deployment lets be said about a user, and which fields a change really changed.
+//!
+//! Promise: a [`Profile`] in hand was admitted by the schema (or read back from where such a one was kept).
+//! Not here, on purpose: users, storage, and messages that repeat a value: a fault names the place and the rule.
+
+mod schema;
+
+pub use schema::Schema;
+
+use std::{fmt, sync::Arc};
+
+use serde::Serialize;
+use serde_json::{Map, Value, value::RawValue};
+use tidings_sdk::envelope::FieldName;
+
+/// The members of a profile, by name.
+pub type Fields = Map<String, Value>;
+
+/// A user's profile as JSON text: kept, read and sent as it is, and parsed only by those who amend it.
+#[derive(Clone, Serialize)]
+#[serde(transparent)]
+pub struct Profile(Arc<RawValue>);
+
+impl Profile {
+    /// A profile as it was kept.
+    pub fn from_kept(text: Box<RawValue>) -> Self {
+        Self(text.into())
+    }
+
+    fn from_fields(fields: &Fields) -> Self {
+        Self(serde_json::value::to_raw_value(fields).expect("a map with string keys is always JSON").into())
+    }
+
+    pub fn as_str(&self) -> &str {
+        self.0.get()
+    }
+
+    pub fn fields(&self) -> Fields {
+        serde_json::from_str(self.as_str()).expect("a kept profile is a JSON object")
+    }
+}
+
+/// Says nothing: a profile must not reach a log by way of `{:?}`.
+impl fmt::Debug for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Profile(..)")
+    }
+}
+
+/// `before` with `patch` merged into it (RFC 7396).
+pub fn merged(before: &Fields, patch: &Fields) -> Fields {
+    let mut after = Value::Object(before.clone());
+    json_patch::merge(&mut after, &Value::Object(patch.clone()));
+    match after {
+        Value::Object(after) => after,
+        _ => unreachable!("an object merged into an object is an object"),
+    }
+}
+
+/// The top-level fields whose value differs, in order of name; those that came and those that went included.
+pub fn changed_fields(before: &Fields, after: &Fields) -> Vec<FieldName> {
+    let gone = before.keys().filter(|name| !after.contains_key(*name));
+    let differs = after.iter().filter(|(name, value)| before.get(*name) != Some(value)).map(|(name, _)| name);
+    let mut names: Vec<FieldName> = gone
+        .chain(differs)
+        .map(|name| name.parse().expect("the schema admits declared fields only, and checks their names at start"))
+        .collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn fields(value: Value) -> Fields {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn a_patch_merges_as_rfc_7396_says() {
+        let before = fields(json!({ "a": "b", "c": { "d": "e", "f": "g" }, "h": [1, 2] }));
+        let patch = fields(json!({ "a": "z", "c": { "f": null }, "h": [3], "i": { "j": null } }));
+        assert_eq!(merged(&before, &patch), fields(json!({ "a": "z", "c": { "d": "e" }, "h": [3], "i": {} })));
+    }
+
+    #[test]
+    fn changed_is_what_differs_and_not_what_was_sent() {
+        let before = fields(json!({ "first_name": "Ana", "job_title": "Author", "phone": "1", "social": { "x": "a" } }));
+        let changed = |patch: Value| {
+            let after = merged(&before, &fields(patch));
+            changed_fields(&before, &after).iter().map(FieldName::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(changed(json!({ "job_title": "Editor", "first_name": "Ana" })), ["job_title"]);
+        assert_eq!(changed(json!({ "phone": null, "email": "a@b", "nickname": null })), ["email", "phone"]);
+        assert_eq!(changed(json!({ "social": { "x": "a" } })), [""; 0]);
+        assert_eq!(changed(json!({ "social": { "y": "b" } })), ["social"]);
+    }
+
+    #[test]
+    fn a_profile_keeps_its_values_out_of_debug_output() {
+        let profile = Profile::from_fields(&fields(json!({ "first_name": "Ana" })));
+        assert_eq!(format!("{profile:?}"), "Profile(..)");
+    }
+}
