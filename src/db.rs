@@ -34,35 +34,64 @@ pub enum Trouble {
     /// No connection: nothing was sent.
     #[error("the database cannot be reached")]
     Unreachable(#[source] anyhow::Error),
-    /// The database refused the statement and rolled it back.
-    #[error("the database refused a statement ({})", code(.0))]
-    Refused(#[source] sqlx::Error),
+    /// The database refused the statement and rolled it back. The SQLSTATE is all we keep of it: message and detail of a
+    /// database error quote the row, and with it a user's values.
+    #[error("the database refused a statement (SQLSTATE {0})")]
+    Refused(String),
     /// The connection broke, or fell silent, while the statement was under way: it may have been committed.
     #[error("the connection to the database broke before it answered")]
     Broken(#[source] anyhow::Error),
 }
 
-impl Trouble {
-    /// SQLSTATE of a refusal.
-    pub fn code(&self) -> Option<String> {
-        match self {
-            Self::Refused(error) => Some(code(error)),
-            Self::Unreachable(_) | Self::Broken(_) => None,
+impl From<sqlx::Error> for Trouble {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::Database(refusal) => {
+                let code = refusal.code().unwrap_or_default().into_owned();
+                // The session ended with it: classes 57P (shutdown, crash, terminated) and 08 (connection) say nothing about a
+                // commit that was under way.
+                if code.starts_with("57P") || code.starts_with("08") {
+                    Self::Broken(anyhow::anyhow!("the database ended the session (SQLSTATE {code})"))
+                } else {
+                    Self::Refused(code)
+                }
+            }
+            sqlx::Error::PoolTimedOut => Self::Unreachable(error.into()),
+            other => Self::Broken(other.into()),
         }
     }
 }
 
-/// The SQLSTATE alone: the message and detail of a database error quote the row, and with it a user's values.
-fn code(error: &sqlx::Error) -> String {
-    error.as_database_error().and_then(|e| e.code()).map_or_else(|| "no code".to_owned(), |code| code.into_owned())
+impl Trouble {
+    /// What is wrong, with its causes, for the log. Holds no user's value.
+    pub fn report(&self) -> String {
+        match self {
+            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {cause:#}"),
+            Self::Refused(_) => self.to_string(),
+        }
+    }
+}
+
+/// Runs a query outside the hot paths in a task of its own, within the deadline: a client that hangs up must not take a borrowed
+/// connection down with it.
+pub async fn ask<T: Send + 'static>(
+    query: impl Future<Output = sqlx::Result<T>> + Send + 'static,
+) -> Result<T, Trouble> {
+    match tokio::spawn(timeout(ANSWER_DEADLINE, query)).await {
+        Ok(Ok(outcome)) => Ok(outcome?),
+        Ok(Err(_)) => Err(Trouble::Broken(anyhow::anyhow!("no answer within {ANSWER_DEADLINE:?}"))),
+        Err(panicked) => Err(Trouble::Broken(panicked.into())),
+    }
 }
 
 impl Db {
     /// # Errors
     /// When `url` is no Postgres URL. The URL is not repeated: it holds a password.
     pub fn new(url: &SecretString) -> anyhow::Result<Self> {
-        let options: PgConnectOptions =
-            url.expose_secret().parse().map_err(|_| anyhow::anyhow!("expected postgres://USER:PASSWORD@HOST/DATABASE"))?;
+        let options: PgConnectOptions = url
+            .expose_secret()
+            .parse()
+            .map_err(|_| anyhow::anyhow!("expected postgres://USER:PASSWORD@HOST/DATABASE"))?;
         Ok(Self {
             options: options
                 .application_name("tidings")
@@ -147,34 +176,35 @@ impl Line {
     /// Runs `work` on the connection, within the deadline.
     ///
     /// After anything but success or a refusal by the database the connection is dropped, never reused.
-    pub async fn run<T>(
-        &mut self,
-        work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
-    ) -> Result<T, Trouble> {
+    pub async fn run<T>(&mut self, work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>) -> Result<T, Trouble> {
         // Taken out while in use: when this future is dropped or fails, the connection goes with it.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => connect(&self.options).await.map_err(Trouble::Unreachable)?,
         };
-        match timeout(ANSWER_DEADLINE, work(&mut connection)).await {
-            Ok(Ok(done)) => {
-                self.connection = Some(connection);
-                Ok(done)
-            }
-            Ok(Err(error)) if is_refusal(&error) => {
-                if !has_stale_plans(&error) {
-                    self.connection = Some(connection);
-                }
-                Err(Trouble::Refused(error))
-            }
-            Ok(Err(error)) => Err(Trouble::Broken(error.into())),
+        let outcome = match timeout(ANSWER_DEADLINE, work(&mut connection)).await {
+            Ok(outcome) => outcome.map_err(Trouble::from),
             Err(_) => Err(Trouble::Broken(anyhow::anyhow!("no answer within {ANSWER_DEADLINE:?}"))),
-        }
+        };
+        let keeps = match &outcome {
+            Ok(_) => true,
+            // "cached plan must not change result type": a migration ran under us; a new session has no cached plans.
+            Err(Trouble::Refused(code)) => code != "0A000",
+            Err(_) => false,
+        };
+        self.connection = keeps.then_some(connection);
+        outcome
     }
 
-    /// Whether the connection outlived its last use.
-    pub fn is_up(&self) -> bool {
-        self.connection.is_some()
+    /// Like [`Line::run`], but only on the connection that is already there: what the session holds (a lock) is part of the work.
+    pub async fn run_in_session<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+    ) -> Result<T, Trouble> {
+        if self.connection.is_none() {
+            return Err(Trouble::Unreachable(anyhow::anyhow!("the session is over")));
+        }
+        self.run(work).await
     }
 
     /// Ends the session in order, so that its locks go at once.
@@ -184,16 +214,4 @@ impl Line {
             let _ = timeout(Duration::from_secs(1), connection.close()).await;
         }
     }
-}
-
-/// A statement that the database refused was rolled back. Not so when the session ends with it: classes 57P (shutdown, crash,
-/// terminated) and 08 (connection) say nothing about a commit that was under way.
-fn is_refusal(error: &sqlx::Error) -> bool {
-    let code = code(error);
-    matches!(error, sqlx::Error::Database(_)) && !code.starts_with("57P") && !code.starts_with("08")
-}
-
-/// "cached plan must not change result type": a migration ran under us; a new session has no cached plans.
-fn has_stale_plans(error: &sqlx::Error) -> bool {
-    code(error) == "0A000"
 }

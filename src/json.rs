@@ -97,7 +97,11 @@ impl Node<'_> {
 
     fn check_text(&self, text: &str) {
         if text.contains('\0') {
-            self.fault(self.pointer.clone(), "nul_character", "contains the character U+0000, which Postgres cannot store");
+            self.fault(
+                self.pointer.clone(),
+                "nul_character",
+                "contains the character U+0000, which Postgres cannot store",
+            );
         }
     }
 

@@ -3,8 +3,18 @@
 //! Read in the order of a change's walk: [`users`] keeps it and writes its event to the [`outbox`] in the same statement, the
 //! [`relay`] carries the event to the [`broker`], a consumer fetches the latest record over [`web`].
 
+pub mod app;
+pub mod broker;
+pub mod config;
 pub mod db;
 pub mod json;
 pub mod lifecycle;
+pub mod ops;
+pub mod outbox;
 pub mod profile;
+pub mod relay;
+pub mod roles;
+pub mod tail;
 pub mod telemetry;
+pub mod users;
+pub mod web;

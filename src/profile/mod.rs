@@ -87,7 +87,8 @@ mod tests {
 
     #[test]
     fn changed_is_what_differs_and_not_what_was_sent() {
-        let before = fields(json!({ "first_name": "Ana", "job_title": "Author", "phone": "1", "social": { "x": "a" } }));
+        let before =
+            fields(json!({ "first_name": "Ana", "job_title": "Author", "phone": "1", "social": { "x": "a" } }));
         let changed = |patch: Value| {
             let after = merged(&before, &fields(patch));
             changed_fields(&before, &after).iter().map(FieldName::to_string).collect::<Vec<_>>()

@@ -1,0 +1,164 @@
+//! Broker: how this service reaches RabbitMQ.
+//!
+//! Promise: a message counts as published only when the broker confirmed it, and what it could not route is told apart.
+//! Not here, on purpose: reconnecting. A connection is one session; whoever needs the next one decides when.
+
+mod publisher;
+
+pub use publisher::{Outcome, Publisher, Verdict};
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use lapin::{
+    Channel, Connection, ConnectionProperties, ExchangeKind,
+    options::ExchangeDeclareOptions,
+    protocol::{AMQPErrorKind, AMQPSoftError},
+    types::FieldTable,
+    uri::AMQPUri,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tidings_sdk::envelope::Event;
+use tokio::time::timeout;
+
+/// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// A peer that says nothing for twice this long is gone.
+const HEARTBEAT_S: u16 = 10;
+/// For one request of the set-up (declare, bind, confirm.select).
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
+const NAME_LIMIT_BYTES: usize = 200;
+
+/// Where the broker is, and what we publish to.
+#[derive(Clone)]
+pub struct Broker {
+    uri: AMQPUri,
+    exchange: String,
+    prefix: Option<String>,
+}
+
+impl Broker {
+    /// # Errors
+    /// When `url` is no AMQP URL. The URL is not repeated: it holds a password.
+    pub fn new(url: &SecretString, exchange: &str, prefix: Option<&str>) -> anyhow::Result<Self> {
+        let mut uri: AMQPUri =
+            url.expose_secret().parse().map_err(|_| anyhow::anyhow!("expected amqp://USER:PASSWORD@HOST/VHOST"))?;
+        uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
+        ensure!(
+            !exchange.is_empty() && exchange.len() <= NAME_LIMIT_BYTES && !exchange.starts_with("amq."),
+            "the exchange needs a name of 1 to {NAME_LIMIT_BYTES} bytes that does not begin with \"amq.\""
+        );
+        if let Some(prefix) = prefix {
+            let well_formed = prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']));
+            ensure!(
+                well_formed && prefix.len() <= NAME_LIMIT_BYTES,
+                "the routing key prefix is words with dots between them, without * and #, at most {NAME_LIMIT_BYTES} bytes"
+            );
+        }
+        Ok(Self { uri, exchange: exchange.to_owned(), prefix: prefix.map(str::to_owned) })
+    }
+
+    pub fn exchange(&self) -> &str {
+        &self.exchange
+    }
+
+    /// The routing key of an event: its name, behind the deployment's prefix if there is one.
+    pub fn routing_key(&self, event: &Event) -> String {
+        self.prefixed(event.name())
+    }
+
+    /// A binding key of this contract, behind the deployment's prefix if there is one.
+    pub fn prefixed(&self, key: &str) -> String {
+        match &self.prefix {
+            Some(prefix) => format!("{prefix}.{key}"),
+            None => key.to_owned(),
+        }
+    }
+
+    /// CloudEvents source: which owner of master data speaks.
+    fn source(&self) -> String {
+        let name: String = self
+            .exchange
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '-' })
+            .collect();
+        format!("urn:tidings:{name}")
+    }
+
+    /// A new connection; `purpose` is its name in the broker's lists.
+    pub async fn connect(&self, purpose: &str) -> anyhow::Result<Connection> {
+        let properties = ConnectionProperties::default().with_connection_name(format!("tidings {purpose}").into());
+        within(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties))
+            .await
+            .context("the broker cannot be reached")
+    }
+
+    /// A channel on which the exchange is known to be a durable topic exchange.
+    ///
+    /// # Errors
+    /// When the exchange exists with another type, or the broker does not answer.
+    pub async fn channel_with_exchange(&self, connection: &Connection) -> anyhow::Result<Channel> {
+        let channel = request(connection.create_channel()).await?;
+        match request(self.declare_exchange(&channel, false)).await {
+            Ok(()) => Ok(channel),
+            // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.
+            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => {
+                let channel = request(connection.create_channel()).await?;
+                let there = request(self.declare_exchange(&channel, true)).await;
+                there.with_context(|| format!("exchange {:?} is missing and may not be declared", self.exchange))?;
+                Ok(channel)
+            }
+            Err(error) => Err(error).with_context(|| format!("exchange {:?} cannot be used", self.exchange)),
+        }
+    }
+
+    async fn declare_exchange(&self, channel: &Channel, passive: bool) -> lapin::Result<()> {
+        let options = ExchangeDeclareOptions { durable: true, passive, ..Default::default() };
+        channel
+            .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Topic, options, FieldTable::default())
+            .await
+    }
+}
+
+fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
+    let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
+    matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if *error.kind() == AMQPErrorKind::Soft(expected))
+}
+
+/// A request of the set-up, within its deadline.
+pub async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> anyhow::Result<T> {
+    within(REQUEST_DEADLINE, request).await
+}
+
+async fn within<T>(deadline: Duration, request: impl Future<Output = lapin::Result<T>>) -> anyhow::Result<T> {
+    Ok(timeout(deadline, request).await.map_err(|_| anyhow::anyhow!("no answer within {deadline:?}"))??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn broker(exchange: &str, prefix: Option<&str>) -> anyhow::Result<Broker> {
+        Broker::new(&"amqp://localhost".into(), exchange, prefix)
+    }
+
+    #[test]
+    fn names_are_checked_before_the_broker_sees_them() {
+        for exchange in ["", "amq.topic", &"x".repeat(201)] {
+            assert!(broker(exchange, None).is_err(), "{exchange}");
+        }
+        for prefix in ["", ".", "a..b", "a.*", "#"] {
+            assert!(broker("masterdata", Some(prefix)).is_err(), "{prefix}");
+        }
+        let broker = broker("master data", Some("eu.prod")).unwrap();
+        assert_eq!(broker.routing_key(&Event::Deleted), "eu.prod.user.deleted");
+        assert_eq!(broker.source(), "urn:tidings:master-data");
+    }
+
+    #[test]
+    fn a_wrong_url_is_not_repeated() {
+        let error = Broker::new(&"http://ana:s3cret@host".into(), "masterdata", None).err().unwrap();
+        assert!(!format!("{error:#}").contains("s3cret"), "{error:#}");
+    }
+}

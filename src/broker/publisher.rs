@@ -1,0 +1,186 @@
+//! A publisher: one channel in confirm mode and the messages that are under way on it.
+//!
+//! Promise: every message handed over gets a verdict of its own, decided by its `message_id`, or the session is over.
+//! Not here, on purpose: resending. What has no verdict is still in the outbox.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    future::pending,
+    pin::Pin,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use futures_util::FutureExt;
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
+use tidings_sdk::envelope::message_id;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::{Broker, request};
+use crate::outbox::{Entry, OutboxId};
+
+/// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// What became of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verdict {
+    pub id: OutboxId,
+    pub outcome: Outcome,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Confirmed: in every queue that was bound for it.
+    Routed,
+    /// Confirmed, and returned: no queue is bound for it.
+    Unroutable,
+    /// Not taken: a queue refused it, or the broker failed. To be sent again.
+    Refused,
+}
+
+pub struct Publisher {
+    broker: Broker,
+    connection: Connection,
+    channel: Channel,
+    /// Batches under way, oldest first.
+    window: VecDeque<Vec<Parcel>>,
+    /// Ids of returned messages that have no verdict yet.
+    returned: HashSet<Uuid>,
+}
+
+/// One message under way.
+struct Parcel {
+    id: OutboxId,
+    message_id: Uuid,
+    /// From the first byte sent to the broker's confirm.
+    journey: Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>,
+    /// Whether the broker took it, once that is known.
+    taken: Option<bool>,
+}
+
+impl Publisher {
+    pub async fn connect(broker: &Broker) -> anyhow::Result<Self> {
+        let connection = broker.connect("relay").await?;
+        let channel = broker.channel_with_exchange(&connection).await?;
+        request(channel.confirm_select(ConfirmSelectOptions::default()))
+            .await
+            .context("confirms cannot be switched on")?;
+        // Without confirm mode every publish would look confirmed at once.
+        ensure!(channel.status().confirm(), "the broker did not switch confirms on");
+        let (window, returned) = (VecDeque::new(), HashSet::new());
+        Ok(Self { broker: broker.clone(), connection, channel, window, returned })
+    }
+
+    /// Puts a batch on its way, in order, and does not wait for it.
+    pub fn send(&mut self, entries: &[Entry]) {
+        let mut batch: Vec<Parcel> = entries.iter().map(|entry| self.parcel(entry)).collect();
+        for parcel in &mut batch {
+            // A journey begins when it is first polled; awaiting one before starting the next would cost two thread hops each.
+            parcel.look(&mut self.returned);
+        }
+        self.window.push_back(batch);
+    }
+
+    fn parcel(&self, entry: &Entry) -> Parcel {
+        let (properties, body) = entry.notice.to_message(&self.broker.source());
+        let key = self.broker.routing_key(&entry.notice.event);
+        let journey = publish(self.channel.clone(), self.broker.exchange.clone(), key, properties, body);
+        Parcel { id: entry.id, message_id: entry.notice.message_id, journey: Box::pin(journey), taken: None }
+    }
+
+    /// The verdicts on the oldest batch, once all its messages have one. Never returns while nothing is under way. Cancel safe.
+    ///
+    /// # Errors
+    /// When the channel or connection is lost; [`Publisher::salvage`] then has the verdicts that came in before.
+    pub async fn verdicts(&mut self) -> lapin::Result<Vec<Verdict>> {
+        let Some(batch) = self.window.front_mut() else { return pending().await };
+        for parcel in batch.iter_mut().filter(|parcel| parcel.taken.is_none()) {
+            let confirmation = parcel.journey.as_mut().await?;
+            parcel.hear(confirmation, &mut self.returned);
+        }
+        Ok(self.decide_oldest())
+    }
+
+    /// lapin hands a returned message to whichever confirm resolves next, which may belong to a later batch. The broker returns a
+    /// message before it confirms it, and returns arrive in the order of publishing: so once every confirm up to here has resolved,
+    /// every return up to here has been handed to some confirm that has resolved too. A look at all of them finds it.
+    fn decide_oldest(&mut self) -> Vec<Verdict> {
+        self.look_at_all();
+        let batch = self.window.pop_front().unwrap_or_default();
+        batch.iter().filter_map(|parcel| parcel.verdict(&mut self.returned)).collect()
+    }
+
+    fn look_at_all(&mut self) {
+        for parcel in self.window.iter_mut().flatten().filter(|parcel| parcel.taken.is_none()) {
+            parcel.look(&mut self.returned);
+        }
+    }
+
+    /// What is known of the messages under way when the session is over. The others may or may not have arrived.
+    pub fn salvage(&mut self) -> Vec<Verdict> {
+        self.look_at_all();
+        let batches = std::mem::take(&mut self.window);
+        batches.iter().flatten().filter_map(|parcel| parcel.verdict(&mut self.returned)).collect()
+    }
+
+    /// Whether messages are under way.
+    pub fn is_waiting(&self) -> bool {
+        !self.window.is_empty()
+    }
+
+    /// Whether the broker has asked us to hold back (memory or disk alarm).
+    pub fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.channel.status().connected() && self.connection.status().connected()
+    }
+
+    pub async fn close(self) {
+        // Gone either way; saying goodbye spares the broker a warning in its log.
+        let _ = timeout(CLOSE_DEADLINE, self.connection.close(200, "bye".into())).await;
+    }
+}
+
+async fn publish(
+    channel: Channel,
+    exchange: String,
+    routing_key: String,
+    properties: BasicProperties,
+    body: Vec<u8>,
+) -> lapin::Result<Confirmation> {
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    channel.basic_publish(exchange.into(), routing_key.into(), options, &body, properties).await?.await
+}
+
+impl Parcel {
+    /// Takes the confirm if it is there.
+    fn look(&mut self, returned: &mut HashSet<Uuid>) {
+        // An error ends the session; whoever awaits this journey meets it there.
+        if let Some(Ok(confirmation)) = self.journey.as_mut().now_or_never() {
+            self.hear(confirmation, returned);
+        }
+    }
+
+    fn hear(&mut self, confirmation: Confirmation, returned: &mut HashSet<Uuid>) {
+        self.taken = Some(confirmation.is_ack());
+        // Not necessarily this parcel's message.
+        returned.extend(confirmation.take_message().and_then(|message| message_id(&message.delivery.properties)));
+    }
+
+    fn verdict(&self, returned: &mut HashSet<Uuid>) -> Option<Verdict> {
+        let came_back = returned.remove(&self.message_id);
+        let outcome = match self.taken? {
+            false => Outcome::Refused,
+            true if came_back => Outcome::Unroutable,
+            true => Outcome::Routed,
+        };
+        Some(Verdict { id: self.id, outcome })
+    }
+}

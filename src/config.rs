@@ -1,0 +1,242 @@
+//! Config: the command line and the environment.
+//!
+//! Promise: everything that is wrong is named at start, all at once, with what would be right.
+//! Not here, on purpose: secrets on the command line, where every user of the machine could read them.
+
+use std::{fmt, fs, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use clap::{Args, Parser, Subcommand};
+use secrecy::SecretString;
+use tidings_sdk::envelope::FieldName;
+
+use crate::{broker::Broker, db::Db, profile::Schema, telemetry::LogFormat};
+
+/// The owner of user master data, which tells every other application that something changed.
+///
+/// Users are kept in Postgres and changed over REST. Each change commits an event with it, and a relay publishes the events to an
+/// AMQP topic exchange: ids and names of changed fields, never a value. Consumers fetch the latest record by GET.
+#[derive(Debug, Parser)]
+#[command(name = "tidings", version, max_term_width = 110, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub log: LogSettings,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the API, and relay what it commits.
+    ///
+    /// Brings the database's schema up to date, listens, and prints one ready line. SIGTERM or Ctrl-C finishes what is under way,
+    /// within 20 s; a second one leaves at once.
+    #[command(after_help = SERVE_HELP)]
+    Serve(Serve),
+    /// Relay only: carry committed events to the broker, and answer /healthz, /readyz and /metrics.
+    ///
+    /// Any number of relays may run: one carries the events, the others stand by.
+    Relay(Relay),
+    /// Bring the database's schema up to this version, and end.
+    Migrate(Migrate),
+    /// Print notices as they come, one JSON object a line.
+    ///
+    /// Listens on a private queue that goes with it: what happens while it does not run, it does not see.
+    #[command(after_help = TAIL_HELP)]
+    Tail(Tail),
+    /// Print the OpenAPI document.
+    Openapi,
+    /// Ask the instance on this machine whether it is alive; exit 0 when it is. For container health checks.
+    Healthcheck(Healthcheck),
+}
+
+const SERVE_HELP: &str = "\
+Examples:
+  DATABASE_URL=postgres://tidings@localhost/tidings AMQP_URL=amqp://localhost tidings serve
+  DATABASE_URL_FILE=/run/secrets/db AMQP_URL_FILE=/run/secrets/amqp tidings serve --listen 0.0.0.0:8080
+  tidings serve --no-relay      # and `tidings relay` elsewhere";
+
+const TAIL_HELP: &str = "\
+Examples:
+  tidings tail                                  # everything
+  tidings tail user.created user.deleted        # two routing keys
+  tidings tail 'user.*'                         # a pattern of the topic exchange
+  tidings tail --fields job_title,company       # only changes of these fields
+  tidings tail --fields job_title user.deleted  # the same, and deletions";
+
+#[derive(Debug, Args)]
+pub struct LogSettings {
+    /// What to log, in the syntax of tracing's EnvFilter.
+    #[arg(
+        long,
+        env = "TIDINGS_LOG",
+        default_value = "info,lapin=error,sqlx=error",
+        global = true,
+        value_name = "FILTER"
+    )]
+    pub log: String,
+    /// How to log.
+    #[arg(long, env = "TIDINGS_LOG_FORMAT", default_value = "text", global = true, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    #[command(flatten)]
+    pub database: Database,
+    #[command(flatten)]
+    pub amqp: Amqp,
+    #[command(flatten)]
+    pub listen: Listen,
+    /// JSON Schema file that decides what a profile may hold [default: the built-in one].
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    pub profile_schema: Option<PathBuf>,
+    /// Leave the relaying to `tidings relay` elsewhere; then no broker is needed here.
+    #[arg(long, env = "TIDINGS_NO_RELAY")]
+    pub no_relay: bool,
+    /// Do not migrate at start; run `tidings migrate` before.
+    #[arg(long, env = "TIDINGS_NO_MIGRATE")]
+    pub no_migrate: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Relay {
+    #[command(flatten)]
+    pub database: Database,
+    #[command(flatten)]
+    pub amqp: Amqp,
+    #[command(flatten)]
+    pub listen: Listen,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    #[command(flatten)]
+    pub database: Database,
+}
+
+#[derive(Debug, Args)]
+pub struct Tail {
+    /// Routing keys to listen for; `*` is one word, `#` any number [default: #, or none with --fields].
+    #[arg(value_name = "KEY")]
+    pub keys: Vec<String>,
+    /// Only profile.updated, and only when one of these fields changed.
+    #[arg(long, value_name = "FIELD", value_delimiter = ',')]
+    pub fields: Vec<String>,
+    #[command(flatten)]
+    pub amqp: Amqp,
+}
+
+#[derive(Debug, Args)]
+pub struct Healthcheck {
+    #[command(flatten)]
+    pub listen: Listen,
+}
+
+// Every setting arrives as text, so that all faults are found before any is reported.
+
+#[derive(Debug, Args)]
+pub struct Listen {
+    /// Address to listen on.
+    #[arg(long = "listen", env = "TIDINGS_LISTEN", default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
+    pub address: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Database {
+    /// File that holds the URL of the database. The URL itself is given by DATABASE_URL only: the command line is no place for a
+    /// password.
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE")]
+    pub database_url_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Amqp {
+    /// File that holds the URL of the broker. The URL itself is given by AMQP_URL only.
+    #[arg(long, env = "AMQP_URL_FILE", value_name = "FILE")]
+    pub amqp_url_file: Option<PathBuf>,
+    /// Topic exchange to publish to.
+    #[arg(long, env = "TIDINGS_EXCHANGE", default_value = "masterdata", value_name = "NAME")]
+    pub exchange: String,
+    /// Words before every routing key: PREFIX.user.deleted.
+    #[arg(long, env = "TIDINGS_ROUTING_KEY_PREFIX", value_name = "PREFIX")]
+    pub routing_key_prefix: Option<String>,
+}
+
+/// Gathers what is wrong, so that the operator hears of everything at once.
+#[derive(Debug, Default)]
+pub struct Faults(Vec<String>);
+
+/// All settings that are wrong, each with what would be right.
+#[derive(Debug)]
+pub struct WrongSettings(Vec<String>);
+
+impl fmt::Display for WrongSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "{count} setting{} wrong", if count == 1 { " is" } else { "s are" })?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+    }
+}
+
+impl std::error::Error for WrongSettings {}
+
+impl Faults {
+    /// `outcome`, or a fault of `setting` noted.
+    pub fn note<T, E: fmt::Display>(&mut self, setting: &str, outcome: Result<T, E>) -> Option<T> {
+        outcome.map_err(|error| self.0.push(format!("{setting}: {error:#}"))).ok()
+    }
+
+    /// Ends the gathering.
+    ///
+    /// # Errors
+    /// When anything was noted.
+    pub fn none(self) -> Result<(), WrongSettings> {
+        if self.0.is_empty() { Ok(()) } else { Err(WrongSettings(self.0)) }
+    }
+}
+
+impl Database {
+    pub fn open(&self, faults: &mut Faults) -> Option<Db> {
+        let url = faults.note("DATABASE_URL", secret("DATABASE_URL", self.database_url_file.as_ref()))?;
+        faults.note("DATABASE_URL", Db::new(&url))
+    }
+}
+
+impl Amqp {
+    pub fn open(&self, faults: &mut Faults) -> Option<Broker> {
+        let url = faults.note("AMQP_URL", secret("AMQP_URL", self.amqp_url_file.as_ref()))?;
+        let broker = Broker::new(&url, &self.exchange, self.routing_key_prefix.as_deref());
+        faults.note("AMQP_URL, TIDINGS_EXCHANGE, TIDINGS_ROUTING_KEY_PREFIX", broker)
+    }
+}
+
+impl Listen {
+    pub fn parse(&self, faults: &mut Faults) -> Option<SocketAddr> {
+        let address = self.address.parse().map_err(|_| "expected an IP address and a port, such as 127.0.0.1:8080");
+        faults.note("TIDINGS_LISTEN", address)
+    }
+}
+
+impl Serve {
+    pub fn schema(&self, faults: &mut Faults) -> Option<Schema> {
+        faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(self.profile_schema.as_deref()))
+    }
+}
+
+impl Tail {
+    pub fn fields(&self, faults: &mut Faults) -> Vec<FieldName> {
+        self.fields.iter().filter_map(|name| faults.note("--fields", FieldName::from_str(name))).collect()
+    }
+}
+
+/// A secret from its file, or else from the environment.
+fn secret(name: &str, file: Option<&PathBuf>) -> Result<SecretString, String> {
+    let text = match file {
+        Some(file) => fs::read_to_string(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?,
+        None => {
+            std::env::var(name).map_err(|_| format!("is not set; set it, or {name}_FILE to a file that holds it"))?
+        }
+    };
+    let text = text.trim();
+    if text.is_empty() { Err("is empty".to_owned()) } else { Ok(text.into()) }
+}

@@ -1,0 +1,134 @@
+//! Ops: what an operator asks. Is it alive, is it ready, is anybody behind.
+//!
+//! Promise: the answers come within seconds whatever is broken, and hold numbers and names only.
+//! Not here, on purpose: deciding what to do about it.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use prometheus_client::{encoding::text::encode, metrics::gauge::Gauge, registry::Registry};
+use serde::Serialize;
+use sqlx::PgPool;
+use std::sync::atomic::AtomicU64;
+use tokio::time::timeout;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{db, outbox, relay, web::Problem};
+
+/// For a look at the database: a probe that hangs is as bad as one that fails.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// What the operator's questions are answered from.
+#[derive(Clone)]
+pub struct Ops {
+    queries: PgPool,
+    /// `None` in an instance that runs no relay.
+    relay: Option<relay::Status>,
+    metrics: Arc<Metrics>,
+}
+
+struct Metrics {
+    registry: Registry,
+    pending: Gauge,
+    oldest_seconds: Gauge<f64, AtomicU64>,
+}
+
+impl Ops {
+    pub fn new(queries: PgPool, relay: Option<relay::Status>) -> Self {
+        let (pending, oldest_seconds) = (Gauge::default(), Gauge::<f64, AtomicU64>::default());
+        let mut registry = Registry::with_prefix("tidings");
+        registry.register(
+            "outbox_pending",
+            "Committed events that the broker has not confirmed yet; exact below 10,000, estimated above; -1 when the database does not answer",
+            pending.clone(),
+        );
+        registry.register(
+            "outbox_oldest_seconds",
+            "Age of the oldest such event; 0 when there is none; -1 when the database does not answer",
+            oldest_seconds.clone(),
+        );
+        if let Some(status) = &relay {
+            status.register(&mut registry);
+        }
+        Self { queries, relay, metrics: Arc::new(Metrics { registry, pending, oldest_seconds }) }
+    }
+
+    async fn lag(&self) -> Result<outbox::Lag, String> {
+        let queries = self.queries.clone();
+        let lag = timeout(LOOK, db::ask(async move { outbox::lag(&queries).await })).await;
+        lag.map_err(|_| format!("no answer within {LOOK:?}"))?.map_err(|trouble| trouble.report())
+    }
+}
+
+pub fn routes() -> OpenApiRouter<Ops> {
+    OpenApiRouter::new().routes(routes!(healthz)).routes(routes!(readyz)).routes(routes!(metrics))
+}
+
+/// Alive: the process answers.
+#[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "health",
+    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain")))]
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// How an instance is.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Readiness {
+    status: Readily,
+    /// `ok`, or what is wrong.
+    #[schema(example = "ok")]
+    database: String,
+    /// `ok`, what is wrong, or that this instance runs no relay.
+    #[schema(example = "ok")]
+    broker: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Readily {
+    Ready,
+    /// Requests are served; news waits in the outbox until the broker is back.
+    Degraded,
+    /// Requests cannot be served.
+    Unready,
+}
+
+/// Ready: whether this instance should get requests.
+///
+/// Without the broker an instance is degraded, not unready: changes are kept, and told when the broker is back.
+#[utoipa::path(get, path = "/readyz", tag = "operations", operation_id = "readiness",
+    responses(
+        (status = 200, description = "Send requests: ready or degraded", body = Readiness),
+        (status = 503, description = "Send none: the database does not answer", body = Readiness),
+    ))]
+async fn readyz(State(ops): State<Ops>) -> Response {
+    let database = ops.lag().await.err();
+    let broker = ops.relay.as_ref().map(relay::Status::complaint);
+    let status = match (&database, &broker) {
+        (Some(_), _) => Readily::Unready,
+        (None, Some(Some(_))) => Readily::Degraded,
+        (None, _) => Readily::Ready,
+    };
+    let code = if status == Readily::Unready { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    let well = || "ok".to_owned();
+    let broker =
+        broker.map_or_else(|| "no relay in this instance".to_owned(), |complaint| complaint.unwrap_or_else(well));
+    (code, Json(Readiness { status, database: database.unwrap_or_else(well), broker })).into_response()
+}
+
+/// Metrics in the OpenMetrics text format.
+#[utoipa::path(get, path = "/metrics", tag = "operations", operation_id = "metrics",
+    responses((status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text")))]
+async fn metrics(State(ops): State<Ops>) -> Result<Response, Problem> {
+    let lag = ops.lag().await.unwrap_or(outbox::Lag { pending: -1, oldest_seconds: -1.0 });
+    ops.metrics.pending.set(lag.pending);
+    ops.metrics.oldest_seconds.set(lag.oldest_seconds);
+    let mut text = String::new();
+    encode(&mut text, &ops.metrics.registry).map_err(|_| Problem::internal())?;
+    Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
+}

@@ -1,0 +1,225 @@
+//! Which places of the outbox to look at next. Pure.
+//!
+//! A relay that only remembers the last id loses events: ids are given out before the commit, so a lower one may appear after a
+//! higher one was read. Three things together find every event: reading on past the last id; asking again for each id that was
+//! skipped; and, now and then, sweeping everything, for what commits after we stopped asking.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use crate::outbox::OutboxId;
+
+/// How long a skipped id is asked for. After that the sweep finds it.
+const ASK_FOR: Duration = Duration::from_secs(60);
+/// Ids asked for again in one question. A jump in the sequence larger than this is left to the sweep.
+const ASK_LIMIT: usize = 1000;
+/// Between two sweeps.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// A sweep over many dead rows is slow: rest this many times as long as it took.
+const SWEEP_REST: u32 = 50;
+/// Before a refused message is sent again; doubles with each refusal, since every resend is a duplicate to the healthy queues.
+const RESEND_AFTER: Duration = Duration::from_secs(1);
+/// Refused messages that are remembered before reading on stops.
+const REFUSED_LIMIT: usize = 10_000;
+const RESEND_AFTER_AT_MOST: Duration = Duration::from_secs(60);
+
+pub struct Cursor {
+    /// Every id up to here was read or is in `again`, or the sweep will find it.
+    past: OutboxId,
+    /// The last id given out before this relay began: what is missing below was settled long ago, as far as we know.
+    floor: OutboxId,
+    /// Ids that were skipped, and when.
+    skipped: BTreeMap<OutboxId, Instant>,
+    refused: BTreeMap<OutboxId, Refused>,
+    sweep_at: Instant,
+}
+
+struct Refused {
+    /// When to send it again; `None` while it is under way.
+    due: Option<Instant>,
+    times: u32,
+}
+
+/// What to ask the outbox.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Question {
+    /// What is past this place, and at these. Not past it while too many are refused: then the broker has to recover first.
+    Next { past: OutboxId, again: Vec<OutboxId>, read_on: bool },
+    /// Everything up to this place that is not under way.
+    Sweep { up_to: OutboxId },
+}
+
+impl Cursor {
+    pub fn new(floor: OutboxId, now: Instant) -> Self {
+        let sweep_at = now + SWEEP_INTERVAL;
+        Self { past: 0, floor, skipped: BTreeMap::new(), refused: BTreeMap::new(), sweep_at }
+    }
+
+    pub fn question(&mut self, now: Instant) -> Question {
+        if now >= self.sweep_at {
+            return Question::Sweep { up_to: self.past };
+        }
+        self.skipped.retain(|_, since| now.duration_since(*since) < ASK_FOR);
+        let due =
+            self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
+        let again = self.skipped.keys().copied().chain(due).take(ASK_LIMIT).collect();
+        Question::Next { past: self.past, again, read_on: self.refused.len() < REFUSED_LIMIT }
+    }
+
+    /// The ids that a [`Question::Next`] found, in order.
+    pub fn found(&mut self, ids: &[OutboxId], now: Instant) {
+        for &id in ids {
+            if let Some(refused) = self.refused.get_mut(&id) {
+                refused.due = None;
+            }
+            if id <= self.past {
+                self.skipped.remove(&id);
+                continue;
+            }
+            // At the start nothing is known of the ids below the first one, unless they were given out since.
+            let known = if id > self.floor {
+                Some(self.past.max(self.floor))
+            } else {
+                Some(self.past).filter(|&past| past > 0)
+            };
+            if let Some(known) = known {
+                let ask_limit = OutboxId::try_from(ASK_LIMIT).unwrap_or(OutboxId::MAX);
+                for missing in (known + 1).max(id - ask_limit)..id {
+                    self.skipped.insert(missing, now);
+                }
+            }
+            self.past = id;
+        }
+        while self.skipped.len() > ASK_LIMIT {
+            self.skipped.pop_first();
+        }
+    }
+
+    /// The ids that a [`Question::Sweep`] found. A sweep that found everything there was is over; one that did not goes on.
+    pub fn swept(&mut self, ids: &[OutboxId], found_all: bool, took: Duration, now: Instant) {
+        for id in ids {
+            self.skipped.remove(id);
+        }
+        if found_all {
+            self.sweep_at = now + SWEEP_INTERVAL.max(took * SWEEP_REST);
+        }
+    }
+
+    /// The broker did not take this one: ask for it again, later each time.
+    pub fn refused(&mut self, id: OutboxId, now: Instant) {
+        let times = self.refused.get(&id).map_or(0, |refused| refused.times);
+        let delay = RESEND_AFTER.saturating_mul(1 << times.min(6)).min(RESEND_AFTER_AT_MOST);
+        self.refused.insert(id, Refused { due: Some(now + delay), times: times + 1 });
+    }
+
+    /// The broker took this one.
+    pub fn confirmed(&mut self, id: OutboxId) {
+        self.refused.remove(&id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn next(cursor: &mut Cursor, now: Instant) -> (OutboxId, Vec<OutboxId>) {
+        match cursor.question(now) {
+            Question::Next { past, again, .. } => (past, again),
+            Question::Sweep { .. } => panic!("no sweep is due"),
+        }
+    }
+
+    #[test]
+    fn a_skipped_id_is_asked_for_until_it_comes() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1, 2, 5], now);
+        assert_eq!(next(&mut cursor, now), (5, vec![3, 4]));
+        cursor.found(&[3, 6], now);
+        assert_eq!(next(&mut cursor, now), (6, vec![4]));
+    }
+
+    #[test]
+    fn the_very_first_id_may_come_late_too() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[3], now);
+        assert_eq!(next(&mut cursor, now), (3, vec![1, 2]));
+    }
+
+    #[test]
+    fn ids_given_out_before_the_start_are_left_to_the_sweep_and_later_ones_are_not() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(100, now);
+        cursor.found(&[103], now);
+        assert_eq!(next(&mut cursor, now), (103, vec![101, 102]));
+        let mut cursor = Cursor::new(100, now);
+        cursor.found(&[90], now);
+        assert_eq!(next(&mut cursor, now), (90, vec![]));
+        cursor.found(&[102], now);
+        assert_eq!(next(&mut cursor, now), (102, vec![101]));
+    }
+
+    #[test]
+    fn reading_on_stops_while_too_many_are_refused() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        for id in 1..=REFUSED_LIMIT as OutboxId {
+            cursor.refused(id, now);
+        }
+        assert!(matches!(cursor.question(now), Question::Next { read_on: false, .. }));
+        cursor.confirmed(1);
+        assert!(matches!(cursor.question(now), Question::Next { read_on: true, .. }));
+    }
+
+    #[test]
+    fn the_list_of_skipped_ids_is_bounded() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1, 1_000_000_000, 1_000_000_500, 1_000_001_500], now);
+        assert_eq!(next(&mut cursor, now).1.len(), ASK_LIMIT);
+    }
+
+    #[test]
+    fn a_sweep_comes_now_and_then_and_goes_on_until_it_is_through() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[7], now);
+        let later = now + SWEEP_INTERVAL;
+        assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
+        cursor.swept(&[], false, Duration::ZERO, later);
+        assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
+        cursor.swept(&[], true, Duration::from_secs(1), later);
+        assert!(matches!(cursor.question(later + SWEEP_INTERVAL), Question::Next { .. }));
+        assert!(matches!(cursor.question(later + Duration::from_secs(50)), Question::Sweep { .. }));
+    }
+
+    #[test]
+    fn what_a_sweep_found_is_not_asked_for_again() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[3], now);
+        cursor.swept(&[1], true, Duration::ZERO, now);
+        assert_eq!(next(&mut cursor, now), (3, vec![2]));
+    }
+
+    #[test]
+    fn a_refused_message_waits_longer_each_time() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1], now);
+        cursor.refused(1, now);
+        assert!(next(&mut cursor, now).1.is_empty());
+        let later = now + RESEND_AFTER;
+        assert_eq!(next(&mut cursor, later).1, [1]);
+        cursor.found(&[1], later);
+        assert!(next(&mut cursor, later).1.is_empty(), "it is under way");
+        cursor.refused(1, later);
+        assert!(next(&mut cursor, later + RESEND_AFTER).1.is_empty());
+        assert_eq!(next(&mut cursor, later + 2 * RESEND_AFTER).1, [1]);
+        cursor.confirmed(1);
+        assert!(next(&mut cursor, later + 2 * RESEND_AFTER).1.is_empty());
+    }
+}

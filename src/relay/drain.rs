@@ -1,0 +1,234 @@
+//! One turn at leading: claim, publish and settle, with messages under way all the while.
+//!
+//! Promise: no transaction is open while the broker is waited for, and only what was confirmed is deleted.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    cursor::{Cursor, Question},
+    settler::{Settled, Settler},
+    status::Status,
+};
+use crate::{
+    broker::{Outcome, Publisher, Verdict},
+    db::{Line, Trouble},
+    outbox::{self, Bell, Entry, OutboxId},
+};
+
+/// Events in one claim, and messages in one batch.
+const BATCH: usize = 500;
+/// Messages under way at once; also the most that a crash can send twice.
+const WINDOW: usize = 2000;
+/// Between two looks at the table when nobody rings.
+const POLL: Duration = Duration::from_millis(500);
+/// Without a single confirm for this long, and not held back by the broker, a session is given up.
+const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
+/// For the confirms of what is under way when we leave.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+pub(super) struct Drain<'a> {
+    pub(super) publisher: &'a mut Publisher,
+    /// Holds the lead and reads the outbox, both or neither: a relay that lost its lead cannot claim.
+    pub(super) lead: &'a mut Line,
+    pub(super) bell: &'a Bell,
+    pub(super) status: &'a Status,
+    /// Confirmed, and still to be deleted.
+    pub(super) unsettled: &'a mut Vec<OutboxId>,
+    pub(super) settler: Settler,
+    pub(super) cursor: Cursor,
+    pub(super) ledger: Ledger,
+}
+
+/// What this session has claimed and not seen the end of.
+pub(super) struct Ledger {
+    /// Claimed, and not yet deleted from the outbox.
+    under_way: HashSet<OutboxId>,
+    /// How many of them wait for the broker.
+    unconfirmed: usize,
+    /// When the broker last answered, or was last asked after it had answered everything.
+    progress: Instant,
+}
+
+impl Ledger {
+    pub(super) fn new() -> Self {
+        Self { under_way: HashSet::new(), unconfirmed: 0, progress: Instant::now() }
+    }
+}
+
+impl Drain<'_> {
+    /// Carries events until `stop`, then waits, within bounds, for what is under way.
+    pub(super) async fn run(mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        // What an earlier session saw confirmed must be gone before the first claim could find it again.
+        self.settle_all().await?;
+        let mut outcome = self.carry(stop).await;
+        if outcome.is_ok() {
+            outcome = timeout(FAREWELL, self.await_verdicts()).await.unwrap_or(Ok(()));
+        }
+        let salvaged = self.publisher.salvage();
+        self.take(&salvaged);
+        let settled = self.settle_all().await;
+        self.settler.hang_up().await;
+        outcome.and(settled)
+    }
+
+    async fn carry(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut poll = interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Whether there may be events that nobody has claimed.
+        let mut look = true;
+        while !stop.is_cancelled() {
+            if look && self.has_room() {
+                look = self.claim_and_send().await?;
+            }
+            self.settler.start(self.unsettled);
+            let look_again = look && self.has_room();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                verdicts = self.publisher.verdicts() => self.take(&verdicts.context(CHANNEL_LOST)?),
+                settled = self.settler.done() => self.note(settled)?,
+                () = self.bell.rung() => look = true,
+                _ = poll.tick() => {
+                    self.check_on_broker().await?;
+                    look = true;
+                }
+                () = std::future::ready(()), if look_again => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.ledger.unconfirmed + BATCH <= WINDOW && !self.publisher.is_blocked()
+    }
+
+    /// Claims one batch and puts it on its way. True when there may be more.
+    async fn claim_and_send(&mut self) -> anyhow::Result<bool> {
+        let began = Instant::now();
+        let question = self.cursor.question(began);
+        let entries = self.ask(&question).await?;
+        let now = Instant::now();
+        let found_all = entries.len() < BATCH;
+        let ids: Vec<OutboxId> = entries.iter().map(|entry| entry.id).collect();
+        match question {
+            Question::Next { .. } => self.cursor.found(&ids, now),
+            Question::Sweep { .. } => self.cursor.swept(&ids, found_all, now - began, now),
+        }
+        self.send(&entries);
+        // After a sweep the question of what comes next is still open.
+        Ok(!found_all || matches!(question, Question::Sweep { .. }))
+    }
+
+    async fn ask(&mut self, question: &Question) -> anyhow::Result<Vec<Entry>> {
+        let claimed = match question {
+            Question::Next { past, again, read_on } => {
+                let limit = if *read_on { BATCH } else { 0 };
+                self.lead.run_in_session(async |connection| outbox::claim(connection, *past, limit, again).await).await
+            }
+            Question::Sweep { up_to } => {
+                let under_way: Vec<OutboxId> = self.ledger.under_way.iter().copied().collect();
+                self.lead
+                    .run_in_session(async |connection| outbox::sweep(connection, *up_to, BATCH, &under_way).await)
+                    .await
+            }
+        };
+        claimed.map_err(|trouble| database_lost(&trouble))
+    }
+
+    fn send(&mut self, entries: &[Entry]) {
+        if entries.is_empty() {
+            return;
+        }
+        if self.ledger.unconfirmed == 0 {
+            self.ledger.progress = Instant::now();
+        }
+        self.ledger.unconfirmed += entries.len();
+        self.ledger.under_way.extend(entries.iter().map(|entry| entry.id));
+        self.publisher.send(entries);
+    }
+
+    /// Acts on what the broker said: confirmed events are to be deleted, refused ones to be sent again.
+    fn take(&mut self, verdicts: &[Verdict]) {
+        let now = Instant::now();
+        for &Verdict { id, outcome } in verdicts {
+            self.status.count(outcome);
+            match outcome {
+                // Nobody listening is no fault of the event: it was offered, and that is all that was promised.
+                Outcome::Routed | Outcome::Unroutable => {
+                    self.cursor.confirmed(id);
+                    self.unsettled.push(id);
+                }
+                // Stays under way for the sweep; the cursor asks for it when its time has come.
+                Outcome::Refused => self.cursor.refused(id, now),
+            }
+        }
+        self.ledger.unconfirmed -= verdicts.len().min(self.ledger.unconfirmed);
+        self.ledger.progress = now;
+    }
+
+    fn note(&mut self, settled: Settled) -> anyhow::Result<()> {
+        match settled.outcome {
+            Ok(()) => {
+                for id in &settled.ids {
+                    self.ledger.under_way.remove(id);
+                }
+                Ok(())
+            }
+            Err(trouble) => {
+                self.unsettled.extend(settled.ids);
+                Err(database_lost(&trouble))
+            }
+        }
+    }
+
+    async fn await_verdicts(&mut self) -> anyhow::Result<()> {
+        while self.publisher.is_waiting() {
+            let verdicts = self.publisher.verdicts().await.context(CHANNEL_LOST)?;
+            self.take(&verdicts);
+        }
+        Ok(())
+    }
+
+    async fn settle_all(&mut self) -> anyhow::Result<()> {
+        while !self.settler.is_idle() || !self.unsettled.is_empty() {
+            self.settler.start(self.unsettled);
+            let settled = self.settler.done().await;
+            self.note(settled)?;
+        }
+        Ok(())
+    }
+
+    /// What no confirm and no ring would tell.
+    async fn check_on_broker(&mut self) -> anyhow::Result<()> {
+        ensure!(self.publisher.is_connected(), CHANNEL_LOST);
+        let blocked = self.publisher.is_blocked();
+        self.status.blocked(blocked);
+        if blocked {
+            // Confirms stall until the alarm is over; to reconnect and send again would turn it into a storm of duplicates.
+            self.ledger.progress = Instant::now();
+        }
+        ensure!(
+            self.ledger.unconfirmed == 0 || self.ledger.progress.elapsed() < CONFIRM_DEADLINE,
+            "the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"
+        );
+        if !self.has_room() {
+            // A leader that claims nothing has to say that it lives.
+            let alive = self.lead.run_in_session(async |connection| outbox::last_id(connection).await).await;
+            alive.map_err(|trouble| database_lost(&trouble))?;
+        }
+        Ok(())
+    }
+}
+
+const CHANNEL_LOST: &str = "the channel to the broker is lost";
+
+fn database_lost(trouble: &Trouble) -> anyhow::Error {
+    anyhow::anyhow!("the outbox cannot be reached: {}", trouble.report())
+}

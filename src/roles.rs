@@ -1,0 +1,131 @@
+//! Roles: what a process of this binary does for a living.
+//!
+//! Promise: a role that returns has finished what it owed, or says in its error what it could not.
+
+use std::{
+    io::{Write, stdout},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use tokio::{net::TcpListener, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app,
+    broker::Broker,
+    config,
+    db::Db,
+    lifecycle::{Roles, leave_on_signal},
+    ops::Ops,
+    outbox::Bell,
+    relay::{Relay, Status},
+    users::Users,
+    web,
+};
+
+/// How long a starting instance waits for its database.
+const PATIENCE: u32 = 30;
+
+/// The API and, unless told otherwise, the relay.
+pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
+    let mut faults = config::Faults::default();
+    let db = settings.database.open(&mut faults);
+    let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
+    let address = settings.listen.parse(&mut faults);
+    let schema = settings.schema(&mut faults);
+    faults.none()?;
+    let (Some(db), Some(address), Some(schema)) = (db, address, schema) else {
+        unreachable!("no faults, so all are there")
+    };
+
+    let stop = CancellationToken::new();
+    leave_on_signal(stop.clone())?;
+    let listener = listen(address).await?;
+    await_database(&db, !settings.no_migrate).await?;
+
+    let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
+    let (bell, queries) = (Bell::default(), db.pool());
+    let telling_stop = CancellationToken::new();
+    let status = broker.map(|broker| tell(&telling, &db, broker, &bell, &telling_stop));
+    telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
+    let users = Users::open(&db, queries.clone(), Arc::new(schema), bell, &keeping);
+    let app = app::full(users, Ops::new(queries.clone(), status))?;
+
+    announce(&listener)?;
+    web::serve(listener, app, stop).await;
+    // In this order: the last changes are kept before the telling ends.
+    let kept = keeping.ended().await;
+    telling_stop.cancel();
+    let told = telling.ended().await;
+    queries.close().await;
+    ensure!(kept && told, "a role fell, see the log");
+    Ok(())
+}
+
+/// The relay alone.
+pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
+    let mut faults = config::Faults::default();
+    let db = settings.database.open(&mut faults);
+    let broker = settings.amqp.open(&mut faults);
+    let address = settings.listen.parse(&mut faults);
+    faults.none()?;
+    let (Some(db), Some(broker), Some(address)) = (db, broker, address) else {
+        unreachable!("no faults, so all are there")
+    };
+
+    let stop = CancellationToken::new();
+    leave_on_signal(stop.clone())?;
+    let listener = listen(address).await?;
+    await_database(&db, false).await?;
+    let telling = Roles::new(stop.clone());
+    let status = tell(&telling, &db, broker, &Bell::default(), &stop);
+    let queries = db.pool();
+    let app = app::ops_only(Ops::new(queries.clone(), Some(status)));
+
+    announce(&listener)?;
+    web::serve(listener, app, stop).await;
+    let told = telling.ended().await;
+    queries.close().await;
+    ensure!(told, "a role fell, see the log");
+    Ok(())
+}
+
+/// Starts a relay and its ear for other processes.
+fn tell(telling: &Roles, db: &Db, broker: Broker, bell: &Bell, stop: &CancellationToken) -> Status {
+    let status = Status::default();
+    let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
+    telling.spawn("relay", relay.run(stop.clone()));
+    telling.spawn("ear", bell.clone().listen(db.listener_pool(), stop.clone()));
+    status
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN")
+    })
+}
+
+/// Servers that start together find their database not yet up: wait for it, and say so.
+async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
+    for patience in (0..PATIENCE).rev() {
+        match db.check_durability().await {
+            Ok(()) if migrate => return db.migrate().await,
+            Ok(()) => return Ok(()),
+            Err(error) if patience == 0 || !error.is::<crate::db::Trouble>() => return Err(error),
+            Err(error) => tracing::warn!(tries_left = patience, "waiting for the database: {error:#}"),
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+    Ok(())
+}
+
+/// The ready line: where, on stdout, for people and for scripts that wait for it.
+fn announce(listener: &TcpListener) -> anyhow::Result<()> {
+    let address = listener.local_addr()?;
+    let mut out = stdout().lock();
+    writeln!(out, "tidings ready on http://{address}")?;
+    Ok(out.flush()?)
+}

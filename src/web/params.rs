@@ -1,0 +1,58 @@
+//! Path and query parameters.
+
+use axum::{
+    extract::{FromRequestParts, Path, Query},
+    http::request::Parts,
+};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde::de::DeserializeOwned;
+use uuid::Uuid;
+
+use super::Problem;
+
+/// A user's id in the path.
+#[derive(Debug, Clone, Copy)]
+pub struct Id(pub Uuid);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let invalid = || {
+            Problem::bad_request("invalid_user_id", "a user id is a UUID such as 0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a")
+        };
+        let Path(text) = Path::<String>::from_request_parts(parts, state).await.map_err(|_| invalid())?;
+        // One spelling per user: neither braces, URNs nor bare hex.
+        let id: Uuid =
+            Some(text).filter(|text| text.len() == 36).and_then(|text| text.parse().ok()).ok_or_else(invalid)?;
+        if id.is_nil() { Err(invalid()) } else { Ok(Self(id)) }
+    }
+}
+
+/// The query string. A parameter we do not know is refused: a misspelt one must not be silently without effect.
+#[derive(Debug, Clone, Copy)]
+pub struct Params<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Query(params) = Query::<T>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection| Problem::bad_request("invalid_query", rejection.body_text()))?;
+        Ok(Self(params))
+    }
+}
+
+/// Where a page ended, for the next one. Opaque to the client.
+pub fn cursor(last: Uuid) -> String {
+    URL_SAFE_NO_PAD.encode(last)
+}
+
+pub fn read_cursor(text: &str) -> Result<Uuid, Problem> {
+    URL_SAFE_NO_PAD
+        .decode(text)
+        .ok()
+        .and_then(|bytes| Uuid::from_slice(&bytes).ok())
+        .ok_or_else(|| Problem::bad_request("invalid_cursor", "send back the \"next\" of an earlier page as it was"))
+}
