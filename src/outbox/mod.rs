@@ -73,7 +73,7 @@ select case
          (select extract(epoch from clock_timestamp() - occurred_at)::float8 from outbox order by id limit 1),
          0
        ) as oldest_seconds
-  from (select count(*) as pending from (select from outbox limit $1) as some) as counted
+  from (select count(*) as pending from (select from outbox limit $1) as first_rows) as counted
 ";
 
 /// Rows counted one by one before [`LAG`] estimates.

@@ -1,0 +1,88 @@
+# shellcheck shell=bash
+# Postgres: a private instance on a free loopback port.
+# Promise: commits are as durable as in production (fsync stays on), and no user's value gets into the server's log.
+# Not here, on purpose: a unix socket. Its path must be shorter than 107 bytes, which no checkout can promise.
+
+POSTGRES_SETTINGS=(
+    -c listen_addresses=127.0.0.1
+    -c unix_socket_directories=
+    -c max_connections=300
+    -c shared_buffers=256MB
+    # The DETAIL of an error and the text of a failed statement carry users' values.
+    -c log_error_verbosity=terse
+    -c log_min_error_statement=panic
+)
+
+postgres_url() { echo "postgres://postgres@127.0.0.1:$(port postgres)/tidings"; }
+
+start_postgres() (
+    use_unpacked
+    bin=$(find_postgres)
+    data=$(postgres_data "$bin")
+    if [[ $(state_of postgres) == frozen ]]; then kill_process postgres; fi
+    if ! alive postgres; then
+        as_account test -d "$data" || create_cluster "$bin" "$data"
+        forget_dead_postmaster "$data"
+        choose_port postgres
+        launch postgres "${AS_ACCOUNT[@]}" "$bin/postgres" -D "$data" -p "$(port postgres)" "${POSTGRES_SETTINGS[@]}"
+    fi
+    wait_ready postgres 60 postgres_answers "$bin"
+    postgres_query "$bin" "select 1 from pg_database where datname = 'tidings'" | grep -q . ||
+        postgres_query "$bin" "create database tidings" >/dev/null
+)
+
+# Fast shutdown: sessions are ended, nothing is lost.
+stop_postgres() { stop_process postgres INT 20; }
+
+postgres_query() { "$1/psql" -XAtq -h 127.0.0.1 -p "$(port postgres)" -U postgres -d postgres -c "$2"; }
+postgres_answers() { postgres_query "$1" 'select 1' >/dev/null 2>&1; }
+
+# An interrupted initdb leaves only the unfinished folder, which the next one replaces.
+create_cluster() {
+    local bin=$1 data=$2 log
+    log=$(log_of postgres-initdb)
+    as_account rm -rf "$data.unfinished"
+    logged "$log" "creating a Postgres cluster" "${AS_ACCOUNT[@]}" "$bin/initdb" --pgdata="$data.unfinished" \
+        --username=postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8 --no-sync
+    as_account mv "$data.unfinished" "$data"
+}
+
+# After a kill -9 the pid in postmaster.pid may by now belong to another process of the same account, and Postgres would
+# refuse to start for fear of it. Our own record says that no postmaster of ours is alive.
+forget_dead_postmaster() {
+    local pid
+    pid=$(as_account head -n 1 "$1/postmaster.pid" 2>/dev/null) || return 0
+    [[ $(readlink "/proc/$pid/exe") == */postgres* ]] || as_account rm -f "$1/postmaster.pid"
+}
+
+# Each major version has data of its own: a newer Postgres cannot read an older one's.
+postgres_data() {
+    local version
+    version=$("$1/postgres" --version)
+    version=${version##*(PostgreSQL) }
+    echo "$(postgres_home)/${version%%[!0-9]*}"
+}
+
+# Postgres refuses to run as root: root runs it with an account that may do nothing else.
+AS_ACCOUNT=(env --chdir=/)
+if ((EUID == 0)); then
+    POSTGRES_ACCOUNT=$(id -un postgres 2>/dev/null || echo nobody)
+    AS_ACCOUNT+=(setpriv "--reuid=$POSTGRES_ACCOUNT" "--regid=$(id -g "$POSTGRES_ACCOUNT")" --clear-groups)
+fi
+as_account() { "${AS_ACCOUNT[@]}" "$@"; }
+
+# .dev/postgres, or where it points to: that account may not be able to get into root's own folders.
+postgres_home() {
+    local home=$DEV/postgres
+    if [[ ! -d $home ]]; then
+        as_account test -x "$DEV" || ln -sfn "$(postgres_home_outside)" "$home"
+        home=$(readlink -m "$home")
+        mkdir -p "$home"
+        ((EUID != 0)) || chown "$POSTGRES_ACCOUNT" "$home"
+    fi
+    readlink -m "$home"
+}
+
+postgres_home_outside() { echo "/var/lib/tidings-dev/$(cksum <<<"$ROOT" | cut -d ' ' -f 1)"; }
+
+wipe_postgres() { rm -rf "$(readlink -m "$DEV/postgres")" "$DEV/postgres"; }

@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+# RabbitMQ: private brokers, each on free loopback ports with an epmd of its own. The one named main is for everyone; tests
+# start more to hurt them.
+# Promise: what the machine has set up for its own RabbitMQ is neither read nor written.
+
+broker_url() { echo "amqp://guest:guest@127.0.0.1:$(port "rabbitmq-$1")/%2f"; }
+broker_names() { find "$DEV/brokers" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' 2>/dev/null | sort; }
+
+start_broker() (
+    name=$1 server=rabbitmq-$1 epmd=epmd-$1
+    if [[ $(state_of "$server") == frozen ]]; then die "broker $name is frozen" "./dev broker thaw $name"; fi
+    if ! alive "$server"; then
+        stop_process "$epmd" TERM 5
+        for part in "$server" "$server-dist" "$epmd"; do choose_port "$part"; done
+        set_up_broker "$name"
+        # Erlang would start an epmd by itself, but one that nobody could find again to stop it.
+        launch "$epmd" "$(find_epmd)" -port "$(port "$epmd")" -address 127.0.0.1
+        wait_ready "$epmd" 10 is_taken "$(port "$epmd")"
+        launch "$server" "$(find_rabbitmq)/rabbitmq-server"
+    fi
+    wait_ready "$server" 120 speaks_amqp "$(port "$server")"
+)
+
+stop_broker() {
+    stop_process "rabbitmq-$1" TERM 30
+    stop_process "epmd-$1" TERM 5
+}
+
+rabbitmqctl() (
+    set_up_broker "$1"
+    shift
+    exec "$(find_rabbitmq)/rabbitmqctl" "$@"
+)
+
+# The environment of one broker and of the commands that talk to it.
+set_up_broker() {
+    local home=$DEV/brokers/$1
+    mkdir -p "$home"
+    use_unpacked
+    unset "${!RABBITMQ_@}" NOTIFY_SOCKET
+    export HOME=$home LANG=C.UTF-8
+    export RABBITMQ_NODENAME=$1@localhost
+    export RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 RABBITMQ_NODE_PORT RABBITMQ_DIST_PORT ERL_EPMD_PORT
+    RABBITMQ_NODE_PORT=$(port "rabbitmq-$1")
+    RABBITMQ_DIST_PORT=$(port "rabbitmq-$1-dist")
+    ERL_EPMD_PORT=$(port "epmd-$1")
+    export ERL_EPMD_ADDRESS=127.0.0.1
+    export RABBITMQ_MNESIA_BASE=$home/mnesia RABBITMQ_LOG_BASE=$home/log RABBITMQ_LOGS=-
+    export RABBITMQ_CONF_ENV_FILE=/nonexistent RABBITMQ_CONFIG_FILE=/nonexistent RABBITMQ_ADVANCED_CONFIG_FILE=/nonexistent
+    export RABBITMQ_ENABLED_PLUGINS_FILE=$home/enabled_plugins
+    echo '[].' >"$home/enabled_plugins"
+    # With input "allowed" the script becomes the server instead of minding it, so that the recorded pid is the server's.
+    export RABBITMQ_ALLOW_INPUT=1 RABBITMQ_SERVER_START_ARGS='-noinput +B i'
+    export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='+S 2:2 -kernel inet_dist_use_interface {127,0,0,1}'
+    export RABBITMQ_CTL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
+}
+
+find_epmd() { command -v epmd || ls /usr/lib/erlang/erts-*/bin/epmd; }
+
+is_taken() { ! is_free "$1"; }
+
+# The port is open long before the broker serves. It does when it answers the protocol header with the frame of
+# Connection.Start, whose first byte is 1.
+speaks_amqp() {
+    local answer
+    answer=$({
+        printf 'AMQP\0\0\011\001' >&3
+        timeout 2 head -c 1 <&3 | od -An -tx1
+    } 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$1") && [[ $answer == *01 ]]
+}

@@ -1,0 +1,102 @@
+# shellcheck shell=bash
+# Service: builds tidings and runs it in the background.
+# Promise: what runs is what was built last, with the servers in use now.
+
+binary() { echo "${CARGO_TARGET_DIR:-$ROOT/target}/debug/tidings"; }
+
+# On a terminal cargo shows its own progress; elsewhere that would be hundreds of lines. Errors are shown whole.
+build() {
+    local cargo_build=(cargo build --locked --manifest-path "$ROOT/Cargo.toml" --bin tidings)
+    if [[ -t 2 ]]; then
+        "${cargo_build[@]}" 9>&- || die "the build failed"
+    else
+        with_progress building "${cargo_build[@]}" --quiet 9>&- || die "the build failed"
+    fi
+}
+
+# Leaves the service alone when it is well and nothing has changed; else stops it, in good order, and starts it anew.
+start_service() {
+    local wanted
+    use_servers
+    wanted=$(fingerprint)
+    if [[ $(state_of tidings) == running && $(cat "$DEV/run/tidings.fingerprint") == "$wanted" ]] && service_is_ready; then
+        return
+    fi
+    stop_service
+    choose_address
+    TIDINGS_LISTEN=$(service_address) launch tidings "$(binary)" serve
+    echo "$wanted" >"$DEV/run/tidings.fingerprint"
+    (wait_ready tidings 30 service_becomes_ready) || die "tidings does not get ready" "GET /readyz says: $(ask_readiness | tail -n 1)"
+}
+
+# The service itself allows its requests 20 seconds to end.
+stop_service() { stop_process tidings TERM 25; }
+
+# What a running service was started from: the binary, and all that it reads from its environment. Hashed, as it may
+# contain passwords.
+fingerprint() {
+    { stat --format '%i %Y %s' "$(binary)" && env | grep -E '^(DATABASE_URL|AMQP_URL|TIDINGS_|RUST_LOG)' | sort; } | sha256sum
+}
+
+choose_address() {
+    local address=${TIDINGS_LISTEN:-127.0.0.1:8080}
+    if ! is_free "${address##*:}"; then
+        [[ -z ${TIDINGS_LISTEN-} ]] || die "port ${address##*:} is taken" "give another address in TIDINGS_LISTEN"
+        choose_port tidings
+        say "port 8080 is taken by another program, so tidings takes $(port tidings)"
+        address=127.0.0.1:$(port tidings)
+    fi
+    echo "$address" >"$DEV/run/tidings.address"
+}
+
+service_address() { cat "$DEV/run/tidings.address" 2>/dev/null || echo -; }
+
+service_is_ready() { [[ $(ask_readiness) == 'HTTP/1.1 200 '* ]]; }
+
+# Prints the whole answer, which says what is amiss. By hand, as there may be no curl.
+ask_readiness() {
+    {
+        printf 'GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
+        timeout 5 cat <&3
+    } 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$(port_of_service)"
+}
+
+# Twice a second is enough: the service logs each time that it had to say no.
+service_becomes_ready() {
+    service_is_ready || { pause 0.4 && false; }
+}
+
+port_of_service() {
+    local address
+    address=$(service_address)
+    echo "${address##*:}"
+}
+
+print_what_to_try() {
+    local url curl=curl dev=./dev user
+    url=http://127.0.0.1:$(port_of_service)
+    user=$(</proc/sys/kernel/random/uuid)
+    [[ $PWD == "$ROOT" ]] || dev=$ROOT/dev
+    command -v curl >/dev/null || curl=$(find_curl)
+    cat <<END
+tidings is ready at $url
+
+Create a user:
+  $curl -sS -X PUT $url/v1/users/$user -H 'content-type: application/json' -d '{"profile":{"first_name":"Ana","job_title":"Author"}}'
+
+Watch the news, in a second terminal:
+  $dev tail
+
+Amend the user, and see the news arrive there:
+  $curl -sS -X PATCH $url/v1/users/$user -H 'content-type: application/merge-patch+json' -d '{"profile":{"job_title":"Editor"}}'
+
+To stop everything: $dev down
+END
+}
+
+# The built tidings with the servers of this checkout.
+tidings() {
+    [[ -x $(binary) ]] || die "tidings is not built yet" "./dev run"
+    use_servers
+    exec "$(binary)" "$@"
+}

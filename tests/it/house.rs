@@ -1,0 +1,426 @@
+//! The House: a running service with its own database and exchange, and a listener who hears everything.
+//!
+//! The service is the real binary in a process of its own, so that a test can kill it, freeze it and read its log. It reaches
+//! Postgres and RabbitMQ through faulty proxies; the House itself reaches them directly.
+
+use std::{
+    fmt::Debug,
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt;
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
+        QueueBindOptions, QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use reqwest::{Client, Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use tidings_sdk::envelope::{FieldName, Notice};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child, Command},
+    time::{sleep, timeout},
+};
+use uuid::Uuid;
+
+use crate::proxy::Proxy;
+
+/// How long a test waits for what has to come.
+pub const PATIENCE: Duration = Duration::from_secs(40);
+
+pub fn env(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the tests with ./dev test"))
+}
+
+/// Waits for `look` to give something; fails with the last thing it saw instead.
+pub async fn eventually<T, Seen: Debug>(what: &str, mut look: impl AsyncFnMut() -> Result<T, Seen>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match look().await {
+            Ok(found) => return found,
+            Err(seen) if Instant::now() > deadline => panic!("waited {PATIENCE:?} for {what}, last saw {seen:?}"),
+            // A pause between two looks, not a wait for time to pass: the condition decides.
+            Err(_) => sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+/// A URL with its host and port replaced by those of a proxy.
+fn through(url: &str, proxy: &Proxy) -> String {
+    let (head, rest) = url.split_once("://").unwrap();
+    let (authority, path) = rest.split_once('/').unwrap();
+    let user = authority.rsplit_once('@').map(|(user, _)| format!("{user}@")).unwrap_or_default();
+    format!("{head}://{user}{}/{path}", proxy.address())
+}
+
+async fn proxy_before(url: &str) -> Proxy {
+    let authority = url.split_once("://").unwrap().1.split('/').next().unwrap();
+    let host = authority.rsplit('@').next().unwrap();
+    Proxy::before(tokio::net::lookup_host(host).await.unwrap().next().unwrap()).await
+}
+
+/// The address of a test's own database.
+pub fn database_url(db: &PgPool) -> String {
+    let url = env("DATABASE_URL");
+    let (server, _) = url.rsplit_once('/').unwrap();
+    format!("{server}/{}", db.connect_options().get_database().unwrap())
+}
+
+pub struct House {
+    pub db: PgPool,
+    pub exchange: String,
+    pub service: Service,
+    pub postgres: Proxy,
+    pub broker: Proxy,
+    pub audit: Audit,
+    settings: Vec<(String, String)>,
+    http: Client,
+}
+
+impl House {
+    pub async fn open(db: PgPool) -> Self {
+        Self::with(db, &[]).await
+    }
+
+    /// A House whose service has these settings on top.
+    pub async fn with(db: PgPool, extra: &[(&str, &str)]) -> Self {
+        Self::at(db, &env("AMQP_URL"), extra).await
+    }
+
+    /// A House at another broker than that of all tests.
+    pub async fn at(db: PgPool, amqp_url: &str, extra: &[(&str, &str)]) -> Self {
+        let exchange = format!("test.{}", Uuid::new_v4().simple());
+        let audit = Audit::at(amqp_url, &exchange).await;
+        let database_url = database_url(&db);
+        let (postgres, broker) = (proxy_before(&database_url).await, proxy_before(amqp_url).await);
+        let mut settings: Vec<(String, String)> = [
+            ("DATABASE_URL", through(&database_url, &postgres).as_str()),
+            ("AMQP_URL", through(amqp_url, &broker).as_str()),
+            ("TIDINGS_EXCHANGE", &exchange),
+            ("TIDINGS_LISTEN", "127.0.0.1:0"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+        settings.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let service = Service::start(&["serve"], &settings).await;
+        let http = Client::builder().timeout(PATIENCE).build().unwrap();
+        Self { db, exchange, service, postgres, broker, audit, settings, http }
+    }
+
+    /// Another process of the same deployment, such as `&["relay"]`.
+    pub async fn another(&self, command: &[&str]) -> Service {
+        Service::start(command, &self.settings).await
+    }
+
+    /// Another process of the same deployment that is not waited for: it may not come up.
+    pub fn settings(&self) -> &[(String, String)] {
+        &self.settings
+    }
+
+    /// A new process in place of the one that is gone.
+    pub async fn restart(&mut self) {
+        self.service = Service::start(&["serve"], &self.settings).await;
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.service.url))
+    }
+
+    pub async fn create(&self, profile: Value) -> Answer {
+        Answer::to(self.request(Method::POST, "/v1/users").json(&json!({ "profile": profile }))).await
+    }
+
+    /// A new user; the id.
+    pub async fn user(&self, profile: Value) -> Uuid {
+        let created = self.create(profile).await;
+        assert_eq!(created.status, 201, "{created:?}");
+        created.body["id"].as_str().unwrap().parse().unwrap()
+    }
+
+    pub fn patch(&self, user: &Uuid, patch: Value) -> RequestBuilder {
+        self.request(Method::PATCH, &format!("/v1/users/{user}"))
+            .header("content-type", "application/merge-patch+json")
+            .body(json!({ "profile": patch }).to_string())
+    }
+
+    pub async fn amend(&self, user: &Uuid, patch: Value) -> Answer {
+        Answer::to(self.patch(user, patch)).await
+    }
+
+    pub async fn put(&self, user: &Uuid, profile: Value) -> Answer {
+        Answer::to(self.request(Method::PUT, &format!("/v1/users/{user}")).json(&json!({ "profile": profile }))).await
+    }
+
+    pub async fn get(&self, user: &Uuid) -> Answer {
+        Answer::to(self.request(Method::GET, &format!("/v1/users/{user}"))).await
+    }
+
+    pub async fn delete(&self, user: &Uuid) -> Answer {
+        Answer::to(self.request(Method::DELETE, &format!("/v1/users/{user}"))).await
+    }
+
+    pub async fn page(&self, path: &str) -> Answer {
+        Answer::to(self.request(Method::GET, path)).await
+    }
+
+    /// A sample of `/metrics`, by its name with labels, such as `tidings_outbox_pending`.
+    pub async fn metric(&self, sample: &str) -> f64 {
+        let text = self.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {sample} in {text}")).parse().unwrap()
+    }
+
+    /// Rows in the outbox.
+    pub async fn pending(&self) -> i64 {
+        sqlx::query_scalar("select count(*) from outbox").fetch_one(&self.db).await.unwrap()
+    }
+
+    /// Waits until everything that is committed is confirmed, and everything that is confirmed was heard.
+    pub async fn settle(&self) {
+        eventually("an empty outbox", async || match self.pending().await {
+            0 => Ok(()),
+            rows => Err(rows),
+        })
+        .await;
+        self.audit.catch_up().await;
+    }
+
+    /// What the listener heard of a user once all is settled, such as `profile.updated[job_title,company]`.
+    pub async fn told(&self, user: &Uuid) -> Vec<String> {
+        self.settle().await;
+        self.audit.heard().iter().filter(|notice| notice.user_id == *user).map(describe).collect()
+    }
+}
+
+pub fn describe(notice: &Notice) -> String {
+    let fields: Vec<&str> = notice.event.changed_fields().iter().map(FieldName::as_str).collect();
+    let name = notice.event.name();
+    if fields.is_empty() { name.to_owned() } else { format!("{name}[{}]", fields.join(",")) }
+}
+
+/// An answer of the service.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub etag: Option<String>,
+    pub headers: reqwest::header::HeaderMap,
+    pub body: Value,
+}
+
+impl Answer {
+    pub async fn to(request: RequestBuilder) -> Self {
+        Self::of(request.send().await.unwrap()).await
+    }
+
+    pub async fn of(response: reqwest::Response) -> Self {
+        let (status, headers) = (response.status(), response.headers().clone());
+        let etag = headers.get("etag").map(|etag| etag.to_str().unwrap().to_owned());
+        let text = response.text().await.unwrap();
+        Self { status, etag, headers, body: serde_json::from_str(&text).unwrap_or(Value::Null) }
+    }
+
+    /// The answer, which must be a success.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert!(self.status.is_success(), "{self:?}");
+        self
+    }
+
+    /// The stable code of a refusal, which must be a well-formed problem+json with this status.
+    #[track_caller]
+    pub fn refusal(&self, status: u16) -> &str {
+        assert_eq!(self.status, status, "{self:?}");
+        assert_eq!(self.headers["content-type"], "application/problem+json", "{self:?}");
+        assert_eq!(self.body["status"], status, "{self:?}");
+        assert_eq!(self.body["request_id"].as_str().unwrap(), self.headers["x-request-id"], "{self:?}");
+        self.body["code"].as_str().unwrap()
+    }
+
+    pub fn version(&self) -> i64 {
+        self.body["version"].as_i64().unwrap()
+    }
+}
+
+/// A process of the real binary.
+pub struct Service {
+    child: Child,
+    pub url: String,
+    log: Arc<Mutex<String>>,
+}
+
+/// A command of the binary with a clean environment and these settings.
+pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
+    let mut tidings = Command::new(env!("CARGO_BIN_EXE_tidings"));
+    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE"] {
+        tidings.env_remove(name);
+    }
+    tidings.args(command).envs(settings.iter().map(|(name, value)| (name, value)));
+    tidings.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    tidings
+}
+
+impl Service {
+    /// Starts a process that serves HTTP, and waits for its ready line.
+    pub async fn start(command: &[&str], settings: &[(String, String)]) -> Self {
+        let mut child = tidings(command, settings).spawn().unwrap();
+        let log = Arc::<Mutex<String>>::default();
+        collect(child.stderr.take().unwrap(), log.clone());
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = timeout(PATIENCE, lines.next_line()).await.ok().and_then(Result::unwrap);
+        let ready = ready.unwrap_or_else(|| panic!("no ready line; the log: {}", log.lock().unwrap()));
+        let url = ready.strip_prefix("tidings ready on ").unwrap_or_else(|| panic!("{ready}")).to_owned();
+        Self { child, url, log }
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    pub async fn signal(&self, signal: &str) {
+        let pid = self.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
+    }
+
+    /// The exit code, once it has left.
+    pub async fn left(&mut self) -> Option<i32> {
+        timeout(PATIENCE, self.child.wait()).await.expect("it does not leave").unwrap().code()
+    }
+}
+
+fn collect(from: impl AsyncRead + Unpin + Send + 'static, into: Arc<Mutex<String>>) {
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(from).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let mut log = into.lock().unwrap();
+            log.push_str(&line);
+            log.push('\n');
+        }
+    });
+}
+
+/// A listener with a durable queue bound `#`, who comes back when the broker does.
+pub struct Audit {
+    amqp_url: String,
+    pub queue: String,
+    heard: Arc<Mutex<Heard>>,
+}
+
+#[derive(Default)]
+struct Heard {
+    notices: Vec<Notice>,
+    /// Everything of each message as it came, for those who look for what should not be there.
+    raw: Vec<String>,
+    marks: Vec<String>,
+}
+
+impl Audit {
+    async fn at(amqp_url: &str, exchange: &str) -> Self {
+        let queue = format!("{exchange}.audit");
+        let connection = connect(amqp_url).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        declare(&channel, exchange).await;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-expires".into(), AMQPValue::LongInt(600_000));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(queue.as_str().into(), durable, arguments).await.unwrap();
+        bind(&channel, &queue, exchange, "#").await;
+        let heard = Arc::<Mutex<Heard>>::default();
+        tokio::spawn(listen(amqp_url.to_owned(), queue.clone(), heard.clone()));
+        Self { amqp_url: amqp_url.to_owned(), queue, heard }
+    }
+
+    pub fn heard(&self) -> Vec<Notice> {
+        self.heard.lock().unwrap().notices.clone()
+    }
+
+    /// Properties and bodies as they came.
+    pub fn raw(&self) -> Vec<String> {
+        self.heard.lock().unwrap().raw.clone()
+    }
+
+    /// Waits until everything that is in the queue now was heard: a mark put at its end has arrived.
+    pub async fn catch_up(&self) {
+        let mark = Uuid::new_v4().to_string();
+        eventually("the broker to take a mark", async || {
+            self.send_mark(&mark).await.map_err(|error| error.to_string())
+        })
+        .await;
+        eventually("the listener to catch up", async || {
+            let heard = self.heard.lock().unwrap();
+            if heard.marks.contains(&mark) { Ok(()) } else { Err(heard.notices.len()) }
+        })
+        .await;
+    }
+
+    async fn send_mark(&self, mark: &str) -> lapin::Result<()> {
+        let connection = connect(&self.amqp_url).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let properties = BasicProperties::default().with_type("mark".into()).with_delivery_mode(2);
+        let options = BasicPublishOptions::default();
+        channel
+            .basic_publish("".into(), self.queue.as_str().into(), options, mark.as_bytes(), properties)
+            .await?
+            .await?;
+        connection.close(200, "".into()).await
+    }
+}
+
+pub async fn connect(amqp_url: &str) -> lapin::Result<Connection> {
+    Connection::connect(amqp_url, ConnectionProperties::default()).await
+}
+
+/// The exchange as the service declares it.
+pub async fn declare(channel: &Channel, exchange: &str) {
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    channel.exchange_declare(exchange.into(), ExchangeKind::Topic, durable, FieldTable::default()).await.unwrap();
+}
+
+pub async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) {
+    let options = QueueBindOptions::default();
+    channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await.unwrap();
+}
+
+async fn listen(amqp_url: String, queue: String, heard: Arc<Mutex<Heard>>) {
+    loop {
+        let lost = listen_once(&amqp_url, &queue, &heard).await;
+        if lost.is_ok() {
+            return;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn listen_once(amqp_url: &str, queue: &str, heard: &Mutex<Heard>) -> lapin::Result<()> {
+    let connection = connect(amqp_url).await?;
+    let channel = connection.create_channel().await?;
+    let options = BasicConsumeOptions::default();
+    let mut news = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?;
+    while let Some(delivery) = news.next().await {
+        let delivery = delivery?;
+        {
+            let mut heard = heard.lock().unwrap();
+            if delivery.properties.kind().as_ref().is_some_and(|kind| kind.as_str() == "mark") {
+                heard.marks.push(String::from_utf8(delivery.data.clone()).unwrap());
+            } else {
+                heard.raw.push(format!("{:?} {}", delivery.properties, String::from_utf8_lossy(&delivery.data)));
+                heard.notices.push(Notice::from_message(&delivery.properties, &delivery.data).unwrap());
+            }
+        }
+        delivery.ack(BasicAckOptions::default()).await?;
+    }
+    // The queue was deleted.
+    Ok(())
+}

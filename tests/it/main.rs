@@ -1,0 +1,7 @@
+//! The story, on the real servers: one chapter a file. `./dev test` brings the servers up and runs it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod house;
+mod proxy;
+
+mod users;

@@ -1,0 +1,109 @@
+//! A faulty TCP proxy: what stands between the service and its servers when a test says that the network is bad.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+};
+
+/// What the proxy does to the bytes that pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Weather {
+    /// New connections are closed at once, and those that stand are cut.
+    pub down: bool,
+    /// What the client says is held back.
+    pub hold_requests: bool,
+    /// What the server says is held back.
+    pub hold_answers: bool,
+}
+
+pub struct Proxy {
+    address: SocketAddr,
+    weather: Arc<watch::Sender<Weather>>,
+}
+
+impl Proxy {
+    /// A proxy before `server`, in fair weather.
+    pub async fn before(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (weather, seen) = watch::channel(Weather::default());
+        tokio::spawn(accept(listener, server, seen));
+        Self { address, weather: Arc::new(weather) }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Cuts every connection and lets none through.
+    pub fn down(&self) {
+        self.set(Weather { down: true, ..Weather::default() });
+    }
+
+    /// Half-open: the server hears the client, and its answers do not arrive.
+    pub fn hold_answers(&self) {
+        self.set(Weather { hold_answers: true, ..Weather::default() });
+    }
+
+    /// Nothing arrives on either side, and no connection breaks.
+    pub fn freeze(&self) {
+        self.set(Weather { hold_answers: true, hold_requests: true, down: false });
+    }
+
+    /// Fair weather: what was held back goes through.
+    pub fn up(&self) {
+        self.set(Weather::default());
+    }
+
+    fn set(&self, weather: Weather) {
+        self.weather.send_replace(weather);
+    }
+}
+
+async fn accept(listener: TcpListener, server: SocketAddr, weather: watch::Receiver<Weather>) {
+    while let Ok((client, _)) = listener.accept().await {
+        if weather.borrow().down {
+            continue;
+        }
+        let weather = weather.clone();
+        tokio::spawn(async move {
+            if let Ok(server) = TcpStream::connect(server).await {
+                let (_, _) = (client.set_nodelay(true), server.set_nodelay(true));
+                let ((client_says, to_client), (server_says, to_server)) = (client.into_split(), server.into_split());
+                // When one direction ends, both do: a connection that is half alive helps no test.
+                tokio::select! {
+                    () = pump(client_says, to_server, weather.clone(), |weather| weather.hold_requests) => {}
+                    () = pump(server_says, to_client, weather.clone(), |weather| weather.hold_answers) => {}
+                    () = cut(weather) => {}
+                }
+            }
+        });
+    }
+}
+
+async fn cut(mut weather: watch::Receiver<Weather>) {
+    // The proxy outlives its connections, or the test is over.
+    let _ = weather.wait_for(|weather| weather.down).await;
+}
+
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut weather: watch::Receiver<Weather>,
+    is_held: fn(&Weather) -> bool,
+) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if weather.wait_for(|weather| !is_held(weather)).await.is_err()
+            || to.write_all(&buffer[..length]).await.is_err()
+        {
+            return;
+        }
+    }
+}
