@@ -18,6 +18,7 @@ use crate::{
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
     servers((url = "http://127.0.0.1:8080", description = "As `tidings serve` listens unless told otherwise")),
+    security(()),
     tags(
         (name = "users", description = "The master data"),
         (name = "operations", description = "For operators"),

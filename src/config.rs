@@ -3,9 +3,9 @@
 //! Promise: everything that is wrong is named at start, all at once, with what would be right.
 //! Not here, on purpose: secrets on the command line, where every user of the machine could read them.
 
-use std::{fmt, fs, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{collections::HashSet, ffi::OsStr, fmt, fs, net::SocketAddr, path::PathBuf, str::FromStr};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use secrecy::SecretString;
 use tidings_sdk::envelope::FieldName;
 
@@ -227,6 +227,20 @@ impl Tail {
     pub fn fields(&self, faults: &mut Faults) -> Vec<FieldName> {
         self.fields.iter().filter_map(|name| faults.note("--fields", FieldName::from_str(name))).collect()
     }
+}
+
+/// The environment variables that look like settings of ours and are none: a misspelt one would silently be without effect.
+pub fn unknown_settings() -> Vec<String> {
+    let command = Cli::command();
+    let commands = command.get_subcommands().chain([&command]);
+    let known: HashSet<&OsStr> =
+        commands.flat_map(|command| command.get_arguments().filter_map(|arg| arg.get_env())).collect();
+    // Kubernetes describes a service called "tidings" to its pods in variables of these names.
+    let kubernetes = |name: &str| ["TIDINGS_PORT", "TIDINGS_SERVICE_"].iter().any(|prefix| name.starts_with(prefix));
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    names
+        .filter(|name| name.starts_with("TIDINGS_") && !kubernetes(name) && !known.contains(OsStr::new(name)))
+        .collect()
 }
 
 /// A secret from its file, or else from the environment.

@@ -97,7 +97,9 @@ impl Db {
                 .application_name("tidings")
                 .options([
                     ("statement_timeout", "5s"),
-                    ("lock_timeout", "2s"),
+                    // Rows are locked for milliseconds, by another instance's batch. Longer is somebody's forgotten transaction,
+                    // and only the changes of that one row should fail for it.
+                    ("lock_timeout", "1s"),
                     ("idle_in_transaction_session_timeout", "10s"),
                 ])
                 .disable_statement_logging(),
@@ -159,11 +161,12 @@ impl Db {
     }
 }
 
-async fn connect(options: &PgConnectOptions) -> anyhow::Result<PgConnection> {
-    timeout(CONNECT_DEADLINE, options.connect())
-        .await
-        .map_err(|_| anyhow::anyhow!("no answer within {CONNECT_DEADLINE:?}"))?
-        .context("the database cannot be reached")
+async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
+    match timeout(CONNECT_DEADLINE, options.connect()).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(Trouble::Unreachable(error.into())),
+        Err(_) => Err(Trouble::Unreachable(anyhow::anyhow!("no answer within {CONNECT_DEADLINE:?}"))),
+    }
 }
 
 /// One connection that one task owns, dialled when it is first needed and again after it was lost.
@@ -180,7 +183,7 @@ impl Line {
         // Taken out while in use: when this future is dropped or fails, the connection goes with it.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => connect(&self.options).await.map_err(Trouble::Unreachable)?,
+            None => connect(&self.options).await?,
         };
         let outcome = match timeout(ANSWER_DEADLINE, work(&mut connection)).await {
             Ok(outcome) => outcome.map_err(Trouble::from),

@@ -43,6 +43,7 @@ pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
+    warn_of_unknown_settings();
     let listener = listen(address).await?;
     await_database(&db, !settings.no_migrate).await?;
 
@@ -65,6 +66,12 @@ pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn warn_of_unknown_settings() {
+    for name in config::unknown_settings() {
+        tracing::warn!("{name} is set, and there is no such setting; see `tidings serve --help`");
+    }
+}
+
 /// The relay alone.
 pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
     let mut faults = config::Faults::default();
@@ -78,6 +85,7 @@ pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
+    warn_of_unknown_settings();
     let listener = listen(address).await?;
     await_database(&db, false).await?;
     let telling = Roles::new(stop.clone());

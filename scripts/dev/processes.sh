@@ -118,8 +118,8 @@ give_up() {
     die "$2" "the whole log is $(log_of "$1")"
 }
 
-# port NAME: the port that NAME was given.
-port() { cat "$DEV/ports/$1"; }
+# port NAME: the port that NAME was given, if it ever was.
+port() { cat "$DEV/ports/$1" 2>/dev/null || true; }
 
 # choose_port NAME: keeps the port of last time while it is free, so that addresses stay the same over restarts.
 # New ports come from below the kernel's ephemeral range, where no client's own socket can sit on them.

@@ -10,7 +10,7 @@ start_broker() (
     name=$1 server=rabbitmq-$1 epmd=epmd-$1
     if [[ $(state_of "$server") == frozen ]]; then die "broker $name is frozen" "./dev broker thaw $name"; fi
     if ! alive "$server"; then
-        stop_process "$epmd" TERM 5
+        stop_broker "$name"
         for part in "$server" "$server-dist" "$epmd"; do choose_port "$part"; done
         set_up_broker "$name"
         # Erlang would start an epmd by itself, but one that nobody could find again to stop it.
@@ -24,7 +24,16 @@ start_broker() (
 stop_broker() {
     stop_process "rabbitmq-$1" TERM 30
     stop_process "epmd-$1" TERM 5
+    stop_foundling "$1"
 }
+
+# A broker that misses its epmd starts another, which is in nobody's records but answers at the same port.
+stop_foundling() (
+    port=$(port "epmd-$1")
+    [[ -n $port ]] || return 0
+    use_unpacked
+    is_free "$port" || "$(find_epmd)" -port "$port" -kill >/dev/null 2>&1 || true
+)
 
 rabbitmqctl() (
     set_up_broker "$1"

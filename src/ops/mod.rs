@@ -18,7 +18,10 @@ use std::sync::atomic::AtomicU64;
 use tokio::time::timeout;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{db, outbox, relay, web::Problem};
+use crate::{
+    db, outbox, relay,
+    web::{Problem, ProblemBody, Refusals},
+};
 
 /// For a look at the database: a probe that hangs is as bad as one that fails.
 const LOOK: Duration = Duration::from_secs(2);
@@ -71,7 +74,7 @@ pub fn routes() -> OpenApiRouter<Ops> {
 
 /// Alive: the process answers.
 #[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "health",
-    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain")))]
+    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain"), Refusals))]
 async fn healthz() -> &'static str {
     "ok\n"
 }
@@ -105,6 +108,7 @@ enum Readily {
     responses(
         (status = 200, description = "Send requests: ready or degraded", body = Readiness),
         (status = 503, description = "Send none: the database does not answer", body = Readiness),
+        (status = 405, description = "`method_not_allowed`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 async fn readyz(State(ops): State<Ops>) -> Response {
     let database = ops.lag().await.err();
@@ -123,7 +127,10 @@ async fn readyz(State(ops): State<Ops>) -> Response {
 
 /// Metrics in the OpenMetrics text format.
 #[utoipa::path(get, path = "/metrics", tag = "operations", operation_id = "metrics",
-    responses((status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text")))]
+    responses(
+        (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"),
+        Refusals,
+    ))]
 async fn metrics(State(ops): State<Ops>) -> Result<Response, Problem> {
     let lag = ops.lag().await.unwrap_or(outbox::Lag { pending: -1, oldest_seconds: -1.0 });
     ops.metrics.pending.set(lag.pending);
