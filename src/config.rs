@@ -9,7 +9,12 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use secrecy::SecretString;
 use tidings_sdk::envelope::FieldName;
 
-use crate::{broker::Broker, db::Db, profile::Schema, telemetry::LogFormat};
+use crate::{
+    broker::{self, Broker},
+    db::Db,
+    profile::Schema,
+    telemetry::LogFormat,
+};
 
 /// The owner of user master data, which tells every other application that something changed.
 ///
@@ -204,9 +209,12 @@ impl Database {
 
 impl Amqp {
     pub fn open(&self, faults: &mut Faults) -> Option<Broker> {
-        let url = faults.note("AMQP_URL", secret("AMQP_URL", self.amqp_url_file.as_ref()))?;
-        let broker = Broker::new(&url, &self.exchange, self.routing_key_prefix.as_deref());
-        faults.note("AMQP_URL, TIDINGS_EXCHANGE, TIDINGS_ROUTING_KEY_PREFIX", broker)
+        let url = faults.note("AMQP_URL", secret("AMQP_URL", self.amqp_url_file.as_ref()));
+        let uri = url.and_then(|url| faults.note("AMQP_URL", broker::parse_url(&url)));
+        let exchange = faults.note("TIDINGS_EXCHANGE", broker::parse_exchange(&self.exchange));
+        let prefix = self.routing_key_prefix.as_deref().map(broker::parse_prefix).transpose();
+        let prefix = faults.note("TIDINGS_ROUTING_KEY_PREFIX", prefix);
+        Some(Broker::new(uri?, exchange?, prefix?))
     }
 }
 

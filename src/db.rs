@@ -66,7 +66,8 @@ impl Trouble {
     /// What is wrong, with its causes, for the log. Holds no user's value.
     pub fn report(&self) -> String {
         match self {
-            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {cause:#}"),
+            // Not the whole chain: these causes quote their own.
+            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {cause}"),
             Self::Refused(_) => self.to_string(),
         }
     }
@@ -151,7 +152,8 @@ impl Db {
             "select name from pg_settings where name in ('fsync', 'synchronous_commit') and setting = 'off' order by name",
         )
         .fetch_all(&mut connection)
-        .await?;
+        .await
+        .map_err(Trouble::from)?;
         anyhow::ensure!(
             off.is_empty(),
             "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",

@@ -17,7 +17,7 @@ use crate::{
     app,
     broker::Broker,
     config,
-    db::Db,
+    db::{Db, Trouble},
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
@@ -31,6 +31,7 @@ const PATIENCE: u32 = 30;
 
 /// The API and, unless told otherwise, the relay.
 pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
+    warn_of_unknown_settings();
     let mut faults = config::Faults::default();
     let db = settings.database.open(&mut faults);
     let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
@@ -43,9 +44,9 @@ pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    warn_of_unknown_settings();
     let listener = listen(address).await?;
-    await_database(&db, !settings.no_migrate).await?;
+    let Some(found) = stop.run_until_cancelled(await_database(&db, !settings.no_migrate)).await else { return Ok(()) };
+    found?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
     let (bell, queries) = (Bell::default(), db.pool());
@@ -74,6 +75,7 @@ fn warn_of_unknown_settings() {
 
 /// The relay alone.
 pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
+    warn_of_unknown_settings();
     let mut faults = config::Faults::default();
     let db = settings.database.open(&mut faults);
     let broker = settings.amqp.open(&mut faults);
@@ -85,9 +87,9 @@ pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    warn_of_unknown_settings();
     let listener = listen(address).await?;
-    await_database(&db, false).await?;
+    let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
+    found?;
     let telling = Roles::new(stop.clone());
     let status = tell(&telling, &db, broker, &Bell::default(), &stop);
     let queries = db.pool();
@@ -118,16 +120,14 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 /// Servers that start together find their database not yet up: wait for it, and say so.
 async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
-    for patience in (0..PATIENCE).rev() {
-        match db.check_durability().await {
-            Ok(()) if migrate => return db.migrate().await,
-            Ok(()) => return Ok(()),
-            Err(error) if patience == 0 || !error.is::<crate::db::Trouble>() => return Err(error),
-            Err(error) => tracing::warn!(tries_left = patience, "waiting for the database: {error:#}"),
-        }
+    for tries_left in (0..PATIENCE).rev() {
+        let Err(error) = db.check_durability().await else { break };
+        let Some(trouble) = error.downcast_ref::<Trouble>().map(Trouble::report) else { return Err(error) };
+        ensure!(tries_left > 0, trouble);
+        tracing::warn!(tries_left, "waiting for the database: {trouble}");
         sleep(Duration::from_secs(1)).await;
     }
-    Ok(())
+    if migrate { db.migrate().await } else { Ok(()) }
 }
 
 /// The ready line: where, on stdout, for people and for scripts that wait for it.

@@ -30,6 +30,42 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
 
+/// The address of a broker.
+///
+/// # Errors
+/// When `url` is no AMQP URL. The URL is not repeated: it holds a password.
+pub fn parse_url(url: &SecretString) -> anyhow::Result<AMQPUri> {
+    let uri = url.expose_secret().parse();
+    let mut uri: AMQPUri = uri.map_err(|_| anyhow::anyhow!("expected amqp://USER:PASSWORD@HOST/VHOST"))?;
+    uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
+    Ok(uri)
+}
+
+/// The name of an exchange that may be ours.
+///
+/// # Errors
+/// When the broker would not take it.
+pub fn parse_exchange(name: &str) -> anyhow::Result<String> {
+    ensure!(
+        (1..=NAME_LIMIT_BYTES).contains(&name.len()) && !name.starts_with("amq."),
+        "expected a name of 1 to {NAME_LIMIT_BYTES} bytes that does not begin with \"amq.\""
+    );
+    Ok(name.to_owned())
+}
+
+/// The words before every routing key.
+///
+/// # Errors
+/// When they would not be words to a topic exchange.
+pub fn parse_prefix(prefix: &str) -> anyhow::Result<String> {
+    let are_words = prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']));
+    ensure!(
+        are_words && prefix.len() <= NAME_LIMIT_BYTES,
+        "expected words with dots between them, without * and #, at most {NAME_LIMIT_BYTES} bytes"
+    );
+    Ok(prefix.to_owned())
+}
+
 /// Where the broker is, and what we publish to.
 #[derive(Clone)]
 pub struct Broker {
@@ -39,24 +75,8 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// # Errors
-    /// When `url` is no AMQP URL. The URL is not repeated: it holds a password.
-    pub fn new(url: &SecretString, exchange: &str, prefix: Option<&str>) -> anyhow::Result<Self> {
-        let mut uri: AMQPUri =
-            url.expose_secret().parse().map_err(|_| anyhow::anyhow!("expected amqp://USER:PASSWORD@HOST/VHOST"))?;
-        uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
-        ensure!(
-            !exchange.is_empty() && exchange.len() <= NAME_LIMIT_BYTES && !exchange.starts_with("amq."),
-            "the exchange needs a name of 1 to {NAME_LIMIT_BYTES} bytes that does not begin with \"amq.\""
-        );
-        if let Some(prefix) = prefix {
-            let well_formed = prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']));
-            ensure!(
-                well_formed && prefix.len() <= NAME_LIMIT_BYTES,
-                "the routing key prefix is words with dots between them, without * and #, at most {NAME_LIMIT_BYTES} bytes"
-            );
-        }
-        Ok(Self { uri, exchange: exchange.to_owned(), prefix: prefix.map(str::to_owned) })
+    pub fn new(uri: AMQPUri, exchange: String, prefix: Option<String>) -> Self {
+        Self { uri, exchange, prefix }
     }
 
     pub fn exchange(&self) -> &str {
@@ -139,26 +159,23 @@ async fn within<T>(deadline: Duration, request: impl Future<Output = lapin::Resu
 mod tests {
     use super::*;
 
-    fn broker(exchange: &str, prefix: Option<&str>) -> anyhow::Result<Broker> {
-        Broker::new(&"amqp://localhost".into(), exchange, prefix)
-    }
-
     #[test]
     fn names_are_checked_before_the_broker_sees_them() {
         for exchange in ["", "amq.topic", &"x".repeat(201)] {
-            assert!(broker(exchange, None).is_err(), "{exchange}");
+            assert!(parse_exchange(exchange).is_err(), "{exchange}");
         }
         for prefix in ["", ".", "a..b", "a.*", "#"] {
-            assert!(broker("masterdata", Some(prefix)).is_err(), "{prefix}");
+            assert!(parse_prefix(prefix).is_err(), "{prefix}");
         }
-        let broker = broker("master data", Some("eu.prod")).unwrap();
+        let uri = parse_url(&"amqp://localhost".into()).unwrap();
+        let broker = Broker::new(uri, parse_exchange("master data").unwrap(), Some(parse_prefix("eu.prod").unwrap()));
         assert_eq!(broker.routing_key(&Event::Deleted), "eu.prod.user.deleted");
         assert_eq!(broker.source(), "urn:tidings:master-data");
     }
 
     #[test]
     fn a_wrong_url_is_not_repeated() {
-        let error = Broker::new(&"http://ana:s3cret@host".into(), "masterdata", None).err().unwrap();
+        let error = parse_url(&"http://ana:s3cret@host".into()).unwrap_err();
         assert!(!format!("{error:#}").contains("s3cret"), "{error:#}");
     }
 }
