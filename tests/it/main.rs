@@ -4,4 +4,8 @@
 mod house;
 mod proxy;
 
+mod hardship;
+mod races;
+mod refusals;
+mod statements;
 mod users;
