@@ -4,7 +4,9 @@
 mod house;
 mod proxy;
 
+mod command_line;
 mod hardship;
+mod messages;
 mod races;
 mod refusals;
 mod statements;
