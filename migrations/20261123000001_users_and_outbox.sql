@@ -8,7 +8,7 @@ create table users (
   version bigint not null check (version > 0),
   -- `json`, not `jsonb`: the service alone interprets it and wants back, byte for byte, the text it validated.
   -- Null once the user is deleted: a tombstone has no place for data.
-  profile json,
+  profile json check (json_typeof(profile) = 'object'),
   created_at timestamptz,
   updated_at timestamptz,
   deleted_at timestamptz,

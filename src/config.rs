@@ -92,7 +92,7 @@ pub struct Serve {
     pub amqp: Amqp,
     #[command(flatten)]
     pub listen: Listen,
-    /// JSON Schema file that decides what a profile may hold [default: the built-in one].
+    /// JSON Schema file that decides what a profile may hold. Without it: a built-in one.
     #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
     pub profile_schema: Option<PathBuf>,
     /// Leave the relaying to `tidings relay` elsewhere; then no broker is needed here.
@@ -121,7 +121,7 @@ pub struct Migrate {
 
 #[derive(Debug, Args)]
 pub struct Tail {
-    /// Routing keys to listen for; `*` is one word, `#` any number [default: #, or none with --fields].
+    /// Routing keys to listen for; `*` is one word, `#` any number. Without any: everything, or nothing but --fields.
     #[arg(value_name = "KEY")]
     pub keys: Vec<String>,
     /// Only profile.updated, and only when one of these fields changed.

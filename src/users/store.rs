@@ -64,7 +64,8 @@ select change.user_id, kept.id is not null as is_kept, now() as at,
        users.version, users.profile, users.created_at, users.updated_at, users.deleted_at
   from change
   left join kept on kept.id = change.user_id
-  left join users on users.id = change.user_id and kept.id is null
+  -- A null key finds nothing and costs nothing.
+  left join users on users.id = case when kept.id is null then change.user_id end
 ";
 
 /// The latest state of each of these users, the living and the dead.
