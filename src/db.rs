@@ -89,10 +89,11 @@ impl Db {
     /// # Errors
     /// When `url` is no Postgres URL. The URL is not repeated: it holds a password.
     pub fn new(url: &SecretString) -> anyhow::Result<Self> {
-        let options: PgConnectOptions = url
-            .expose_secret()
-            .parse()
-            .map_err(|_| anyhow::anyhow!("expected postgres://USER:PASSWORD@HOST/DATABASE"))?;
+        let url = url.expose_secret();
+        // sqlx would take a URL of any scheme, and what belongs to another database, for one of Postgres.
+        let is_ours = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
+        let options: Option<PgConnectOptions> = url.parse().ok().filter(|_| is_ours);
+        let options = options.context("expected postgres://USER:PASSWORD@HOST/DATABASE")?;
         Ok(Self {
             options: options
                 .application_name("tidings")
