@@ -120,6 +120,7 @@ async fn listen(broker: &Broker, channel: &Channel, wanted: &Wanted) -> anyhow::
     let name: ShortString = format!("tidings.tail.{}", Uuid::new_v4()).into();
     let private = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
     request(channel.queue_declare(name.clone(), private, FieldTable::default())).await?;
+    tracing::debug!(queue = %name, "declared");
     if !wanted.fields.is_empty() {
         bind_fields(broker, channel, &name, &wanted.fields).await?;
     }
