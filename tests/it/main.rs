@@ -7,6 +7,7 @@ mod proxy;
 mod command_line;
 mod hardship;
 mod messages;
+mod privacy;
 mod races;
 mod refusals;
 mod statements;
