@@ -161,3 +161,27 @@ async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
     let page = Answer::to(house.request(Method::GET, "/v1/users")).await.ok();
     assert_eq!(page.body["users"].as_array().unwrap().len(), 1);
 }
+
+#[sqlx::test]
+async fn a_broker_lost_with_messages_under_way_does_not_take_the_service_along(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    // Published, and the confirm is on its way when the line is cut.
+    house.broker.hold_answers();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    eventually("the message to arrive", async || {
+        house.audit.catch_up().await;
+        let heard = house.audit.heard().len();
+        if heard == 2 { Ok(()) } else { Err(heard) }
+    })
+    .await;
+    assert_eq!(house.pending().await, 1, "not confirmed, so it is still owed");
+    house.broker.down();
+    house.broker.up();
+    house.settle().await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    let told = house.told(&ana).await;
+    // At least once: what was not confirmed was told again.
+    assert_eq!(told, ["user.created", "profile.updated[city]", "profile.updated[city]", "profile.updated[city]"]);
+}

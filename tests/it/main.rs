@@ -5,6 +5,7 @@ mod house;
 mod proxy;
 
 mod command_line;
+mod consumers;
 mod hardship;
 mod messages;
 mod privacy;
