@@ -14,6 +14,8 @@ use sqlx::{
 };
 use tokio::time::timeout;
 
+use crate::telemetry::with_causes;
+
 /// Until a new connection stands. An API that cannot have one in this time says 503 rather than wait on.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// Until a statement has answered, seen from here: past the server's own `statement_timeout`, so that it only fires on a
@@ -66,8 +68,7 @@ impl Trouble {
     /// What is wrong, with its causes, for the log. Holds no user's value.
     pub fn report(&self) -> String {
         match self {
-            // Not the whole chain: these causes quote their own.
-            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {cause}"),
+            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {}", with_causes(cause)),
             Self::Refused(_) => self.to_string(),
         }
     }

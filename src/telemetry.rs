@@ -43,6 +43,15 @@ pub fn start(filter: &str, format: LogFormat) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An error with its causes, for people. A cause that the error has quoted already is not told twice, as `{:#}` would.
+pub fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |text, cause| if text.ends_with(&cause) { text } else { format!("{text}: {cause}") })
+}
+
 /// At TRACE lapin shows the frames it sends, and one of them holds the password.
 fn holds_no_secret(metadata: &Metadata<'_>) -> bool {
     *metadata.level() != Level::TRACE || !metadata.target().starts_with("lapin")
@@ -129,6 +138,13 @@ mod tests {
         assert!(ours.starts_with("00-0af7651916cd43dd8448eb211c80319c-") && ours.ends_with("-01"), "{ours}");
         assert!(!ours.contains("b7ad6b7169203331"), "{ours}");
         assert!(Traceparent::new_root().to_string().parse::<Traceparent>().is_ok());
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error =
+            anyhow::anyhow!("refused").context("no connection: refused").context("the broker cannot be reached");
+        assert_eq!(with_causes(&error), "the broker cannot be reached: no connection: refused");
     }
 
     #[test]
