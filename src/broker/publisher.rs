@@ -66,7 +66,9 @@ struct Parcel {
 enum End {
     Open,
     /// Whether the broker took it.
-    Heard { taken: bool },
+    Heard {
+        taken: bool,
+    },
     /// The session broke under it. Kept for whoever waits for this parcel: a journey that has ended must not be polled again.
     Lost(lapin::Error),
 }
@@ -194,7 +196,8 @@ impl Parcel {
             Ok(confirmation) => {
                 let taken = confirmation.is_ack();
                 // Not necessarily this parcel's message.
-                returned.extend(confirmation.take_message().and_then(|message| message_id(&message.delivery.properties)));
+                returned
+                    .extend(confirmation.take_message().and_then(|message| message_id(&message.delivery.properties)));
                 End::Heard { taken }
             }
         };

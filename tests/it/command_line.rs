@@ -39,8 +39,22 @@ async fn run(command: &[&str], settings: &[(&str, &str)]) -> Outcome {
 async fn help_teaches() {
     let commands: &[(&[&str], &[&str])] = &[
         (&["--help"], &["serve", "relay", "migrate", "tail", "openapi", "healthcheck", "TIDINGS_LOG"]),
-        (&["serve", "--help"], &["Examples:", "DATABASE_URL", "AMQP_URL", "TIDINGS_LISTEN", "TIDINGS_PROFILE_SCHEMA", "--no-relay", "SIGTERM"]),
-        (&["relay", "--help"], &["DATABASE_URL", "AMQP_URL", "TIDINGS_EXCHANGE", "TIDINGS_ROUTING_KEY_PREFIX", "stand by"]),
+        (
+            &["serve", "--help"],
+            &[
+                "Examples:",
+                "DATABASE_URL",
+                "AMQP_URL",
+                "TIDINGS_LISTEN",
+                "TIDINGS_PROFILE_SCHEMA",
+                "--no-relay",
+                "SIGTERM",
+            ],
+        ),
+        (
+            &["relay", "--help"],
+            &["DATABASE_URL", "AMQP_URL", "TIDINGS_EXCHANGE", "TIDINGS_ROUTING_KEY_PREFIX", "stand by"],
+        ),
         (&["migrate", "--help"], &["DATABASE_URL"]),
         (&["tail", "--help"], &["Examples:", "--fields", "AMQP_URL", "user.deleted"]),
         (&["openapi", "--help"], &["OpenAPI"]),
@@ -168,11 +182,13 @@ async fn the_service_serves_its_openapi_document(db: PgPool) {
 async fn a_port_that_is_taken_is_named(db: PgPool) {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let settings = [("DATABASE_URL", &*database_url(&db)), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", &address)];
+    let settings =
+        [("DATABASE_URL", &*database_url(&db)), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", &address)];
     for role in ["serve", "relay"] {
         let refused = run(&[role], &settings).await;
         assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
-        let named = format!("error: cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN");
+        let named =
+            format!("error: cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN");
         assert!(refused.stderr.contains(&named), "{}", refused.stderr);
     }
 }
@@ -267,7 +283,10 @@ async fn metrics_count_what_waits_and_what_became_of_it(db: PgPool) {
     is("tidings_publish_results_total{result=\"routed\"}", 1.0).await;
     is("tidings_publish_results_total{result=\"unroutable\"}", 0.0).await;
     is("tidings_publish_results_total{result=\"refused\"}", 0.0).await;
-    assert_eq!((house.metric("tidings_outbox_pending").await, house.metric("tidings_outbox_oldest_seconds").await), (0.0, 0.0));
+    assert_eq!(
+        (house.metric("tidings_outbox_pending").await, house.metric("tidings_outbox_oldest_seconds").await),
+        (0.0, 0.0)
+    );
     house.broker.down();
     is("tidings_broker_connected", 0.0).await;
     house.user(json!({})).await;
@@ -449,14 +468,13 @@ async fn tail_listens_for_fields(db: PgPool) {
     let house = House::open(db).await;
     let mut tail = Tail::of(&house, &["--fields", "job_title,nickname", "user.deleted"]).await;
     let ana = house.user(json!({ "job_title": "Author" })).await;
-    for patch in [json!({ "city": "Riga" }), json!({ "job_title": "Editor", "city": "Oslo" }), json!({ "nickname": "A" })] {
+    for patch in
+        [json!({ "city": "Riga" }), json!({ "job_title": "Editor", "city": "Oslo" }), json!({ "nickname": "A" })]
+    {
         house.amend(&ana, patch).await.ok();
     }
     house.delete(&ana).await;
-    assert_eq!(
-        events(&tail.next(3).await),
-        [("profile.updated", 3), ("profile.updated", 4), ("user.deleted", 5)]
-    );
+    assert_eq!(events(&tail.next(3).await), [("profile.updated", 3), ("profile.updated", 4), ("user.deleted", 5)]);
 }
 
 /// Whether the broker has this queue, and this exchange.
@@ -466,7 +484,9 @@ async fn is_there(name: &str) -> (bool, bool) {
     let channel = connection.create_channel().await.unwrap();
     let queue = channel.queue_declare(name.into(), queue, Default::default()).await;
     // Somebody else's private queue is locked (405), one that is not there is not found (404).
-    let queue = queue.err().is_none_or(|error| !error.to_string().contains("NOT-FOUND") && !error.to_string().contains("NOT_FOUND"));
+    let queue = queue
+        .err()
+        .is_none_or(|error| !error.to_string().contains("NOT-FOUND") && !error.to_string().contains("NOT_FOUND"));
     let exchange = ExchangeDeclareOptions { passive: true, ..Default::default() };
     let channel = connection.create_channel().await.unwrap();
     let kind = lapin::ExchangeKind::Headers;
@@ -523,5 +543,8 @@ async fn tail_without_a_broker_says_so() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let refused = run(&["tail"], &[("AMQP_URL", &format!("amqp://ana:s3cret@{nobody}/%2f"))]).await;
     assert_eq!(refused.code, Some(1), "{refused:?}");
-    assert!(refused.stderr.contains("the broker cannot be reached") && !refused.stderr.contains("s3cret"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("the broker cannot be reached") && !refused.stderr.contains("s3cret"),
+        "{refused:?}"
+    );
 }

@@ -96,7 +96,8 @@ impl Consumer {
 
     /// The next notice that it handled.
     async fn next(&mut self) -> Value {
-        let line = timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("{}", self.log.lock().unwrap()));
+        let line =
+            timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("{}", self.log.lock().unwrap()));
         serde_json::from_str(&line.unwrap().unwrap_or_else(|| panic!("{}", self.log.lock().unwrap()))).unwrap()
     }
 

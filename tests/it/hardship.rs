@@ -124,7 +124,8 @@ async fn clients_that_hang_up_leave_nothing_half_done(db: PgPool) {
             assert!(notice.event == Event::Created || notice.version > 1);
             *told.entry(notice.user_id).or_default() += 1;
         }
-        let kept: Vec<(Uuid, i64)> = sqlx::query_as("select id, version from users").fetch_all(&house.db).await.unwrap();
+        let kept: Vec<(Uuid, i64)> =
+            sqlx::query_as("select id, version from users").fetch_all(&house.db).await.unwrap();
         let kept: HashMap<Uuid, i64> = kept.into_iter().collect();
         if told == kept { Ok(()) } else { Err((told, kept)) }
     })
@@ -154,7 +155,9 @@ async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
     let address = house.service.url.strip_prefix("http://").unwrap();
     let asked = (0..300_u64).map(async |n| {
         let mut line = TcpStream::connect(address).await.unwrap();
-        line.write_all(b"GET /v1/users HTTP/1.1\r\nHost: x\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        line.write_all(b"GET /v1/users HTTP/1.1\r\nHost: x\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         sleep(Duration::from_millis(n * 7 % 11)).await;
     });
     stream::iter(asked).buffer_unordered(32).collect::<()>().await;
@@ -178,6 +181,11 @@ async fn a_broker_lost_with_messages_under_way_does_not_take_the_service_along(d
     .await;
     assert_eq!(house.pending().await, 1, "not confirmed, so it is still owed");
     house.broker.down();
+    eventually("the relay to notice", async || match house.metric("tidings_broker_connected").await {
+        0.0 => Ok(()),
+        connected => Err(connected),
+    })
+    .await;
     house.broker.up();
     house.settle().await;
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();

@@ -4,7 +4,9 @@ use futures_util::StreamExt;
 use lapin::{
     Channel, Connection, Consumer, ExchangeKind,
     message::Delivery,
-    options::{BasicConsumeOptions, ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{
+        BasicConsumeOptions, ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    },
     types::{AMQPValue, FieldTable, ShortString},
 };
 use reqwest::Method;

@@ -67,7 +67,8 @@ async fn places_with(house: &House, canary: &str) -> Vec<&'static str> {
 }
 
 async fn statements(db: &PgPool) -> String {
-    let running = "select coalesce(string_agg(query, ' '), '') from pg_stat_activity where application_name like 'tidings%'";
+    let running =
+        "select coalesce(string_agg(query, ' '), '') from pg_stat_activity where application_name like 'tidings%'";
     sqlx::query_scalar(running).fetch_one(db).await.unwrap()
 }
 
@@ -135,7 +136,11 @@ async fn a_refusal_repeats_no_value(db: PgPool) {
         let shown: String = body.chars().take(80).collect();
         let post = house.request(Method::POST, "/v1/users").header("content-type", "application/json");
         assert_eq!(refused(&Answer::to(post.body(body.clone())).await, status, &value), code, "POST {shown}");
-        assert_eq!(refused(&Answer::to(house.patch(&ana, json!({})).body(body)).await, status, &value), code, "PATCH {shown}");
+        assert_eq!(
+            refused(&Answer::to(house.patch(&ana, json!({})).body(body)).await, status, &value),
+            code,
+            "PATCH {shown}"
+        );
     }
     let stale = house.patch(&ana, json!({ "nickname": value })).header("if-match", "\"9\"");
     assert_eq!(refused(&Answer::to(stale).await, 412, &value), "version_mismatch");
@@ -213,7 +218,11 @@ async fn passwords_are_never_logged(db: PgPool) {
     let text = async |path: &str| reqwest::get(format!("{}{path}", service.url)).await.unwrap().text().await.unwrap();
     let readiness = eventually("the relay to be refused", async || {
         let readiness = text("/readyz").await;
-        if readiness.contains("ACCESS_REFUSED") || readiness.contains("ACCESS-REFUSED") { Ok(readiness) } else { Err(readiness) }
+        if readiness.contains("ACCESS_REFUSED") || readiness.contains("ACCESS-REFUSED") {
+            Ok(readiness)
+        } else {
+            Err(readiness)
+        }
     })
     .await;
     eventually("a second try", async || {

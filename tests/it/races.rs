@@ -53,7 +53,8 @@ async fn a_hundred_amendments_over_two_instances_all_happen(db: PgPool) {
     let amend = async |n: i32| {
         let patch = json!({ "profile": { "social": { format!("k{n}"): n } } });
         let there = ask(&other, Method::PATCH, &ana).header("content-type", "application/merge-patch+json");
-        let request = if n % 2 == 0 { there.body(patch.to_string()) } else { house.patch(&ana, patch["profile"].clone()) };
+        let request =
+            if n % 2 == 0 { there.body(patch.to_string()) } else { house.patch(&ana, patch["profile"].clone()) };
         Answer::to(request).await.ok()
     };
     join_all((0..100).map(amend)).await;
@@ -68,7 +69,8 @@ async fn of_two_who_saw_the_same_version_one_wins(db: PgPool) {
     let house = House::open(db).await;
     for _ in 0..20 {
         let ana = house.user(json!({})).await;
-        let amend = async |city: &str| Answer::to(house.patch(&ana, json!({ "city": city })).header("if-match", "\"1\"")).await;
+        let amend =
+            async |city: &str| Answer::to(house.patch(&ana, json!({ "city": city })).header("if-match", "\"1\"")).await;
         let (riga, oslo) = join(amend("Riga"), amend("Oslo")).await;
         let (winner, loser) = if riga.status == 200 { (riga, oslo) } else { (oslo, riga) };
         assert_eq!((loser.refusal(412), loser.version()), ("version_mismatch", 2));
@@ -84,7 +86,11 @@ async fn two_who_create_the_same_user_at_once_create_one(db: PgPool) {
         let ana = Uuid::new_v4();
         let profile = json!({ "profile": { "city": "Oslo" } });
         // In every second round through two instances.
-        let second = if round % 2 == 0 { ask(&other, Method::PUT, &ana) } else { house.request(Method::PUT, &format!("/v1/users/{ana}")) };
+        let second = if round % 2 == 0 {
+            ask(&other, Method::PUT, &ana)
+        } else {
+            house.request(Method::PUT, &format!("/v1/users/{ana}"))
+        };
         let (first, second) = join(house.put(&ana, json!({ "city": "Riga" })), Answer::to(second.json(&profile))).await;
         let mut statuses = [first.status.as_u16(), second.status.as_u16()];
         statuses.sort_unstable();
@@ -127,7 +133,8 @@ async fn two_hundred_users_are_created_and_amended_at_once(db: PgPool) {
         let user = house.get(id).await;
         assert_eq!(user.body["profile"], json!({ "city": n.to_string(), "nickname": n.to_string() }));
     }
-    let told: HashSet<(Uuid, i64)> = house.audit.heard().iter().map(|notice| (notice.user_id, notice.version)).collect();
+    let told: HashSet<(Uuid, i64)> =
+        house.audit.heard().iter().map(|notice| (notice.user_id, notice.version)).collect();
     assert_eq!(told, users.iter().flat_map(|id| [(*id, 1), (*id, 2)]).collect());
 }
 
@@ -156,7 +163,10 @@ async fn a_create_that_races_a_delete_never_resurrects(db: PgPool) {
             assert_eq!((count(&Event::Deleted), events.last()), (1, Some(&Event::Deleted)));
             assert_eq!(house.get(&ana).await.refusal(410), "user_deleted");
             assert_eq!(house.put(&ana, json!({})).await.refusal(410), "user_deleted");
-            assert_eq!(Answer::to(ask(&other, Method::PUT, &ana).json(&profile("Bern"))).await.refusal(410), "user_deleted");
+            assert_eq!(
+                Answer::to(ask(&other, Method::PUT, &ana).json(&profile("Bern"))).await.refusal(410),
+                "user_deleted"
+            );
         } else {
             assert_eq!(deleted.refusal(404), "user_not_found");
             assert_eq!((count(&Event::Deleted), house.get(&ana).await.status.as_u16()), (0, 200));

@@ -70,13 +70,29 @@ async fn a_body_that_cannot_be_taken_names_every_fault_by_pointer(db: PgPool) {
         ("[]", "body_invalid", &[("", "type")]),
         ("{}", "body_invalid", &[("/profile", "required")]),
         (r#"{"profile":[]}"#, "body_invalid", &[("/profile", "type")]),
-        (r#"{"profile":{},"version":7,"a/b":1}"#, "body_invalid", &[("/a~1b", "unknown_member"), ("/version", "unknown_member")]),
-        (r#"{"profile":{"first_name":"a","first_name":"b"}}"#, "unacceptable_json", &[("/profile/first_name", "duplicate_key")]),
+        (
+            r#"{"profile":{},"version":7,"a/b":1}"#,
+            "body_invalid",
+            &[("/a~1b", "unknown_member"), ("/version", "unknown_member")],
+        ),
+        (
+            r#"{"profile":{"first_name":"a","first_name":"b"}}"#,
+            "unacceptable_json",
+            &[("/profile/first_name", "duplicate_key")],
+        ),
         (r#"{"profile":{},"profile":{}}"#, "unacceptable_json", &[("/profile", "duplicate_key")]),
         (r#"{"profile":{"first_name":"\u0000"}}"#, "unacceptable_json", &[("/profile/first_name", "nul_character")]),
         (r#"{"profile":{"social":{"a\u0000":1}}}"#, "unacceptable_json", &[("/profile/social/a\0", "nul_character")]),
-        (r#"{"profile":{"district":9223372036854775808}}"#, "unacceptable_json", &[("/profile/district", "number_out_of_range")]),
-        (r#"{"profile":{"district":9007199254740992}}"#, "unacceptable_json", &[("/profile/district", "number_out_of_range")]),
+        (
+            r#"{"profile":{"district":9223372036854775808}}"#,
+            "unacceptable_json",
+            &[("/profile/district", "number_out_of_range")],
+        ),
+        (
+            r#"{"profile":{"district":9007199254740992}}"#,
+            "unacceptable_json",
+            &[("/profile/district", "number_out_of_range")],
+        ),
         (
             r#"{"profile":{"phone":["\u0000",{"a":1,"a":-9223372036854775809}]}}"#,
             "unacceptable_json",
@@ -134,7 +150,9 @@ async fn a_body_of_another_kind_hears_which_kind_is_right(db: PgPool) {
     ];
     for (method, path, header, right, wrong) in table {
         let utf16 = format!("{right}; charset=utf-16");
-        for (media_type, coding) in [(Some(wrong), None), (None, None), (Some(&*utf16), None), (Some(right), Some("gzip"))] {
+        for (media_type, coding) in
+            [(Some(wrong), None), (None, None), (Some(&*utf16), None), (Some(right), Some("gzip"))]
+        {
             let mut request = house.request(method.clone(), path).body(r#"{"profile":{"city":"Riga"}}"#);
             for (name, value) in [("content-type", media_type), ("content-encoding", coding)] {
                 request = value.into_iter().fold(request, |request, value| request.header(name, value));

@@ -62,7 +62,8 @@ async fn an_amendment_is_answered_with_the_new_record(db: PgPool) {
     let house = House::open(db).await;
     let before = house.create(json!({ "first_name": "Ana", "nickname": "A", "social": { "x": "a", "y": "b" } })).await;
     let ana = before.body["id"].as_str().unwrap().parse().unwrap();
-    let patch = json!({ "job_title": "Editor", "nickname": null, "social": { "y": null, "z": "c" }, "first_name": "Ana" });
+    let patch =
+        json!({ "job_title": "Editor", "nickname": null, "social": { "y": null, "z": "c" }, "first_name": "Ana" });
     let amended = house.amend(&ana, patch).await;
     assert_eq!((amended.status.as_u16(), amended.etag.as_deref()), (200, Some("\"2\"")));
     assert_eq!(
@@ -285,7 +286,10 @@ async fn the_deployments_own_schema_decides(db: PgPool) {
     ] {
         let refused = house.amend(&ana, patch).await;
         assert_eq!(refused.refusal(422), "profile_invalid");
-        assert_eq!((&refused.body["errors"][0]["pointer"], &refused.body["errors"][0]["code"]), (&json!(pointer), &json!(code)));
+        assert_eq!(
+            (&refused.body["errors"][0]["pointer"], &refused.body["errors"][0]["code"]),
+            (&json!(pointer), &json!(code))
+        );
     }
     house.amend(&ana, json!({ "shoe_size": 39 })).await.ok();
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[shoe_size]"]);
