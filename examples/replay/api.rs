@@ -4,7 +4,10 @@
 //! Not here, on purpose: a limit to patience. Whoever asks bounds it.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,6 +33,7 @@ pub struct Api {
     /// Requests sent, the repeated ones included.
     pub requests: AtomicU64,
     pub retries: AtomicU64,
+    trouble: Mutex<Option<String>>,
 }
 
 /// What the service said.
@@ -56,7 +60,7 @@ impl Api {
     pub fn new(url: &str) -> anyhow::Result<Self> {
         let http = Client::builder().timeout(DEADLINE).no_proxy().build()?;
         let users = format!("{}/v1/users", url.trim_end_matches('/'));
-        Ok(Self { http, users, requests: AtomicU64::new(0), retries: AtomicU64::new(0) })
+        Ok(Self { http, users, requests: AtomicU64::new(0), retries: AtomicU64::new(0), trouble: Mutex::default() })
     }
 
     /// Whether a service answers at all; one that is only half well may get better.
@@ -96,6 +100,15 @@ impl Api {
         self.ask(|| self.http.get(format!("{}/{user}?min_version={min_version}", self.users))).await
     }
 
+    /// What the service last said instead of an answer; nothing when it answers.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
+
     fn request(&self, method: Method, user: Uuid) -> RequestBuilder {
         self.http.request(method, format!("{}/{user}", self.users))
     }
@@ -106,10 +119,19 @@ impl Api {
         loop {
             self.requests.fetch_add(1, Ordering::Relaxed);
             let at_least = match answer(request()).await {
-                Ok(Heard::Final(status, body)) => return Answer { status, body, repeated },
-                Ok(Heard::NotNow(wanted)) => wanted,
+                Ok(Heard::Final(status, body)) => {
+                    self.note(None);
+                    return Answer { status, body, repeated };
+                }
+                Ok(Heard::NotNow(status, wanted)) => {
+                    self.note(Some(status.to_string()));
+                    wanted
+                }
                 // No connection, or one that broke: the answer may be lost and the work done.
-                Err(_) => Duration::ZERO,
+                Err(error) => {
+                    self.note(Some(if error.is_connect() { "no connection" } else { "no answer" }.to_owned()));
+                    Duration::ZERO
+                }
             };
             self.retries.fetch_add(1, Ordering::Relaxed);
             repeated = true;
@@ -121,7 +143,7 @@ impl Api {
 
 enum Heard {
     Final(StatusCode, Value),
-    NotNow(Duration),
+    NotNow(StatusCode, Duration),
 }
 
 async fn answer(request: RequestBuilder) -> reqwest::Result<Heard> {
@@ -129,7 +151,7 @@ async fn answer(request: RequestBuilder) -> reqwest::Result<Heard> {
     let status = response.status();
     if matches!(status.as_u16(), 408 | 429 | 502..=504) {
         let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        return Ok(Heard::NotNow(Duration::from_secs(header.unwrap_or(0)).min(LONGEST_PAUSE)));
+        return Ok(Heard::NotNow(status, Duration::from_secs(header.unwrap_or(0)).min(LONGEST_PAUSE)));
     }
     // A refusal of something between us and the service need not be JSON.
     Ok(Heard::Final(status, serde_json::from_slice(&response.bytes().await?).unwrap_or_default()))

@@ -177,12 +177,14 @@ impl Replay {
 
     async fn change_all(&self, settings: &Settings) -> anyhow::Result<Answers> {
         let total = self.log.changes.len();
-        let _shown = self.progress.show("changes", total, self.driver.made.clone());
+        let api = self.driver.api.clone();
+        let _shown = self.progress.show("changes", total, self.driver.made.clone(), move || api.trouble());
         let deadline = Duration::from_secs(settings.deadline_s);
         let answers = timeout(deadline, self.driver.run(settings.concurrency.into())).await;
         answers.with_context(|| {
             let made = self.driver.made.load(Relaxed);
-            format!("{made} of {total} changes were made within {deadline:?}; is the service well?")
+            let trouble = self.driver.api.trouble().unwrap_or_else(|| "it answers".to_owned());
+            format!("{made} of {total} changes were made within {deadline:?}; the service: {trouble}")
         })
     }
 
@@ -192,10 +194,14 @@ impl Replay {
             .filter_map(|(life, answer)| Some((life.user, *answer.as_ref().ok()?)))
             .collect();
         let reached = Arc::new(AtomicU64::new(0));
-        let _shown = self.progress.show("mirror", targets.len(), reached.clone());
+        let api = self.fetches.clone();
+        let _shown = self.progress.show("mirror", targets.len(), reached.clone(), move || api.trouble());
         if !caught_up(&self.mirror, &targets, &reached, Duration::from_secs(settings.patience_s)).await {
             let behind = targets.len() as u64 - reached.load(Relaxed);
             self.progress.say(&format!("the mirror makes no headway any more: {behind} users are behind"));
+            if let Some(status) = self.mirror.strange() {
+                self.progress.say(&format!("a fetch was answered {status}, which the contract does not know"));
+            }
         }
     }
 

@@ -73,7 +73,7 @@ pub struct Mirror {
     held: Mutex<HashMap<Uuid, Held>>,
     pub counts: Counts,
     /// The last answer to a fetch that the contract does not know.
-    pub strange: Mutex<Option<StatusCode>>,
+    strange: Mutex<Option<StatusCode>>,
 }
 
 /// A notice, and how to tell the broker that it was dealt with.
@@ -93,6 +93,10 @@ impl Mirror {
 
     pub fn held(&self) -> HashMap<Uuid, Held> {
         lock(&self.held).clone()
+    }
+
+    pub fn strange(&self) -> Option<StatusCode> {
+        *lock(&self.strange)
     }
 
     /// Listens until `stop`, through any number of outages.

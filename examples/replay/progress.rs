@@ -28,18 +28,24 @@ impl Progress {
     /// On stderr, and drawn only if that is a terminal.
     pub fn new() -> Self {
         let bar = ProgressBar::new(0);
-        let style = "{prefix:>8} {wide_bar} {human_pos}/{human_len}, {per_sec}, {elapsed}";
+        let style = "{prefix:>8} {wide_bar} {human_pos}/{human_len}, {per_sec}, {elapsed} {msg}";
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
         Self(bar)
     }
 
     /// A line above the bar.
     pub fn say(&self, text: &str) {
-        self.0.suspend(|| eprintln!("replay: {text}"));
+        self.0.suspend(|| eprintln!("replay: {}", text.trim_end()));
     }
 
-    /// Shows how far `done` is on its way to `total`.
-    pub fn show(&self, what: &'static str, total: usize, done: Arc<AtomicU64>) -> Shown {
+    /// Shows how far `done` is on its way to `total`, and what `trouble` there is.
+    pub fn show(
+        &self,
+        what: &'static str,
+        total: usize,
+        done: Arc<AtomicU64>,
+        trouble: impl Fn() -> Option<String> + Send + 'static,
+    ) -> Shown {
         let progress = self.clone();
         self.0.reset();
         self.0.set_length(total as u64);
@@ -48,9 +54,11 @@ impl Progress {
             let mut redraw = interval(REDRAW);
             for tick in 1.. {
                 redraw.tick().await;
+                let trouble = trouble().map(|trouble| format!("(service: {trouble})")).unwrap_or_default();
                 progress.0.set_position(done.load(Relaxed));
+                progress.0.set_message(trouble.clone());
                 if progress.0.is_hidden() && tick % LINE_EVERY == 0 {
-                    progress.say(&format!("{what}: {} of {total}", done.load(Relaxed)));
+                    progress.say(&format!("{what}: {} of {total} {trouble}", done.load(Relaxed)));
                 }
             }
         });
