@@ -2,6 +2,12 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod house;
+mod hurt;
+mod load;
 mod proxy;
+mod sessions;
 
+mod broker;
+mod outbox;
+mod relay;
 mod users;
