@@ -70,11 +70,12 @@ Examples:
 
 #[derive(Debug, Args)]
 pub struct LogSettings {
-    /// What to log, in the syntax of tracing's EnvFilter.
+    /// What to log, in the syntax of tracing's EnvFilter. lapin and sqlx are quiet by default: what goes wrong in them is told by us,
+    /// once.
     #[arg(
         long,
         env = "TIDINGS_LOG",
-        default_value = "info,lapin=error,sqlx=error",
+        default_value = "info,lapin=off,sqlx=error",
         global = true,
         value_name = "FILTER"
     )]

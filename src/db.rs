@@ -14,6 +14,8 @@ use sqlx::{
 };
 use tokio::time::timeout;
 
+use crate::telemetry::with_causes;
+
 /// Until a new connection stands. An API that cannot have one in this time says 503 rather than wait on.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// Until a statement has answered, seen from here: past the server's own `statement_timeout`, so that it only fires on a
@@ -66,8 +68,7 @@ impl Trouble {
     /// What is wrong, with its causes, for the log. Holds no user's value.
     pub fn report(&self) -> String {
         match self {
-            // Not the whole chain: these causes quote their own.
-            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {cause}"),
+            Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {}", with_causes(cause)),
             Self::Refused(_) => self.to_string(),
         }
     }
@@ -89,10 +90,11 @@ impl Db {
     /// # Errors
     /// When `url` is no Postgres URL. The URL is not repeated: it holds a password.
     pub fn new(url: &SecretString) -> anyhow::Result<Self> {
-        let options: PgConnectOptions = url
-            .expose_secret()
-            .parse()
-            .map_err(|_| anyhow::anyhow!("expected postgres://USER:PASSWORD@HOST/DATABASE"))?;
+        let url = url.expose_secret();
+        // sqlx would take a URL of any scheme, and what belongs to another database, for one of Postgres.
+        let is_ours = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
+        let options: Option<PgConnectOptions> = url.parse().ok().filter(|_| is_ours);
+        let options = options.context("expected postgres://USER:PASSWORD@HOST/DATABASE")?;
         Ok(Self {
             options: options
                 .application_name("tidings")

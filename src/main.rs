@@ -23,7 +23,7 @@ async fn main() -> ExitCode {
     match run(Cli::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", telemetry::with_causes(&error));
             if error.is::<WrongSettings>() {
                 eprintln!("hint: `tidings help` and `tidings COMMAND --help` tell what each setting is for");
                 return ExitCode::from(2);

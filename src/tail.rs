@@ -24,7 +24,10 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::broker::{Broker, request};
+use crate::{
+    broker::{Broker, request},
+    telemetry::with_causes,
+};
 
 /// Before the next try when the broker was lost.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -64,8 +67,11 @@ pub async fn run(broker: &Broker, wanted: &Wanted, stop: &CancellationToken) -> 
         match outcome {
             Err(Ended::NobodyReads) => return Ok(()),
             Err(Ended::NeverBegan(error)) if first => return Err(error),
-            Err(Ended::NeverBegan(error) | Ended::Lost(error)) => {
-                eprintln!("tidings tail: {error:#}; what happens until the broker is back will not be shown");
+            // Said once, when it was lost.
+            Err(Ended::NeverBegan(_)) => {}
+            Err(Ended::Lost(error)) => {
+                let causes = with_causes(&error);
+                eprintln!("tidings tail: {causes}; what happens until the broker is back will not be shown");
             }
             Ok(never) => match never {},
         }
@@ -120,6 +126,7 @@ async fn listen(broker: &Broker, channel: &Channel, wanted: &Wanted) -> anyhow::
     let name: ShortString = format!("tidings.tail.{}", Uuid::new_v4()).into();
     let private = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
     request(channel.queue_declare(name.clone(), private, FieldTable::default())).await?;
+    tracing::debug!(queue = %name, "declared");
     if !wanted.fields.is_empty() {
         bind_fields(broker, channel, &name, &wanted.fields).await?;
     }

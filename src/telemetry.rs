@@ -6,7 +6,13 @@
 use std::{fmt, io::IsTerminal, str::FromStr};
 
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{FilterExt, filter_fn},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 use uuid::Uuid;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -22,11 +28,12 @@ pub enum LogFormat {
 /// # Errors
 /// When the filter does not parse.
 pub fn start(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter)?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter = EnvFilter::try_new(filter)?.and(filter_fn(holds_no_secret));
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry();
     match format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Text => registry.with(log.with_ansi(std::io::stderr().is_terminal()).with_filter(filter)).init(),
+        LogFormat::Json => registry.with(log.json().flatten_event(true).with_filter(filter)).init(),
     }
     // The words of a panic may quote a value; its place is enough to find it.
     std::panic::set_hook(Box::new(|panic| {
@@ -34,6 +41,20 @@ pub fn start(filter: &str, format: LogFormat) -> anyhow::Result<()> {
         tracing::error!(place, backtrace = %std::backtrace::Backtrace::capture(), "panicked");
     }));
     Ok(())
+}
+
+/// An error with its causes, for people. A cause that the error has quoted already is not told twice, as `{:#}` would.
+pub fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |text, cause| if text.ends_with(&cause) { text } else { format!("{text}: {cause}") })
+}
+
+/// At TRACE lapin shows the frames it sends, and one of them holds the password.
+fn holds_no_secret(metadata: &Metadata<'_>) -> bool {
+    *metadata.level() != Level::TRACE || !metadata.target().starts_with("lapin")
 }
 
 /// W3C trace context, version 00: which trace a change belongs to.
@@ -117,6 +138,13 @@ mod tests {
         assert!(ours.starts_with("00-0af7651916cd43dd8448eb211c80319c-") && ours.ends_with("-01"), "{ours}");
         assert!(!ours.contains("b7ad6b7169203331"), "{ours}");
         assert!(Traceparent::new_root().to_string().parse::<Traceparent>().is_ok());
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error =
+            anyhow::anyhow!("refused").context("no connection: refused").context("the broker cannot be reached");
+        assert_eq!(with_causes(&error), "the broker cannot be reached: no connection: refused");
     }
 
     #[test]

@@ -19,7 +19,7 @@ start_service() {
     local wanted
     use_servers
     wanted=$(fingerprint)
-    if [[ $(state_of tidings) == running && $(cat "$DEV/run/tidings.fingerprint") == "$wanted" ]] && service_is_ready; then
+    if [[ $(state_of tidings) == running && $(cat "$DEV/run/tidings.fingerprint" 2>/dev/null) == "$wanted" ]] && service_is_ready; then
         return
     fi
     stop_service
@@ -66,6 +66,11 @@ service_becomes_ready() {
     service_is_ready || { pause 0.4 && false; }
 }
 
+service_url() {
+    alive tidings || die "tidings does not run" "./dev run"
+    echo "http://127.0.0.1:$(port_of_service)"
+}
+
 port_of_service() {
     local address
     address=$(service_address)
@@ -74,7 +79,7 @@ port_of_service() {
 
 print_what_to_try() {
     local url curl=curl dev=./dev user
-    url=http://127.0.0.1:$(port_of_service)
+    url=$(service_url)
     user=$(</proc/sys/kernel/random/uuid)
     [[ $PWD == "$ROOT" ]] || dev=$ROOT/dev
     command -v curl >/dev/null || curl=$(find_curl)

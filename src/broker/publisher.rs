@@ -59,8 +59,18 @@ struct Parcel {
     message_id: Uuid,
     /// From the first byte sent to the broker's confirm.
     journey: Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>,
-    /// Whether the broker took it, once that is known.
-    taken: Option<bool>,
+    /// What is known of its end.
+    end: End,
+}
+
+enum End {
+    Open,
+    /// Whether the broker took it.
+    Heard {
+        taken: bool,
+    },
+    /// The session broke under it. Kept for whoever waits for this parcel: a journey that has ended must not be polled again.
+    Lost(lapin::Error),
 }
 
 impl Publisher {
@@ -90,7 +100,7 @@ impl Publisher {
         let (properties, body) = entry.notice.to_message(&self.broker.source());
         let key = self.broker.routing_key(&entry.notice.event);
         let journey = publish(self.channel.clone(), self.broker.exchange.clone(), key, properties, body);
-        Parcel { id: entry.id, message_id: entry.notice.message_id, journey: Box::pin(journey), taken: None }
+        Parcel { id: entry.id, message_id: entry.notice.message_id, journey: Box::pin(journey), end: End::Open }
     }
 
     /// The verdicts on the oldest batch, once all its messages have one. Never returns while nothing is under way. Cancel safe.
@@ -99,9 +109,8 @@ impl Publisher {
     /// When the channel or connection is lost; [`Publisher::salvage`] then has the verdicts that came in before.
     pub async fn verdicts(&mut self) -> lapin::Result<Vec<Verdict>> {
         let Some(batch) = self.window.front_mut() else { return pending().await };
-        for parcel in batch.iter_mut().filter(|parcel| parcel.taken.is_none()) {
-            let confirmation = parcel.journey.as_mut().await?;
-            parcel.hear(confirmation, &mut self.returned);
+        for parcel in batch {
+            parcel.arrival(&mut self.returned).await?;
         }
         Ok(self.decide_oldest())
     }
@@ -116,7 +125,7 @@ impl Publisher {
     }
 
     fn look_at_all(&mut self) {
-        for parcel in self.window.iter_mut().flatten().filter(|parcel| parcel.taken.is_none()) {
+        for parcel in self.window.iter_mut().flatten() {
             parcel.look(&mut self.returned);
         }
     }
@@ -160,26 +169,47 @@ async fn publish(
 }
 
 impl Parcel {
-    /// Takes the confirm if it is there.
-    fn look(&mut self, returned: &mut HashSet<Uuid>) {
-        // An error ends the session; whoever awaits this journey meets it there.
-        if let Some(Ok(confirmation)) = self.journey.as_mut().now_or_never() {
-            self.hear(confirmation, returned);
+    /// Waits for the confirm. Cancel safe.
+    async fn arrival(&mut self, returned: &mut HashSet<Uuid>) -> lapin::Result<()> {
+        if matches!(self.end, End::Open) {
+            let outcome = self.journey.as_mut().await;
+            self.hear(outcome, returned);
+        }
+        match &self.end {
+            End::Lost(error) => Err(error.clone()),
+            End::Open | End::Heard { .. } => Ok(()),
         }
     }
 
-    fn hear(&mut self, confirmation: Confirmation, returned: &mut HashSet<Uuid>) {
-        self.taken = Some(confirmation.is_ack());
-        // Not necessarily this parcel's message.
-        returned.extend(confirmation.take_message().and_then(|message| message_id(&message.delivery.properties)));
+    /// Takes the confirm if it is there.
+    fn look(&mut self, returned: &mut HashSet<Uuid>) {
+        if matches!(self.end, End::Open)
+            && let Some(outcome) = self.journey.as_mut().now_or_never()
+        {
+            self.hear(outcome, returned);
+        }
+    }
+
+    fn hear(&mut self, outcome: lapin::Result<Confirmation>, returned: &mut HashSet<Uuid>) {
+        self.end = match outcome {
+            Err(error) => End::Lost(error),
+            Ok(confirmation) => {
+                let taken = confirmation.is_ack();
+                // Not necessarily this parcel's message.
+                returned
+                    .extend(confirmation.take_message().and_then(|message| message_id(&message.delivery.properties)));
+                End::Heard { taken }
+            }
+        };
     }
 
     fn verdict(&self, returned: &mut HashSet<Uuid>) -> Option<Verdict> {
         let came_back = returned.remove(&self.message_id);
-        let outcome = match self.taken? {
-            false => Outcome::Refused,
-            true if came_back => Outcome::Unroutable,
-            true => Outcome::Routed,
+        let outcome = match self.end {
+            End::Open | End::Lost(_) => return None,
+            End::Heard { taken: false } => Outcome::Refused,
+            End::Heard { taken: true } if came_back => Outcome::Unroutable,
+            End::Heard { taken: true } => Outcome::Routed,
         };
         Some(Verdict { id: self.id, outcome })
     }

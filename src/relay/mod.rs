@@ -21,6 +21,7 @@ use crate::{
     broker::{Broker, Publisher},
     db::{Db, Line},
     outbox::{self, Bell, OutboxId},
+    telemetry::with_causes,
 };
 use cursor::Cursor;
 use drain::{Drain, Ledger};
@@ -63,7 +64,11 @@ impl Relay {
                 delays = back_off();
             }
             let delay = delays.next().unwrap_or(LONGEST_DELAY);
-            tracing::warn!(retry_in_ms = delay.as_millis() as u64, "the relay's session is over: {error:#}");
+            tracing::warn!(
+                retry_in_ms = delay.as_millis() as u64,
+                "the relay's session is over: {}",
+                with_causes(&error)
+            );
             let _ = stop.run_until_cancelled(sleep(delay)).await;
         }
     }

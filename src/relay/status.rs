@@ -8,7 +8,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::broker::Outcome;
+use crate::{broker::Outcome, telemetry::with_causes};
 
 #[derive(Clone, Default)]
 pub struct Status {
@@ -74,7 +74,7 @@ impl Status {
     pub fn session_over(&self, error: &anyhow::Error) {
         self.connected.set(0);
         self.blocked.set(0);
-        *self.trouble() = Some(format!("{error:#}"));
+        *self.trouble() = Some(with_causes(error));
     }
 
     pub fn leads(&self, leads: bool) {

@@ -5,6 +5,7 @@
 
 use std::{
     fmt::Debug,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -299,7 +300,7 @@ impl Service {
     }
 }
 
-fn collect(from: impl AsyncRead + Unpin + Send + 'static, into: Arc<Mutex<String>>) {
+pub fn collect(from: impl AsyncRead + Unpin + Send + 'static, into: Arc<Mutex<String>>) {
     tokio::spawn(async move {
         let mut lines = BufReader::new(from).lines();
         while let Ok(Some(line)) = lines.next_line().await {
@@ -423,4 +424,11 @@ async fn listen_once(amqp_url: &str, queue: &str, heard: &Mutex<Heard>) -> lapin
     }
     // The queue was deleted.
     Ok(())
+}
+
+/// A file with this text; the path. It goes with the build's own folder.
+pub fn file(text: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(Uuid::new_v4().to_string());
+    std::fs::write(&path, text).unwrap();
+    path
 }

@@ -8,6 +8,14 @@ mod proxy;
 mod sessions;
 
 mod broker;
+mod command_line;
+mod consumers;
+mod hardship;
+mod messages;
 mod outbox;
+mod privacy;
+mod races;
+mod refusals;
 mod relay;
+mod statements;
 mod users;

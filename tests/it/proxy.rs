@@ -100,7 +100,8 @@ async fn pump(
 ) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
-        if weather.wait_for(|weather| !is_held(weather)).await.is_err()
+        // What was held back when the line is cut is lost.
+        if weather.wait_for(|weather| !weather.down && !is_held(weather)).await.is_err()
             || to.write_all(&buffer[..length]).await.is_err()
         {
             return;

@@ -1,0 +1,550 @@
+//! The command line: what it teaches, what it refuses, what it prints, and how it leaves.
+
+use std::{
+    net::TcpListener,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgPool};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    net::TcpStream,
+    process::{Child, ChildStdout},
+    time::timeout,
+};
+use uuid::Uuid;
+
+use crate::house::{self, House, PATIENCE, Service, collect, database_url, env, eventually, file, tidings};
+
+/// What a command that ends by itself has said.
+#[derive(Debug)]
+struct Outcome {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+async fn run(command: &[&str], settings: &[(&str, &str)]) -> Outcome {
+    let settings: Vec<_> = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let ended = timeout(PATIENCE, tidings(command, &settings).output()).await;
+    let output = ended.unwrap_or_else(|_| panic!("{command:?} does not end")).unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Outcome { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+#[tokio::test]
+async fn help_teaches() {
+    let commands: &[(&[&str], &[&str])] = &[
+        (&["--help"], &["serve", "relay", "migrate", "tail", "openapi", "healthcheck", "TIDINGS_LOG"]),
+        (
+            &["serve", "--help"],
+            &[
+                "Examples:",
+                "DATABASE_URL",
+                "AMQP_URL",
+                "TIDINGS_LISTEN",
+                "TIDINGS_PROFILE_SCHEMA",
+                "--no-relay",
+                "SIGTERM",
+            ],
+        ),
+        (
+            &["relay", "--help"],
+            &["DATABASE_URL", "AMQP_URL", "TIDINGS_EXCHANGE", "TIDINGS_ROUTING_KEY_PREFIX", "stand by"],
+        ),
+        (&["migrate", "--help"], &["DATABASE_URL"]),
+        (&["tail", "--help"], &["Examples:", "--fields", "AMQP_URL", "user.deleted"]),
+        (&["openapi", "--help"], &["OpenAPI"]),
+        (&["healthcheck", "--help"], &["TIDINGS_LISTEN", "exit 0"]),
+    ];
+    for (command, taught) in commands {
+        let help = run(command, &[]).await;
+        assert_eq!((help.code, help.stderr.as_str()), (Some(0), ""), "{command:?}");
+        let missing: Vec<_> = taught.iter().filter(|word| !help.stdout.contains(*word)).collect();
+        assert!(missing.is_empty(), "{command:?} does not say {missing:?}: {}", help.stdout);
+    }
+    let version = run(&["--version"], &[]).await;
+    assert_eq!((version.code, version.stdout.trim()), (Some(0), concat!("tidings ", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(run(&["shout"], &[]).await.code, Some(2));
+}
+
+#[tokio::test]
+async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
+    let schema = file("{ \"properties\": {} }");
+    let schema = schema.to_str().unwrap();
+    let wrong = [
+        ("DATABASE_URL", "mysql://ana:s3cret@host/db"),
+        ("TIDINGS_LISTEN", "localhost"),
+        ("TIDINGS_PROFILE_SCHEMA", schema),
+        ("TIDINGS_EXCHANGE", "amq.topic"),
+        ("TIDINGS_ROUTING_KEY_PREFIX", "eu..prod"),
+    ];
+    let refused = run(&["serve"], &wrong).await;
+    assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
+    assert!(refused.stderr.contains("6 settings are wrong"), "{}", refused.stderr);
+    for named in [
+        "DATABASE_URL: expected postgres://",
+        "AMQP_URL: is not set; set it, or AMQP_URL_FILE",
+        "TIDINGS_LISTEN: expected an IP address and a port",
+        &format!("TIDINGS_PROFILE_SCHEMA: {schema} is not a profile schema"),
+        "TIDINGS_EXCHANGE: expected a name",
+        "TIDINGS_ROUTING_KEY_PREFIX: expected words",
+        "hint: ",
+    ] {
+        assert!(refused.stderr.contains(named), "no {named:?} in {}", refused.stderr);
+    }
+    assert!(!refused.stderr.contains("s3cret"), "{}", refused.stderr);
+}
+
+#[tokio::test]
+async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
+    let empty = file(" \n");
+    let table: &[(&[&str], (&str, &str), &str)] = &[
+        (&["migrate"], ("DATABASE_URL", "postgres:s3cret"), "DATABASE_URL: expected postgres://"),
+        (&["migrate"], ("DATABASE_URL", "mysql://ana:s3cret@host/db"), "DATABASE_URL: expected postgres://"),
+        (&["migrate"], ("DATABASE_URL", " "), "DATABASE_URL: is empty"),
+        (&["migrate"], ("DATABASE_URL_FILE", "/nowhere/s3cret"), "DATABASE_URL: cannot read"),
+        (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL: is empty"),
+        (&["tail"], ("AMQP_URL", "http://ana:s3cret@host"), "AMQP_URL: expected amqp://"),
+        (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL: cannot read"),
+        (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
+        (&["relay"], ("AMQP_URL", "amqp://localhost"), "DATABASE_URL: is not set"),
+        (&["healthcheck"], ("TIDINGS_LISTEN", "8080"), "TIDINGS_LISTEN: expected"),
+        (&["openapi"], ("TIDINGS_LOG", "a=b=c"), "TIDINGS_LOG: "),
+    ];
+    for (command, setting, named) in table {
+        let refused = run(command, &[*setting]).await;
+        assert_eq!(refused.code, Some(2), "{command:?} {setting:?} {refused:?}");
+        assert!(refused.stderr.contains(named), "{command:?} {setting:?}: {}", refused.stderr);
+        assert!(setting.0.ends_with("_FILE") || !refused.stderr.contains("s3cret"), "{}", refused.stderr);
+    }
+}
+
+#[sqlx::test(migrations = false)]
+async fn secrets_may_come_from_files_and_migrating_again_does_no_harm(db: PgPool) {
+    let database = file(&format!("{}\n", database_url(&db)));
+    let files = [("DATABASE_URL_FILE", database.to_str().unwrap())];
+    for _ in 0..2 {
+        let migrated = run(&["migrate"], &files).await;
+        assert_eq!((migrated.code, migrated.stderr.as_str()), (Some(0), "the schema is up to date\n"), "{migrated:?}");
+    }
+    let users: i64 = sqlx::query_scalar("select count(*) from users").fetch_one(&db).await.unwrap();
+    assert_eq!(users, 0);
+
+    let amqp = file(&format!("{}\n", env("AMQP_URL")));
+    let settings = [
+        ("DATABASE_URL_FILE", database.to_str().unwrap()),
+        ("AMQP_URL_FILE", amqp.to_str().unwrap()),
+        ("TIDINGS_LISTEN", "127.0.0.1:0"),
+        ("TIDINGS_EXCHANGE", &format!("test.{}", Uuid::new_v4().simple())),
+    ];
+    let settings: Vec<_> = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let service = Service::start(&["serve"], &settings).await;
+    eventually("a ready service", async || {
+        let ready = readiness(&service.url).await;
+        if ready["status"] == "ready" { Ok(()) } else { Err(ready) }
+    })
+    .await;
+}
+
+#[sqlx::test(migrations = false)]
+async fn instances_that_start_together_migrate_once(db: PgPool) {
+    let url = database_url(&db);
+    let migrate = async || run(&["migrate"], &[("DATABASE_URL", &url)]).await.code;
+    let codes = futures_util::future::join_all((0..4).map(|_| migrate())).await;
+    assert_eq!(codes, [Some(0); 4]);
+}
+
+#[tokio::test]
+async fn the_openapi_document_is_the_committed_one() {
+    let printed = run(&["openapi"], &[]).await;
+    assert_eq!(printed.code, Some(0), "{printed:?}");
+    let committed = include_str!("../../openapi.yaml");
+    let differs = printed.stdout.lines().zip(committed.lines()).find(|(printed, committed)| printed != committed);
+    assert_eq!(differs, None, "run `tidings openapi > openapi.yaml`");
+    assert_eq!(printed.stdout.len(), committed.len(), "run `tidings openapi > openapi.yaml`");
+}
+
+#[sqlx::test]
+async fn the_service_serves_its_openapi_document(db: PgPool) {
+    let house = House::open(db).await;
+    let served = house.request(reqwest::Method::GET, "/openapi.yaml").send().await.unwrap();
+    assert_eq!(served.headers()["content-type"], "application/yaml");
+    assert_eq!(served.text().await.unwrap(), include_str!("../../openapi.yaml"));
+}
+
+// How it comes up.
+
+#[sqlx::test]
+async fn a_port_that_is_taken_is_named(db: PgPool) {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let settings =
+        [("DATABASE_URL", &*database_url(&db)), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", &address)];
+    for role in ["serve", "relay"] {
+        let refused = run(&[role], &settings).await;
+        assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        let named =
+            format!("error: cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN");
+        assert!(refused.stderr.contains(&named), "{}", refused.stderr);
+    }
+}
+
+#[sqlx::test]
+async fn a_database_that_forgets_what_it_acknowledged_is_refused(db: PgPool) {
+    let name = db.connect_options().get_database().unwrap().to_owned();
+    let forgetful = format!("alter database \"{name}\" set synchronous_commit = off");
+    sqlx::query(AssertSqlSafe(forgetful)).execute(&db).await.unwrap();
+    let settings =
+        [("DATABASE_URL", &*database_url(&db)), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0")];
+    for role in ["serve", "relay"] {
+        let refused = run(&[role], &settings).await;
+        assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        assert!(refused.stderr.contains("the database has synchronous_commit off"), "{}", refused.stderr);
+    }
+}
+
+#[sqlx::test]
+async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
+    let house = House::open(db).await;
+    house.postgres.down();
+    let mut starting = tidings(&["serve"], house.settings()).spawn().unwrap();
+    let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+    let waits = async { while !log.next_line().await.unwrap().unwrap().contains("waiting for the database") {} };
+    timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+    house.postgres.up();
+    let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
+    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
+    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
+#[sqlx::test]
+async fn an_instance_without_a_relay_keeps_and_another_tells(db: PgPool) {
+    let mut house = House::open(db).await;
+    house.service.kill().await;
+    house.service = house.another(&["serve", "--no-relay"]).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(readiness(&house.service.url).await["broker"], "no relay in this instance");
+    assert_eq!(house.pending().await, 1);
+    let _relay = house.another(&["relay"]).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+}
+
+// How it is.
+
+async fn readiness(url: &str) -> Value {
+    reqwest::get(format!("{url}/readyz")).await.unwrap().json().await.unwrap()
+}
+
+#[sqlx::test]
+async fn an_operator_sees_at_a_glance_what_is_wrong(db: PgPool) {
+    let house = House::open(db).await;
+    let look = async |expected: (u16, &str)| {
+        let wanted = (expected.0, json!(expected.1));
+        eventually("the readiness to change", async || {
+            let answer = house.page("/readyz").await;
+            let seen = (answer.status.as_u16(), answer.body["status"].clone());
+            if seen == wanted { Ok(answer.body) } else { Err(answer) }
+        })
+        .await
+    };
+    assert_eq!(look((200, "ready")).await, json!({ "status": "ready", "database": "ok", "broker": "ok" }));
+    house.broker.down();
+    let degraded = look((200, "degraded")).await;
+    assert!(degraded["database"] == "ok" && degraded["broker"].as_str().is_some_and(|why| why.len() > 5), "{degraded}");
+    house.postgres.down();
+    let unready = look((503, "unready")).await;
+    assert!(unready["database"].as_str().is_some_and(|why| why.contains("database")), "{unready}");
+    let alive = house.request(reqwest::Method::GET, "/healthz").send().await.unwrap();
+    assert_eq!((alive.status().as_u16(), alive.text().await.unwrap().as_str()), (200, "ok\n"));
+    assert_eq!(house.metric("tidings_outbox_pending").await, -1.0);
+    house.postgres.up();
+    house.broker.up();
+    look((200, "ready")).await;
+}
+
+#[sqlx::test]
+async fn metrics_count_what_waits_and_what_became_of_it(db: PgPool) {
+    let house = House::open(db).await;
+    let is = async |sample: &str, expected: f64| {
+        eventually(&format!("{sample} to be {expected}"), async || {
+            let seen = house.metric(sample).await;
+            if seen == expected { Ok(()) } else { Err(seen) }
+        })
+        .await;
+    };
+    is("tidings_broker_connected", 1.0).await;
+    house.user(json!({})).await;
+    house.settle().await;
+    is("tidings_publish_results_total{result=\"routed\"}", 1.0).await;
+    is("tidings_publish_results_total{result=\"unroutable\"}", 0.0).await;
+    is("tidings_publish_results_total{result=\"refused\"}", 0.0).await;
+    assert_eq!(
+        (house.metric("tidings_outbox_pending").await, house.metric("tidings_outbox_oldest_seconds").await),
+        (0.0, 0.0)
+    );
+    house.broker.down();
+    is("tidings_broker_connected", 0.0).await;
+    house.user(json!({})).await;
+    house.user(json!({})).await;
+    assert_eq!(house.metric("tidings_outbox_pending").await, 2.0);
+    assert!(house.metric("tidings_outbox_oldest_seconds").await > 0.0);
+    house.broker.up();
+    is("tidings_outbox_pending", 0.0).await;
+    is("tidings_publish_results_total{result=\"routed\"}", 3.0).await;
+}
+
+#[sqlx::test]
+async fn a_health_check_tells_the_living_from_the_dead(db: PgPool) {
+    let mut house = House::open(db).await;
+    let address = house.service.url.strip_prefix("http://").unwrap().to_owned();
+    let check = async || run(&["healthcheck"], &[("TIDINGS_LISTEN", &address)]).await;
+    assert_eq!(check().await.code, Some(0));
+    house.service.signal("-STOP").await;
+    assert_eq!(check().await.code, Some(1), "frozen");
+    house.service.kill().await;
+    let dead = check().await;
+    assert!(dead.code == Some(1) && dead.stderr.contains("no instance listens"), "{dead:?}");
+}
+
+// How it leaves.
+
+/// A request whose handler has begun: the service has asked for its body, which is still to come.
+async fn begin(house: &House) -> TcpStream {
+    let mut line = TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap();
+    let head = "POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\nExpect: 100-continue\r\n\r\n";
+    line.write_all(head.as_bytes()).await.unwrap();
+    let mut go_on = [0; 25];
+    timeout(PATIENCE, line.read_exact(&mut go_on)).await.expect("no 100 Continue").unwrap();
+    assert_eq!(String::from_utf8_lossy(&go_on), "HTTP/1.1 100 Continue\r\n\r\n");
+    line
+}
+
+async fn leaving(house: &House) {
+    house.service.signal("-TERM").await;
+    eventually("the service to say that it leaves", async || {
+        let log = house.service.log();
+        if log.contains("leaving: finishing what is under way") { Ok(()) } else { Err(log) }
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn a_service_that_is_asked_to_leave_finishes_what_is_under_way(db: PgPool) {
+    let mut house = House::open(db).await;
+    let mut under_way = vec![];
+    for _ in 0..10 {
+        under_way.push(begin(&house).await);
+    }
+    leaving(&house).await;
+    for line in &mut under_way {
+        line.write_all(br#"{"profile":{}}"#).await.unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, line.read_to_string(&mut answer)).await.expect("no answer").unwrap();
+        assert!(answer.starts_with("HTTP/1.1 201 Created\r\n"), "{answer}");
+    }
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.is_err());
+    // What it had no time to tell is told by the next one.
+    house.restart().await;
+    house.settle().await;
+    assert_eq!(house.audit.heard().len(), 10);
+}
+
+#[sqlx::test]
+async fn a_second_signal_leaves_at_once(db: PgPool) {
+    let mut house = House::open(db).await;
+    let _never_sends_its_body = begin(&house).await;
+    leaving(&house).await;
+    let asked_again = Instant::now();
+    house.service.signal("-INT").await;
+    assert_eq!(house.service.left().await, Some(1));
+    assert!(asked_again.elapsed() < Duration::from_secs(5), "{:?}", asked_again.elapsed());
+}
+
+#[sqlx::test]
+async fn nothing_that_hangs_holds_up_the_leaving(db: PgPool) {
+    let mut house = House::open(db).await;
+    house.postgres.freeze();
+    house.broker.freeze();
+    leaving(&house).await;
+    let asked = Instant::now();
+    house.service.left().await;
+    assert!(asked.elapsed() < Duration::from_secs(25), "{:?}", asked.elapsed());
+}
+
+// Tail.
+
+struct Tail {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    log: Arc<Mutex<String>>,
+}
+
+impl Tail {
+    /// A tail that listens already.
+    async fn of(house: &House, arguments: &[&str]) -> Self {
+        let mut settings = house.settings().to_vec();
+        settings.push(("TIDINGS_LOG".to_owned(), "tidings=debug".to_owned()));
+        let mut child = tidings(&[&["tail"], arguments].concat(), &settings).spawn().unwrap();
+        let log = Arc::<Mutex<String>>::default();
+        collect(child.stderr.take().unwrap(), log.clone());
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let tail = Self { child, lines, log };
+        tail.says("tidings tail: listening", 1).await;
+        tail
+    }
+
+    /// Waits until it has said this so many times.
+    async fn says(&self, words: &str, times: usize) {
+        eventually("the tail to speak", async || {
+            let log = self.log.lock().unwrap();
+            if log.matches(words).count() >= times { Ok(()) } else { Err(log.clone()) }
+        })
+        .await;
+    }
+
+    async fn next(&mut self, count: usize) -> Vec<Value> {
+        let mut found: Vec<Value> = vec![];
+        while found.len() < count {
+            let line = timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("only {found:?}"));
+            found.push(serde_json::from_str(&line.unwrap().expect("the tail ended")).unwrap());
+        }
+        found
+    }
+
+    /// The name of its queue and of its exchange.
+    fn name(&self) -> String {
+        let log = self.log.lock().unwrap();
+        let (_, from) = log.split_once("tidings.tail.").expect("no queue in the log");
+        format!("tidings.tail.{}", &from[..36])
+    }
+
+    async fn ends(&mut self) -> Option<i32> {
+        timeout(PATIENCE, self.child.wait()).await.expect("the tail does not end").unwrap().code()
+    }
+}
+
+fn events(lines: &[Value]) -> Vec<(&str, i64)> {
+    lines.iter().map(|line| (line["event"].as_str().unwrap(), line["version"].as_i64().unwrap())).collect()
+}
+
+#[sqlx::test]
+async fn tail_prints_one_json_object_a_line(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_ROUTING_KEY_PREFIX", "eu")]).await;
+    let mut tail = Tail::of(&house, &[]).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    house.amend(&ana, json!({ "job_title": "Editor", "company": "A" })).await.ok();
+    house.delete(&ana).await;
+    let lines = tail.next(3).await;
+    assert_eq!(events(&lines), [("user.created", 1), ("profile.updated", 2), ("user.deleted", 3)]);
+    assert_eq!(lines[0].get("changed_fields"), None);
+    assert_eq!(lines[1]["changed_fields"], json!(["company", "job_title"]));
+    house.settle().await;
+    let heard = house.audit.heard();
+    let notice = heard.iter().find(|notice| notice.user_id == ana).unwrap();
+    assert_eq!(lines[0]["message_id"], notice.message_id.to_string());
+    assert_eq!(lines[0]["traceparent"], notice.traceparent);
+    assert_eq!(lines[0]["routing_key"], "eu.user.created");
+    assert!(lines[0]["occurred_at"].as_str().unwrap().ends_with('Z'));
+}
+
+#[sqlx::test]
+async fn tail_listens_for_keys(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_ROUTING_KEY_PREFIX", "eu")]).await;
+    let mut tail = Tail::of(&house, &["user.created", "*.deleted"]).await;
+    let ana = house.user(json!({})).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.delete(&ana).await;
+    assert_eq!(events(&tail.next(2).await), [("user.created", 1), ("user.deleted", 3)]);
+}
+
+#[sqlx::test]
+async fn tail_listens_for_fields(db: PgPool) {
+    let house = House::open(db).await;
+    let mut tail = Tail::of(&house, &["--fields", "job_title,nickname", "user.deleted"]).await;
+    let ana = house.user(json!({ "job_title": "Author" })).await;
+    for patch in
+        [json!({ "city": "Riga" }), json!({ "job_title": "Editor", "city": "Oslo" }), json!({ "nickname": "A" })]
+    {
+        house.amend(&ana, patch).await.ok();
+    }
+    house.delete(&ana).await;
+    assert_eq!(events(&tail.next(3).await), [("profile.updated", 3), ("profile.updated", 4), ("user.deleted", 5)]);
+}
+
+/// Whether the broker has this queue, and this exchange.
+async fn is_there(name: &str) -> (bool, bool) {
+    let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+    let queue = QueueDeclareOptions { passive: true, ..Default::default() };
+    let channel = connection.create_channel().await.unwrap();
+    let queue = channel.queue_declare(name.into(), queue, Default::default()).await;
+    // Somebody else's private queue is locked (405), one that is not there is not found (404).
+    let queue = queue
+        .err()
+        .is_none_or(|error| !error.to_string().contains("NOT-FOUND") && !error.to_string().contains("NOT_FOUND"));
+    let exchange = ExchangeDeclareOptions { passive: true, ..Default::default() };
+    let channel = connection.create_channel().await.unwrap();
+    let kind = lapin::ExchangeKind::Headers;
+    let exchange = channel.exchange_declare(name.into(), kind, exchange, Default::default()).await.is_ok();
+    (queue, exchange)
+}
+
+#[sqlx::test]
+async fn tail_leaves_nothing_behind(db: PgPool) {
+    let house = House::open(db).await;
+    let mut tail = Tail::of(&house, &["--fields", "job_title"]).await;
+    let name = tail.name();
+    assert_eq!(is_there(&name).await, (true, true), "{name}");
+    let pid = tail.child.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    assert_eq!(tail.ends().await, Some(0));
+    eventually("queue and exchange to be gone", async || match is_there(&name).await {
+        (false, false) => Ok(()),
+        there => Err(there),
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn tail_ends_quietly_when_nobody_reads_any_more(db: PgPool) {
+    let house = House::open(db).await;
+    let tail = Tail::of(&house, &[]).await;
+    let Tail { mut child, lines, log } = tail;
+    // As `tidings tail | head -1` does.
+    drop(lines);
+    let ended = eventually("the tail to end", async || {
+        house.user(json!({})).await;
+        child.try_wait().unwrap().ok_or("it still runs")
+    })
+    .await;
+    assert_eq!(ended.code(), Some(0));
+    assert!(!log.lock().unwrap().contains("rror"), "{log:?}");
+}
+
+#[sqlx::test]
+async fn tail_comes_back_when_the_broker_does(db: PgPool) {
+    let house = House::open(db).await;
+    let mut tail = Tail::of(&house, &[]).await;
+    house.broker.down();
+    tail.says("what happens until the broker is back will not be shown", 1).await;
+    house.broker.up();
+    tail.says("tidings tail: listening", 2).await;
+    house.user(json!({})).await;
+    assert_eq!(events(&tail.next(1).await), [("user.created", 1)]);
+}
+
+#[tokio::test]
+async fn tail_without_a_broker_says_so() {
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let refused = run(&["tail"], &[("AMQP_URL", &format!("amqp://ana:s3cret@{nobody}/%2f"))]).await;
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(
+        refused.stderr.contains("the broker cannot be reached") && !refused.stderr.contains("s3cret"),
+        "{refused:?}"
+    );
+}

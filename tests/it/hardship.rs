@@ -1,0 +1,190 @@
+//! Hardship: the database is away, a row is held by somebody else, clients hang up. Who can be served is served, and nothing is
+//! half done.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures_util::{StreamExt, future::join_all, stream};
+use reqwest::Method;
+use serde_json::json;
+use sqlx::{Connection, PgConnection, PgPool};
+use tidings_sdk::envelope::Event;
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
+use uuid::Uuid;
+
+use crate::house::{Answer, House, eventually};
+
+/// Which refusal it was, if it was one that a client may repeat.
+fn not_now(answer: &Answer) -> &str {
+    assert_eq!(answer.headers["retry-after"], "1", "{answer:?}");
+    answer.refusal(503)
+}
+
+#[sqlx::test]
+async fn without_its_database_the_service_says_so_and_recovers(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    house.postgres.down();
+    assert_eq!(not_now(&house.get(&ana).await), "database_unavailable");
+    assert_eq!(not_now(&house.amend(&ana, json!({ "city": "Oslo" })).await), "database_unavailable");
+    assert_eq!(not_now(&house.delete(&ana).await), "database_unavailable");
+    assert_eq!(not_now(&house.page("/v1/users").await), "database_unavailable");
+    // The first one to be written finds the connection broken under it; from then on it is known that nothing was sent.
+    let created = [house.create(json!({})).await, house.create(json!({})).await];
+    assert_eq!(created.each_ref().map(not_now), ["outcome_unknown", "database_unavailable"]);
+
+    house.postgres.up();
+    house.amend(&ana, json!({ "city": "Bern" })).await.ok();
+    assert_eq!(house.get(&ana).await.body["profile"], json!({ "city": "Bern" }));
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+    let page = house.page("/v1/users").await.ok();
+    assert_eq!(page.body["users"].as_array().unwrap().len(), 1);
+    assert_eq!(house.audit.heard().len(), 2, "nobody is told of what was refused");
+}
+
+/// The database commits and its answer is lost: the client hears that the outcome is unknown, and the change is told.
+#[sqlx::test]
+async fn a_change_whose_answer_is_lost_is_told_nevertheless(db: PgPool) {
+    let house = House::open(db).await;
+    house.user(json!({})).await;
+    house.settle().await;
+    house.postgres.hold_answers();
+    assert_eq!(not_now(&house.create(json!({ "city": "Riga" })).await), "outcome_unknown");
+    house.postgres.up();
+    house.settle().await;
+    let page = house.page("/v1/users").await.ok();
+    assert_eq!(page.body["users"][1]["profile"], json!({ "city": "Riga" }));
+    assert_eq!(house.told(&page.body["users"][1]["id"].as_str().unwrap().parse().unwrap()).await, ["user.created"]);
+}
+
+/// A session that holds a user's row, as a forgotten transaction of an operator would.
+async fn hold(db: &PgPool, user: &Uuid) -> PgConnection {
+    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    sqlx::query("begin").execute(&mut session).await.unwrap();
+    sqlx::query("select from users where id = $1 for update").bind(user).execute(&mut session).await.unwrap();
+    session
+}
+
+#[sqlx::test]
+async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
+    let house = House::open(db).await;
+    let mut users = vec![];
+    for _ in 0..20 {
+        users.push(house.user(json!({})).await);
+    }
+    let holder = hold(&house.db, &users[7]).await;
+    let answers = join_all(users.iter().map(|user| house.amend(user, json!({ "city": "Riga" })))).await;
+    for (user, answer) in users.iter().zip(&answers) {
+        if *user == users[7] {
+            assert_eq!(not_now(answer), "database_unavailable");
+        } else {
+            assert_eq!(answer.status, 200, "{answer:?}");
+        }
+    }
+    assert_eq!(house.get(&users[7]).await.version(), 1, "who only reads is served");
+    holder.close().await.unwrap();
+    house.amend(&users[7], json!({ "nickname": "A" })).await.ok();
+    assert_eq!(house.told(&users[7]).await, ["user.created", "profile.updated[nickname]"]);
+    assert_eq!(house.told(&users[6]).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// Sends the first `share` percent of a patch, waits, and hangs up.
+async fn hang_up(address: &str, user: &Uuid, n: u64) {
+    // Spread over all combinations of how much is sent and when the line goes dead, the same in every run.
+    let (share, pause_ms) = (n * 37 % 150, n * 23 % 61);
+    let body = json!({ "profile": { "social": { format!("k{n}"): n } } }).to_string();
+    let request = format!(
+        "PATCH /v1/users/{user} HTTP/1.1\r\nHost: x\r\nContent-Type: application/merge-patch+json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    // A third sends it whole.
+    let sent = request.len() * share.min(100) as usize / 100;
+    let mut line = TcpStream::connect(address).await.unwrap();
+    line.write_all(&request.as_bytes()[..sent]).await.unwrap();
+    sleep(Duration::from_millis(pause_ms)).await;
+}
+
+#[sqlx::test]
+async fn clients_that_hang_up_leave_nothing_half_done(db: PgPool) {
+    let house = House::open(db).await;
+    let mut users = vec![];
+    for _ in 0..20 {
+        users.push(house.user(json!({ "social": {} })).await);
+    }
+    let address = house.service.url.strip_prefix("http://").unwrap();
+    let dropped = (0..1000_u64).map(|n| hang_up(address, &users[n as usize % users.len()], n));
+    stream::iter(dropped).buffer_unordered(64).collect::<()>().await;
+    // Behind everything that is still under way for its user.
+    for user in &users {
+        house.amend(user, json!({ "city": "Riga" })).await.ok();
+    }
+    eventually("as many events as versions", async || {
+        house.settle().await;
+        let mut told: HashMap<Uuid, i64> = HashMap::new();
+        for notice in house.audit.heard() {
+            assert!(notice.event == Event::Created || notice.version > 1);
+            *told.entry(notice.user_id).or_default() += 1;
+        }
+        let kept: Vec<(Uuid, i64)> =
+            sqlx::query_as("select id, version from users").fetch_all(&house.db).await.unwrap();
+        let kept: HashMap<Uuid, i64> = kept.into_iter().collect();
+        if told == kept { Ok(()) } else { Err((told, kept)) }
+    })
+    .await;
+    let told = house.audit.heard().len();
+    assert!((60..1000).contains(&told), "{told} events: some went through, and some did not");
+    let open: i64 = sqlx::query_scalar(
+        "select count(*) from pg_stat_activity where datname = current_database() and state like 'idle in transaction%'",
+    )
+    .fetch_one(&house.db)
+    .await
+    .unwrap();
+    assert_eq!(open, 0, "sessions that idle in a transaction");
+    // Each user's profile has exactly the keys of the changes that were told.
+    for user in &users {
+        let last = house.get(user).await;
+        let keys = last.body["profile"]["social"].as_object().unwrap().len() as i64;
+        assert_eq!(last.version(), keys + 2, "{last:?}");
+    }
+}
+
+/// Readers that hang up must not take the small pool of the slow queries down with them.
+#[sqlx::test]
+async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
+    let house = House::open(db).await;
+    house.user(json!({})).await;
+    let address = house.service.url.strip_prefix("http://").unwrap();
+    let asked = (0..300_u64).map(async |n| {
+        let mut line = TcpStream::connect(address).await.unwrap();
+        line.write_all(b"GET /v1/users HTTP/1.1\r\nHost: x\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
+        sleep(Duration::from_millis(n * 7 % 11)).await;
+    });
+    stream::iter(asked).buffer_unordered(32).collect::<()>().await;
+    let page = Answer::to(house.request(Method::GET, "/v1/users")).await.ok();
+    assert_eq!(page.body["users"].as_array().unwrap().len(), 1);
+}
+
+#[sqlx::test]
+async fn a_broker_lost_with_messages_under_way_does_not_take_the_service_along(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    // Published, and the confirm is on its way when the line is cut.
+    house.broker.hold_answers();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    eventually("the message to arrive", async || {
+        house.audit.catch_up().await;
+        let heard = house.audit.heard().len();
+        if heard == 2 { Ok(()) } else { Err(heard) }
+    })
+    .await;
+    assert_eq!(house.pending().await, 1, "not confirmed, so it is still owed");
+    house.broker.down();
+    house.broker.up();
+    house.settle().await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    let told = house.told(&ana).await;
+    // At least once: what was not confirmed was told again.
+    assert_eq!(told, ["user.created", "profile.updated[city]", "profile.updated[city]", "profile.updated[city]"]);
+}
