@@ -2,14 +2,20 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod house;
+mod hurt;
+mod load;
 mod proxy;
+mod sessions;
 
+mod broker;
 mod command_line;
 mod consumers;
 mod hardship;
 mod messages;
+mod outbox;
 mod privacy;
 mod races;
 mod refusals;
+mod relay;
 mod statements;
 mod users;
