@@ -105,8 +105,9 @@ impl Reading {
             if length == 0 {
                 break;
             }
-            if !bytes.trim_ascii().is_empty() {
-                self.line(line, &bytes).map_err(fault)?;
+            let text = bytes.trim_ascii_end();
+            if !text.is_empty() {
+                self.line(line, text).map_err(fault)?;
             }
         }
         self.log.persons = self.persons.len();

@@ -37,6 +37,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::{Parser, value_parser};
+use tidings::telemetry::with_causes;
 use tokio::{signal::ctrl_c, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -98,7 +99,7 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", with_causes(&error));
             ExitCode::FAILURE
         }
     }
@@ -106,16 +107,14 @@ async fn main() -> ExitCode {
 
 async fn run(settings: &Settings, log: Changelog) -> anyhow::Result<Vec<Difference>> {
     let api = Arc::new(Api::new(&settings.url)?);
-    api.check().await.with_context(|| {
-        format!(
-            "{} cannot be used\nhint: start the service with ./dev run, or tell where it is with --url",
-            settings.url
-        )
+    api.check().await.map_err(|error| {
+        hinted(&error, &settings.url, "start the service with ./dev run, or tell where it is with --url")
     })?;
     let queue = Arc::new(Queue::new(&settings.amqp_url, &settings.exchange).context("AMQP_URL")?);
-    let first = queue.open().await.context(
-        "the broker cannot be used\nhint: eval \"$(./dev up)\" tells where it is, or give it with --amqp-url and --exchange",
-    )?;
+    let first = queue.open().await.map_err(|error| {
+        const HINT: &str = "eval \"$(./dev up)\" tells where it is, or give it with --amqp-url and --exchange";
+        hinted(&error, "the broker cannot be used", HINT)
+    })?;
 
     let replay = Replay::new(settings, log)?;
     let stop = CancellationToken::new();
@@ -128,10 +127,18 @@ async fn run(settings: &Settings, log: Changelog) -> anyhow::Result<Vec<Differen
     stop.cancel();
     let listened = listening.await;
     if let Err(error) = queue.delete().await {
-        replay.progress.say(&format!("queue {} stays behind and expires by itself: {error:#}", queue.name));
+        replay.progress.say(&format!(
+            "queue {} stays behind and expires by itself: {}",
+            queue.name,
+            with_causes(&error)
+        ));
     }
     listened.context("the consumer fell")?;
     outcome
+}
+
+fn hinted(error: &anyhow::Error, what: &str, hint: &str) -> anyhow::Error {
+    anyhow::anyhow!("{what}: {}\nhint: {hint}", with_causes(error))
 }
 
 struct Replay {
