@@ -12,7 +12,11 @@ use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool};
 use tidings_sdk::envelope::Event;
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::sleep,
+};
 use uuid::Uuid;
 
 use crate::house::{Answer, House, eventually};
@@ -142,6 +146,10 @@ async fn hang_up(address: &str, user: &Uuid, n: u64) {
     let sent = request.len() * share.min(100) as usize / 100;
     let mut line = TcpStream::connect(address).await.unwrap();
     line.write_all(&request.as_bytes()[..sent]).await.unwrap();
+    if n.is_multiple_of(10) && share >= 100 {
+        // These hang up while the answer comes in, however slow the machine is.
+        let _ = line.read_u8().await;
+    }
     sleep(Duration::from_millis(pause_ms)).await;
 }
 
