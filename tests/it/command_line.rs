@@ -311,6 +311,24 @@ async fn a_health_check_tells_the_living_from_the_dead(db: PgPool) {
     assert!(dead.code == Some(1) && dead.stderr.contains("no instance listens"), "{dead:?}");
 }
 
+#[tokio::test]
+async fn a_health_check_is_not_content_with_any_answer() {
+    let stranger = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = stranger.local_addr().unwrap().to_string();
+    let settings = [("TIDINGS_LISTEN", &*address)];
+    let check = run(&["healthcheck"], &settings);
+    let answer = async {
+        let (mut line, _) = stranger.accept().await.unwrap();
+        let mut asked = vec![];
+        while !asked.ends_with(b"\r\n\r\n") {
+            asked.push(line.read_u8().await.unwrap());
+        }
+        line.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+    };
+    let (checked, ()) = tokio::join!(check, answer);
+    assert!(checked.code == Some(1) && checked.stderr.contains("the instance is not well"), "{checked:?}");
+}
+
 // How it leaves.
 
 /// A request whose handler has begun: the service has asked for its body, which is still to come.
