@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn a_refused_message_waits_longer_each_time() {
         let now = Instant::now();
-        let mut cursor = Cursor::new(0, now);
+        let mut cursor = Cursor { rest: SWEEP_INTERVAL, sweep_at: now + SWEEP_INTERVAL, ..Cursor::new(0, now) };
         cursor.found(&[1], now);
         cursor.refused(1, now);
         assert!(next(&mut cursor, now).1.is_empty());

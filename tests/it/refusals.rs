@@ -62,11 +62,14 @@ async fn a_body_that_is_not_json_is_malformed(db: PgPool) {
     assert_eq!(house.told(&ana).await, ["user.created"]);
 }
 
+/// A body, the code of its refusal, and pointer and code of each fault.
+type Refused<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+
 #[sqlx::test]
 async fn a_body_that_cannot_be_taken_names_every_fault_by_pointer(db: PgPool) {
     let house = House::open(db).await;
     let ana = house.user(json!({})).await;
-    let table: &[(&str, &str, &[(&str, &str)])] = &[
+    let table: &[Refused] = &[
         ("[]", "body_invalid", &[("", "type")]),
         ("{}", "body_invalid", &[("/profile", "required")]),
         (r#"{"profile":[]}"#, "body_invalid", &[("/profile", "type")]),
