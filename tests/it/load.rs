@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -25,6 +25,7 @@ pub type Change = (Uuid, i64);
 /// Clients that amend users, each one change after the other.
 pub struct Load {
     answered: Arc<Mutex<Vec<Change>>>,
+    failed: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
 }
@@ -32,7 +33,7 @@ pub struct Load {
 impl Load {
     pub fn on(house: &House, users: &[Uuid], clients: usize) -> Self {
         let http = Client::builder().timeout(PATIENCE).build().unwrap();
-        let (answered, over) = (Arc::default(), Arc::default());
+        let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
         let clients = (0..clients)
             .map(|place| {
                 let client = Amending {
@@ -40,12 +41,13 @@ impl Load {
                     url: house.service.url.clone(),
                     users: users.to_vec(),
                     answered: Arc::clone(&answered),
+                    failed: Arc::clone(&failed),
                     over: Arc::clone(&over),
                 };
                 tokio::spawn(client.run(place))
             })
             .collect();
-        Self { answered, over, clients }
+        Self { answered, failed, over, clients }
     }
 
     /// Waits until this many more changes were answered.
@@ -57,6 +59,14 @@ impl Load {
 
     fn count(&self) -> usize {
         self.answered.lock().unwrap().len()
+    }
+
+    /// Ends the load, of which every request must have been answered 2xx; the changes.
+    pub async fn end_well(self) -> Vec<Change> {
+        let failed = self.failed.clone();
+        let answered = self.end().await;
+        assert_eq!(failed.load(Ordering::Relaxed), 0, "requests that failed");
+        answered
     }
 
     /// Ends the load; the changes that were answered 2xx.
@@ -74,6 +84,7 @@ struct Amending {
     url: String,
     users: Vec<Uuid>,
     answered: Arc<Mutex<Vec<Change>>>,
+    failed: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
 }
 
@@ -86,7 +97,10 @@ impl Amending {
             match self.amend(user).await {
                 Some(version) => self.answered.lock().unwrap().push((user, version)),
                 // Nobody is there to answer: do not knock without a pause.
-                None => sleep(Duration::from_millis(10)).await,
+                None => {
+                    self.failed.fetch_add(1, Ordering::Relaxed);
+                    sleep(Duration::from_millis(10)).await;
+                }
             }
         }
     }

@@ -47,7 +47,16 @@ async fn killed_before_the_event_is_written_there_is_neither_change_nor_event(db
     let mut house = House::open(db).await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     house.settle().await;
-    let held = holding(&house.db, "lock table outbox in share mode").await;
+    let stumbling_block = "
+        create function wait() returns trigger language plpgsql as $$
+        begin
+          perform pg_advisory_xact_lock(1);
+          return new;
+        end $$;
+        create trigger wait before insert on outbox for each row execute function wait();
+    ";
+    sqlx::raw_sql(stumbling_block).execute(&house.db).await.unwrap();
+    let held = holding(&house.db, "select pg_advisory_xact_lock(1)").await;
     let asked = ask(house.patch(&ana, json!({ "job_title": "Editor" })));
     sessions::blocked(&house.db, "tidings writer").await;
     house.service.kill().await;

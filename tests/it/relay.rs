@@ -60,7 +60,8 @@ async fn three_relays_in_fair_weather_tell_everything_once(db: PgPool) {
     load.goes_on(2_000).await;
     let answered = load.end().await;
     assert_eq!(load::all_told(&house, &answered).await, 0, "duplicates");
-    assert!(!leads(&relays[0]).await && !leads(&relays[1]).await, "the first one leads");
+    let leading = [leads(&house.service).await, leads(&relays[0]).await, leads(&relays[1]).await];
+    assert_eq!(leading.iter().filter(|leads| **leads).count(), 1, "{leading:?}");
 }
 
 #[sqlx::test]
@@ -114,7 +115,8 @@ async fn a_relay_that_lost_its_lead_claims_nothing_more(db: PgPool) {
     load::watch(&house.db).await;
     let users = load::users(&house, 8).await;
     house.settle().await;
-    assert_eq!(sessions::terminate(&house.db, "tidings relay leader").await, 2, "the leader's and the standby's");
+    // One leads, and the other asks twice a second whether it may.
+    assert!(sessions::terminate(&house.db, "tidings relay leader").await > 0);
     let load = Load::on(&house, &users, 4);
     load.goes_on(100).await;
     leader(&relays).await;
@@ -152,7 +154,11 @@ async fn a_relay_that_lost_its_ear_goes_on_and_listens_again(db: PgPool) {
     let (house, relays) = with_relays(db, 1).await;
     leader(&relays).await;
     latency(&house).await;
-    assert_eq!(sessions::terminate(&house.db, "tidings listener").await, 1);
+    eventually("an ear to cut off", async || match sessions::terminate(&house.db, "tidings listener").await {
+        0 => Err(()),
+        _ => Ok(()),
+    })
+    .await;
     let bea = house.user(json!({ "first_name": "Bea" })).await;
     assert_eq!(house.told(&bea).await, ["user.created"]);
     eventually("an ear", async || {
@@ -193,7 +199,10 @@ async fn no_transaction_is_open_while_the_broker_is_waited_for(db: PgPool) {
     house.broker.hold_answers();
     load::users(&house, 10).await;
     load::heard(&house, 10).await;
+    let heard = Instant::now();
     sessions::none_in_transaction(&house.db).await;
+    // Later it would only be because the connection to the broker was given up.
+    assert!(heard.elapsed() < Duration::from_secs(5), "{:?}", heard.elapsed());
     assert_eq!(house.pending().await, 10, "the confirms were still held");
 }
 
