@@ -81,10 +81,11 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         ("TIDINGS_PROFILE_SCHEMA", schema),
         ("TIDINGS_EXCHANGE", "amq.topic"),
         ("TIDINGS_ROUTING_KEY_PREFIX", "eu..prod"),
+        ("TIDINGS_LOG", "loud=very"),
     ];
     let refused = run(&["serve"], &wrong).await;
     assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
-    assert!(refused.stderr.contains("6 settings are wrong"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("7 settings are wrong"), "{}", refused.stderr);
     for named in [
         "DATABASE_URL: expected postgres://",
         "AMQP_URL: is not set; set it, or AMQP_URL_FILE",
@@ -92,6 +93,7 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         &format!("TIDINGS_PROFILE_SCHEMA: {schema} is not a profile schema"),
         "TIDINGS_EXCHANGE: expected a name",
         "TIDINGS_ROUTING_KEY_PREFIX: expected words",
+        "TIDINGS_LOG: ",
         "hint: ",
     ] {
         assert!(refused.stderr.contains(named), "no {named:?} in {}", refused.stderr);

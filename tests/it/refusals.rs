@@ -196,6 +196,35 @@ async fn a_body_is_too_large_however_it_is_sent(db: PgPool) {
 }
 
 #[sqlx::test]
+async fn amendments_do_not_add_up_to_more_than_a_request_may_hold(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let half = |name: &str| json!({ "social": { name: { "note": "x".repeat(40_000) } } });
+    house.amend(&ana, half("first")).await.ok();
+    let second = house.amend(&ana, half("second")).await;
+    assert_eq!(second.refusal(422), "profile_invalid");
+    assert_eq!(second.body["errors"][0]["code"], "too_large");
+    assert_eq!(house.get(&ana).await.version(), 2);
+}
+
+#[sqlx::test]
+async fn a_change_takes_no_parameters(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let path = format!("/v1/users/{ana}?if_version=1");
+    for (method, path) in [
+        (Method::POST, "/v1/users?if_version=1"),
+        (Method::PATCH, &path),
+        (Method::PUT, &path),
+        (Method::DELETE, &path),
+    ] {
+        let asked = house.request(method.clone(), path).header("content-type", "application/json").body("{}");
+        assert_eq!(Answer::to(asked).await.refusal(400), "invalid_query", "{method}");
+    }
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
 async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
     let house = House::open(db).await;
     let ana = house.user(json!({ "city": "Riga" })).await;
