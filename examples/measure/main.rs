@@ -156,48 +156,32 @@ async fn on(settings: &Settings, apart: &Scratch, whole: &Scratch) -> anyhow::Re
 
 fn report(settings: &Settings, results: &Results) -> anyhow::Result<()> {
     let Results { patch_apart, patch_whole, patch_limit, get, get_limit, news } = results;
-    let (connections, rate) = (settings.connections, settings.rate);
     let mut out = stdout().lock();
-    let mut line = |what: String, measured: String, limit: String, ratio: f64| {
-        writeln!(out, "{what:<44} {measured:>24} {limit:>24} {ratio:>7.2}")
+    let mut row = |what: &str, measured: &str, limit: &str, ratio: &str| {
+        writeln!(out, "{what:<44} {measured:>24} {limit:>24} {ratio:>7}")
     };
-    line(format!("{connections} connections"), "service".into(), "limit: pgbench".into(), f64::NAN)?;
-    line(
-        "PATCH/s, relay elsewhere".into(),
-        patch_apart.rates(),
-        patch_limit.rates(),
-        patch_apart.rate() / patch_limit.rate(),
-    )?;
-    line(
-        "PATCH/s, relay in the same process".into(),
-        patch_whole.rates(),
-        patch_limit.rates(),
-        patch_whole.rate() / patch_limit.rate(),
-    )?;
-    line("GET/s".into(), get.rates(), get_limit.rates(), get.rate() / get_limit.rate())?;
-    let ratio = |ours: &Rounds, limit: &Rounds| ours.p99_ms() / limit.p99_ms();
-    line(
-        "PATCH p50/p99 ms, relay elsewhere".into(),
-        patch_apart.latencies(),
-        patch_limit.latencies(),
-        ratio(patch_apart, patch_limit),
-    )?;
-    line(
-        "PATCH p50/p99 ms, relay in the same process".into(),
-        patch_whole.latencies(),
-        patch_limit.latencies(),
-        ratio(patch_whole, patch_limit),
-    )?;
-    line("GET p50/p99 ms".into(), get.latencies(), get_limit.latencies(), ratio(get, get_limit))?;
-    line(format!("{rate} changes/s, p50/p99 ms"), "service".into(), "limit: no outbox".into(), f64::NAN)?;
-    let p99 = |samples: &[f64]| quantile(samples, 0.99) / quantile(&news.direct_ms, 0.99);
+    row(&format!("{} connections", settings.connections), "service", "limit: pgbench", "ratio")?;
+    let throughput = [
+        ("PATCH, relay elsewhere", patch_apart, patch_limit),
+        ("PATCH, relay in the same process", patch_whole, patch_limit),
+        ("GET", get, get_limit),
+    ];
+    for (what, ours, limit) in throughput {
+        row(&format!("{what}, 1/s"), &ours.rates(), &limit.rates(), &format!("{:.2}", ours.rate() / limit.rate()))?;
+    }
+    for (what, ours, limit) in throughput {
+        let ratio = format!("{:.2}", ours.p99_ms() / limit.p99_ms());
+        row(&format!("{what}, p50/p99 ms"), &ours.latencies(), &limit.latencies(), &ratio)?;
+    }
+    row(&format!("{} changes/s, p50/p99 ms", settings.rate), "service", "limit: no outbox", "p99")?;
     for (what, samples) in [
         ("commit to consumer", &news.commit_ms),
         ("request to consumer", &news.request_ms),
         ("answer to consumer", &news.answered_ms),
         ("request to answer", &news.answer_ms),
     ] {
-        line(what.into(), latencies(samples), latencies(&news.direct_ms), p99(samples))?;
+        let ratio = format!("{:.2}", quantile(samples, 0.99) / quantile(&news.direct_ms, 0.99));
+        row(what, &latencies(samples), &latencies(&news.direct_ms), &ratio)?;
     }
     Ok(out.flush()?)
 }
