@@ -188,10 +188,10 @@ impl Replay {
         let _shown = self.progress.show("changes", total, self.driver.made.clone(), move || api.trouble());
         let deadline = Duration::from_secs(settings.deadline_s);
         let answers = timeout(deadline, self.driver.run(settings.concurrency.into())).await;
-        answers.with_context(|| {
+        answers.map_err(|_| {
             let made = self.driver.made.load(Relaxed);
             let trouble = self.driver.api.trouble().unwrap_or_else(|| "it answers".to_owned());
-            format!("{made} of {total} changes were made within {deadline:?}; the service: {trouble}")
+            anyhow::anyhow!("{made} of {total} changes were made within {deadline:?}; the service: {trouble}")
         })
     }
 
