@@ -30,6 +30,7 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
     pub id: OutboxId,
+    pub message_id: Uuid,
     pub outcome: Outcome,
 }
 
@@ -211,6 +212,6 @@ impl Parcel {
             End::Heard { taken: true } if came_back => Outcome::Unroutable,
             End::Heard { taken: true } => Outcome::Routed,
         };
-        Some(Verdict { id: self.id, outcome })
+        Some(Verdict { id: self.id, message_id: self.message_id, outcome })
     }
 }

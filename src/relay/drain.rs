@@ -157,8 +157,11 @@ impl Drain<'_> {
     /// Acts on what the broker said: confirmed events are to be deleted, refused ones to be sent again.
     fn take(&mut self, verdicts: &[Verdict]) {
         let now = Instant::now();
-        for &Verdict { id, outcome } in verdicts {
+        for &Verdict { id, message_id, outcome } in verdicts {
             self.status.count(outcome);
+            if outcome == Outcome::Unroutable {
+                tracing::debug!(%message_id, "nobody is bound for this message");
+            }
             match outcome {
                 // Nobody listening is no fault of the event: it was offered, and that is all that was promised.
                 Outcome::Routed | Outcome::Unroutable => {

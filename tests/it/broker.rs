@@ -1,6 +1,9 @@
 //! Broker: whatever happens to it, changes are taken, and told when it is well again.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use lapin::{
     Channel, Connection, ExchangeKind,
@@ -11,6 +14,7 @@ use lapin::{
 };
 use serde_json::json;
 use sqlx::PgPool;
+use uuid::Uuid;
 
 use crate::{
     house::{House, bind, connect, declare, env, eventually},
@@ -91,7 +95,7 @@ async fn what_nobody_is_bound_for_is_counted_one_by_one_and_not_sent_again(db: P
 
 #[sqlx::test]
 async fn what_is_unroutable_is_told_apart_although_queues_confirm_at_different_speeds(db: PgPool) {
-    let house = House::open(db).await;
+    let house = House::with(db, &[("TIDINGS_LOG", "info,tidings::relay=debug,lapin=off")]).await;
     let admin = Admin::at(&env("AMQP_URL")).await;
     // A quorum queue confirms later than a classic one, so that confirms overtake each other.
     let quorum = format!("{}.quorum", house.exchange);
@@ -99,11 +103,21 @@ async fn what_is_unroutable_is_told_apart_although_queues_confirm_at_different_s
     bind(&admin.channel, &quorum, &house.exchange, "user.created").await;
     admin.narrow(&house, &["profile.updated"]).await;
     house.broker.down();
-    load::backlog(&house.db, 3_000).await;
+    let events = load::backlog(&house.db, 3_000).await;
     house.broker.up();
     house.settle().await;
     assert_eq!(results(&house).await, [2_000.0, 1_000.0, 0.0]);
     assert_eq!(house.audit.heard().len(), 1_000);
+    // Not only how many: which. A return that is credited to the confirm it came with would name others.
+    let log = house.service.log();
+    let named: HashSet<&str> = log
+        .lines()
+        .filter(|line| line.contains("nobody is bound"))
+        .filter_map(|line| line.split("message_id=").nth(1))
+        .collect();
+    let unbound: HashSet<String> = events.iter().skip(2).step_by(3).map(Uuid::to_string).collect();
+    assert_eq!(named.len(), 1_000);
+    assert!(unbound.iter().all(|id| named.contains(id.as_str())), "each unroutable message, and no other");
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
     let kept = admin.channel.queue_declare(quorum.as_str().into(), passive, FieldTable::default()).await.unwrap();
     assert_eq!(kept.message_count(), 1_000);
