@@ -50,7 +50,8 @@ struct Line<'a> {
     #[serde(with = "time::serde::rfc3339")]
     occurred_at: OffsetDateTime,
     routing_key: &'a str,
-    traceparent: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    traceparent: Option<String>,
 }
 
 /// Prints until `stop`, or until nobody reads any more.
@@ -114,7 +115,7 @@ fn print(notice: &Notice, routing_key: &str) -> io::Result<()> {
         message_id: notice.message_id,
         occurred_at: notice.occurred_at,
         routing_key,
-        traceparent: &notice.traceparent,
+        traceparent: notice.traceparent.map(|trace| trace.to_string()),
     };
     let mut out = io::stdout().lock();
     serde_json::to_writer(&mut out, &line)?;

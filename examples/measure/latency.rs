@@ -184,7 +184,7 @@ fn notice(user_id: Uuid) -> anyhow::Result<Notice> {
         version: 2,
         event: Event::Updated { changed_fields: vec!["job_title".parse()?] },
         occurred_at: OffsetDateTime::now_utc(),
-        traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00".to_owned(),
+        traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00".parse().ok(),
     })
 }
 

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use uuid::Uuid;
 
+use crate::trace::Traceparent;
+
 /// The `app_id` property of every message.
 pub const APP_ID: &str = "tidings";
 /// A body larger than this is no notice of ours: 256 field names of 64 bytes take a quarter of it.
@@ -28,8 +30,8 @@ pub struct Notice {
     pub version: i64,
     pub event: Event,
     pub occurred_at: OffsetDateTime,
-    /// W3C trace context of the request that made the change.
-    pub traceparent: String,
+    /// The trace of the request that made the change. `None` when a message came without one, or with something else in its place.
+    pub traceparent: Option<Traceparent>,
 }
 
 /// What happened to the user.
@@ -172,7 +174,7 @@ impl Notice {
                 .and_then(|time| OffsetDateTime::parse(&time, &Rfc3339).ok())
                 .or_else(|| timestamp(properties))
                 .ok_or(NotANotice::Timestamp)?,
-            traceparent: headers.and_then(|headers| text(headers, "traceparent")).unwrap_or_default(),
+            traceparent: headers.and_then(|headers| text(headers, "traceparent")?.parse().ok()),
         })
     }
 
@@ -201,7 +203,6 @@ impl Notice {
         let time = self.occurred_at.format(&Rfc3339).expect("a timestamp of the database has a four-digit year");
         let mut headers = BTreeMap::from([
             ("version".into(), AMQPValue::LongLongInt(self.version)),
-            ("traceparent".into(), text(self.traceparent.clone())),
             // CloudEvents 1.0, AMQP binding, binary mode: the content type is the message's own.
             ("cloudEvents_specversion".into(), text("1.0".into())),
             ("cloudEvents_id".into(), text(self.message_id.to_string())),
@@ -210,6 +211,9 @@ impl Notice {
             ("cloudEvents_subject".into(), text(self.user_id.to_string())),
             ("cloudEvents_time".into(), text(time)),
         ]);
+        if let Some(traceparent) = self.traceparent {
+            headers.insert("traceparent".into(), text(traceparent.to_string()));
+        }
         for field in self.event.changed_fields() {
             headers.insert(field_header(field).into(), AMQPValue::Boolean(true));
         }
@@ -265,7 +269,7 @@ mod tests {
             version: 7,
             event,
             occurred_at: OffsetDateTime::from_unix_timestamp(1_700_000_000).unwrap(),
-            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().ok(),
         }
     }
 

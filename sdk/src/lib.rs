@@ -4,3 +4,4 @@
 //! Not here, on purpose: HTTP, SQL, and any place in a message for a user's data.
 
 pub mod envelope;
+pub mod trace;

@@ -147,6 +147,7 @@ impl Row {
         let Self { id, message_id, event, user_id, version, changed_fields, occurred_at, traceparent } = self;
         let event = Event::from_name(&event, changed_fields.0)
             .ok_or_else(|| sqlx::Error::Decode(format!("outbox row {id} has an unknown event").into()))?;
+        let traceparent = traceparent.parse().ok();
         Ok(Entry { id, notice: Notice { message_id, user_id, version, event, occurred_at, traceparent } })
     }
 }

@@ -1,13 +1,12 @@
 //! What a client asks to happen to one user, and what that makes of the state it meets. Pure: decides, and writes nothing.
 
-use tidings_sdk::envelope::Event;
+use tidings_sdk::{envelope::Event, trace::Traceparent};
 use time::OffsetDateTime;
 
 use super::model::{Record, Tombstone, User, UserId, Version};
 use crate::{
     json::Fault,
     profile::{self, Fields, Profile, Schema},
-    telemetry::Traceparent,
     web::Precondition,
 };
 

@@ -13,11 +13,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use futures_util::FutureExt;
+use tidings_sdk::trace::Traceparent;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::Problem;
-use crate::telemetry::Traceparent;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client may name its request, within these limits: the name goes into our log.

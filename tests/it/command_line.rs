@@ -468,7 +468,7 @@ async fn tail_prints_one_json_object_a_line(db: PgPool) {
     let heard = house.audit.heard();
     let notice = heard.iter().find(|notice| notice.user_id == ana).unwrap();
     assert_eq!(lines[0]["message_id"], notice.message_id.to_string());
-    assert_eq!(lines[0]["traceparent"], notice.traceparent);
+    assert_eq!(lines[0]["traceparent"], notice.traceparent.unwrap().to_string());
     assert_eq!(lines[0]["routing_key"], "eu.user.created");
     assert!(lines[0]["occurred_at"].as_str().unwrap().ends_with('Z'));
 }

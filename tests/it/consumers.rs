@@ -183,7 +183,7 @@ async fn asks_until_it_sees(db: PgPool, script: &str) {
         version: 2,
         event: Event::Updated { changed_fields: vec!["city".parse().unwrap()] },
         occurred_at: OffsetDateTime::now_utc(),
-        traceparent: String::new(),
+        traceparent: None,
     };
     let (properties, body) = early.to_message("urn:test");
     consumer.send(properties, &body).await;
