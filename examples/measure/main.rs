@@ -156,48 +156,41 @@ async fn on(settings: &Settings, apart: &Scratch, whole: &Scratch) -> anyhow::Re
 
 fn report(settings: &Settings, results: &Results) -> anyhow::Result<()> {
     let Results { patch_apart, patch_whole, patch_limit, get, get_limit, news } = results;
-    let (connections, rate) = (settings.connections, settings.rate);
-    let mut out = stdout().lock();
-    let mut line = |what: String, measured: String, limit: String, ratio: f64| {
-        writeln!(out, "{what:<44} {measured:>24} {limit:>24} {ratio:>7.2}")
-    };
-    line(format!("{connections} connections"), "service".into(), "limit: pgbench".into(), f64::NAN)?;
-    line(
-        "PATCH/s, relay elsewhere".into(),
-        patch_apart.rates(),
-        patch_limit.rates(),
-        patch_apart.rate() / patch_limit.rate(),
-    )?;
-    line(
-        "PATCH/s, relay in the same process".into(),
-        patch_whole.rates(),
-        patch_limit.rates(),
-        patch_whole.rate() / patch_limit.rate(),
-    )?;
-    line("GET/s".into(), get.rates(), get_limit.rates(), get.rate() / get_limit.rate())?;
-    let ratio = |ours: &Rounds, limit: &Rounds| ours.p99_ms() / limit.p99_ms();
-    line(
-        "PATCH p50/p99 ms, relay elsewhere".into(),
-        patch_apart.latencies(),
-        patch_limit.latencies(),
-        ratio(patch_apart, patch_limit),
-    )?;
-    line(
-        "PATCH p50/p99 ms, relay in the same process".into(),
-        patch_whole.latencies(),
-        patch_limit.latencies(),
-        ratio(patch_whole, patch_limit),
-    )?;
-    line("GET p50/p99 ms".into(), get.latencies(), get_limit.latencies(), ratio(get, get_limit))?;
-    line(format!("{rate} changes/s, p50/p99 ms"), "service".into(), "limit: no outbox".into(), f64::NAN)?;
-    let p99 = |samples: &[f64]| quantile(samples, 0.99) / quantile(&news.direct_ms, 0.99);
-    for (what, samples) in [
-        ("commit to consumer", &news.commit_ms),
-        ("request to consumer", &news.request_ms),
-        ("answer to consumer", &news.answered_ms),
-        ("request to answer", &news.answer_ms),
-    ] {
-        line(what.into(), latencies(samples), latencies(&news.direct_ms), p99(samples))?;
+    let mut table = Table(stdout().lock());
+    table.head(&format!("{} connections, per second", settings.connections), "pgbench")?;
+    table.rates("PATCH, relay elsewhere", patch_apart, patch_limit)?;
+    table.rates("PATCH, relay in the same process", patch_whole, patch_limit)?;
+    table.rates("GET", get, get_limit)?;
+    table.head(&format!("{} connections, p50 / p99 ms", settings.connections), "pgbench")?;
+    table.latencies("PATCH, relay elsewhere", &patch_apart.latencies_ms, &patch_limit.latencies_ms)?;
+    table.latencies("PATCH, relay in the same process", &patch_whole.latencies_ms, &patch_limit.latencies_ms)?;
+    table.latencies("GET", &get.latencies_ms, &get_limit.latencies_ms)?;
+    table.head(&format!("{} changes/s, p50 / p99 ms", settings.rate), "no outbox")?;
+    table.latencies("commit to consumer", &news.commit_ms, &news.direct_ms)?;
+    table.latencies("answer to consumer", &news.answered_ms, &news.direct_ms)?;
+    table.latencies("request to consumer", &news.request_ms, &news.direct_ms)?;
+    table.latencies("request to answer", &news.answer_ms, &news.direct_ms)
+}
+
+struct Table<W: Write>(W);
+
+impl<W: Write> Table<W> {
+    fn head(&mut self, what: &str, limit: &str) -> anyhow::Result<()> {
+        self.line(what, "service", &format!("limit: {limit}"), "ratio")
     }
-    Ok(out.flush()?)
+
+    fn rates(&mut self, what: &str, service: &Rounds, limit: &Rounds) -> anyhow::Result<()> {
+        let ratio = service.rate() / limit.rate();
+        self.line(&format!("  {what}"), &service.rates(), &limit.rates(), &format!("{ratio:.2}"))
+    }
+
+    fn latencies(&mut self, what: &str, service_ms: &[f64], limit_ms: &[f64]) -> anyhow::Result<()> {
+        let ratio = |share| quantile(service_ms, share) / quantile(limit_ms, share);
+        let ratios = format!("{:.2} / {:.2}", ratio(0.5), ratio(0.99));
+        self.line(&format!("  {what}"), &latencies(service_ms), &latencies(limit_ms), &ratios)
+    }
+
+    fn line(&mut self, what: &str, service: &str, limit: &str, ratio: &str) -> anyhow::Result<()> {
+        Ok(writeln!(self.0, "{what:<36} {service:>24} {limit:>24} {ratio:>14}")?)
+    }
 }
