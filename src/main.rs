@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use tidings::{
     app,
-    config::{self, Cli, Command, WrongSettings},
+    config::{self, Cli, Command, Faults, WrongSettings},
     lifecycle, roles,
     tail::{self, Wanted},
     telemetry,
@@ -34,21 +34,19 @@ async fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
-    let mut faults = config::Faults::default();
+    let mut faults = Faults::default();
     faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format));
-    faults.none()?;
     match cli.command {
-        Command::Serve(settings) => roles::serve(settings).await,
-        Command::Relay(settings) => roles::relay(settings).await,
-        Command::Migrate(settings) => migrate(&settings).await,
-        Command::Tail(settings) => tail(settings).await,
-        Command::Openapi => Ok(stdout().write_all(app::openapi()?.as_bytes())?),
-        Command::Healthcheck(settings) => healthcheck(&settings),
+        Command::Serve(settings) => roles::serve(settings, faults).await,
+        Command::Relay(settings) => roles::relay(settings, faults).await,
+        Command::Migrate(settings) => migrate(&settings, faults).await,
+        Command::Tail(settings) => tail(settings, faults).await,
+        Command::Openapi => openapi(faults),
+        Command::Healthcheck(settings) => healthcheck(&settings, faults),
     }
 }
 
-async fn migrate(settings: &config::Migrate) -> anyhow::Result<()> {
-    let mut faults = config::Faults::default();
+async fn migrate(settings: &config::Migrate, mut faults: Faults) -> anyhow::Result<()> {
     let db = settings.database.open(&mut faults);
     faults.none()?;
     let Some(db) = db else { unreachable!("no faults, so it is there") };
@@ -57,8 +55,7 @@ async fn migrate(settings: &config::Migrate) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn tail(settings: config::Tail) -> anyhow::Result<()> {
-    let mut faults = config::Faults::default();
+async fn tail(settings: config::Tail, mut faults: Faults) -> anyhow::Result<()> {
     let fields = settings.fields(&mut faults);
     let broker = settings.amqp.open(&mut faults);
     faults.none()?;
@@ -68,10 +65,14 @@ async fn tail(settings: config::Tail) -> anyhow::Result<()> {
     tail::run(&broker, &Wanted { keys: settings.keys, fields }, &stop).await
 }
 
+fn openapi(faults: Faults) -> anyhow::Result<()> {
+    faults.none()?;
+    Ok(stdout().write_all(app::openapi()?.as_bytes())?)
+}
+
 /// Plain HTTP by hand: a health check must not need what it checks.
-fn healthcheck(settings: &config::Healthcheck) -> anyhow::Result<()> {
+fn healthcheck(settings: &config::Healthcheck, mut faults: Faults) -> anyhow::Result<()> {
     const DEADLINE: Duration = Duration::from_secs(2);
-    let mut faults = config::Faults::default();
     let address = settings.listen.parse(&mut faults);
     faults.none()?;
     let Some(mut address) = address else { unreachable!("no faults, so it is there") };

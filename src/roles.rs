@@ -30,9 +30,8 @@ use crate::{
 const PATIENCE: u32 = 30;
 
 /// The API and, unless told otherwise, the relay.
-pub async fn serve(settings: config::Serve) -> anyhow::Result<()> {
+pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyhow::Result<()> {
     warn_of_unknown_settings();
-    let mut faults = config::Faults::default();
     let db = settings.database.open(&mut faults);
     let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
     let address = settings.listen.parse(&mut faults);
@@ -74,9 +73,8 @@ fn warn_of_unknown_settings() {
 }
 
 /// The relay alone.
-pub async fn relay(settings: config::Relay) -> anyhow::Result<()> {
+pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyhow::Result<()> {
     warn_of_unknown_settings();
-    let mut faults = config::Faults::default();
     let db = settings.database.open(&mut faults);
     let broker = settings.amqp.open(&mut faults);
     let address = settings.listen.parse(&mut faults);

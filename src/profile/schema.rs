@@ -19,6 +19,9 @@ const ROOT: &str = "/profile";
 /// Field names travel as message headers, and AMQP sends a message's headers in one frame.
 const MAX_FIELDS: usize = 256;
 
+/// A request's body is limited, but amendments add up.
+const MAX_PROFILE_BYTES: usize = 64 * 1024;
+
 /// What a profile may hold.
 pub struct Schema {
     validator: Validator,
@@ -54,7 +57,11 @@ impl Schema {
     pub fn admit(&self, fields: &Fields) -> Result<Profile, Vec<Fault>> {
         let instance = Value::Object(fields.clone());
         if self.validator.is_valid(&instance) {
-            return Ok(Profile::from_fields(fields));
+            let profile = Profile::from_fields(fields);
+            let fits = profile.as_str().len() <= MAX_PROFILE_BYTES;
+            let too_large =
+                || Fault::new(ROOT, "too_large", format!("would have more than {MAX_PROFILE_BYTES} bytes as JSON"));
+            return if fits { Ok(profile) } else { Err(vec![too_large()]) };
         }
         Err(self.validator.iter_errors(&instance).flat_map(|error| explain(&error)).collect())
     }
@@ -167,6 +174,14 @@ mod tests {
         );
         let told = format!("{:?}", schema.admit(profile.as_object().unwrap()).unwrap_err());
         assert!(!told.contains("canary"), "{told}");
+    }
+
+    #[test]
+    fn a_profile_does_not_grow_without_bound() {
+        let schema = Schema::load(None).unwrap();
+        let social = |bytes: usize| json!({ "social": { "x": { "y": "a".repeat(bytes) } } });
+        assert_eq!(admit(&schema, social(MAX_PROFILE_BYTES - 100)), []);
+        assert_eq!(admit(&schema, social(MAX_PROFILE_BYTES)), [fault("/profile", "too_large")]);
     }
 
     #[test]

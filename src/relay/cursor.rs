@@ -15,8 +15,11 @@ use crate::outbox::OutboxId;
 const ASK_FOR: Duration = Duration::from_secs(60);
 /// Ids asked for again in one question. A jump in the sequence larger than this is left to the sweep.
 const ASK_LIMIT: usize = 1000;
-/// Between two sweeps.
+/// Between two sweeps, in the long run.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// Before the first sweep; the next ones take twice as long each, up to the interval. What was open when this relay began to lead,
+/// and whose place it therefore never saw skipped, mostly commits within moments.
+const FIRST_SWEEP: Duration = Duration::from_secs(1);
 /// A sweep over many dead rows is slow: rest this many times as long as it took.
 const SWEEP_REST: u32 = 50;
 /// Before a refused message is sent again; doubles with each refusal, since every resend is a duplicate to the healthy queues.
@@ -34,6 +37,8 @@ pub struct Cursor {
     skipped: BTreeMap<OutboxId, Instant>,
     refused: BTreeMap<OutboxId, Refused>,
     sweep_at: Instant,
+    /// How long the sweep rests.
+    rest: Duration,
 }
 
 struct Refused {
@@ -53,8 +58,8 @@ pub enum Question {
 
 impl Cursor {
     pub fn new(floor: OutboxId, now: Instant) -> Self {
-        let sweep_at = now + SWEEP_INTERVAL;
-        Self { past: 0, floor, skipped: BTreeMap::new(), refused: BTreeMap::new(), sweep_at }
+        let (skipped, refused) = (BTreeMap::new(), BTreeMap::new());
+        Self { past: 0, floor, skipped, refused, sweep_at: now + FIRST_SWEEP, rest: FIRST_SWEEP }
     }
 
     pub fn question(&mut self, now: Instant) -> Question {
@@ -103,7 +108,8 @@ impl Cursor {
             self.skipped.remove(id);
         }
         if found_all {
-            self.sweep_at = now + SWEEP_INTERVAL.max(took * SWEEP_REST);
+            self.rest = (2 * self.rest).min(SWEEP_INTERVAL);
+            self.sweep_at = now + self.rest.max(took * SWEEP_REST);
         }
     }
 
@@ -187,13 +193,25 @@ mod tests {
         let now = Instant::now();
         let mut cursor = Cursor::new(0, now);
         cursor.found(&[7], now);
-        let later = now + SWEEP_INTERVAL;
+        let later = now + FIRST_SWEEP;
         assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
         cursor.swept(&[], false, Duration::ZERO, later);
         assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
-        cursor.swept(&[], true, Duration::from_secs(1), later);
-        assert!(matches!(cursor.question(later + SWEEP_INTERVAL), Question::Next { .. }));
-        assert!(matches!(cursor.question(later + Duration::from_secs(50)), Question::Sweep { .. }));
+        cursor.swept(&[], true, Duration::ZERO, later);
+        assert!(matches!(cursor.question(later + FIRST_SWEEP), Question::Next { .. }));
+        assert!(matches!(cursor.question(later + 2 * FIRST_SWEEP), Question::Sweep { .. }));
+    }
+
+    #[test]
+    fn a_sweep_rests_longer_each_time_and_longer_than_it_took() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        for _ in 0..10 {
+            cursor.swept(&[], true, Duration::ZERO, now);
+        }
+        assert_eq!(cursor.sweep_at, now + SWEEP_INTERVAL);
+        cursor.swept(&[], true, Duration::from_secs(1), now);
+        assert_eq!(cursor.sweep_at, now + Duration::from_secs(50));
     }
 
     #[test]
@@ -208,7 +226,7 @@ mod tests {
     #[test]
     fn a_refused_message_waits_longer_each_time() {
         let now = Instant::now();
-        let mut cursor = Cursor::new(0, now);
+        let mut cursor = Cursor { rest: SWEEP_INTERVAL, sweep_at: now + SWEEP_INTERVAL, ..Cursor::new(0, now) };
         cursor.found(&[1], now);
         cursor.refused(1, now);
         assert!(next(&mut cursor, now).1.is_empty());

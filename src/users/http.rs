@@ -87,6 +87,7 @@ enum Absences {
     ))]
 async fn create(
     State(users): State<Users>,
+    Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Document(fields): Document,
 ) -> Result<Changed, Problem> {
@@ -139,6 +140,7 @@ async fn amend(
     State(users): State<Users>,
     Id(id): Id,
     condition: Precondition,
+    Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Patch(patch): Patch,
 ) -> Result<Changed, Problem> {
@@ -164,6 +166,7 @@ async fn replace(
     State(users): State<Users>,
     Id(id): Id,
     condition: Precondition,
+    Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Document(fields): Document,
 ) -> Result<Changed, Problem> {
@@ -186,6 +189,7 @@ async fn delete(
     State(users): State<Users>,
     Id(id): Id,
     condition: Precondition,
+    Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
 ) -> Result<Changed, Problem> {
     Ok(users.change(Change { id: UserId(id), verb: Verb::Delete, condition, trace }).await?)
@@ -210,6 +214,11 @@ async fn list(State(users): State<Users>, Params(page): Params<PageAfter>) -> Re
 
 const DEFAULT_PAGE: i64 = 100;
 const MAX_PAGE: i64 = 500;
+
+/// A change takes none: a condition put there by mistake must not be silently without effect.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoParams {}
 
 #[derive(Debug, Clone, Copy, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]

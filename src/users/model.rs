@@ -41,7 +41,7 @@ pub type Version = i64;
 pub struct User {
     pub id: UserId,
     /// Starts at 1 and grows by one with every change.
-    #[schema(minimum = 1, example = 7)]
+    #[schema(value_type = i64, minimum = 1, example = 7)]
     pub version: Version,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,

@@ -81,10 +81,11 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         ("TIDINGS_PROFILE_SCHEMA", schema),
         ("TIDINGS_EXCHANGE", "amq.topic"),
         ("TIDINGS_ROUTING_KEY_PREFIX", "eu..prod"),
+        ("TIDINGS_LOG", "loud=very"),
     ];
     let refused = run(&["serve"], &wrong).await;
     assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
-    assert!(refused.stderr.contains("6 settings are wrong"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("7 settings are wrong"), "{}", refused.stderr);
     for named in [
         "DATABASE_URL: expected postgres://",
         "AMQP_URL: is not set; set it, or AMQP_URL_FILE",
@@ -92,6 +93,7 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         &format!("TIDINGS_PROFILE_SCHEMA: {schema} is not a profile schema"),
         "TIDINGS_EXCHANGE: expected a name",
         "TIDINGS_ROUTING_KEY_PREFIX: expected words",
+        "TIDINGS_LOG: ",
         "hint: ",
     ] {
         assert!(refused.stderr.contains(named), "no {named:?} in {}", refused.stderr);
@@ -309,6 +311,24 @@ async fn a_health_check_tells_the_living_from_the_dead(db: PgPool) {
     house.service.kill().await;
     let dead = check().await;
     assert!(dead.code == Some(1) && dead.stderr.contains("no instance listens"), "{dead:?}");
+}
+
+#[tokio::test]
+async fn a_health_check_is_not_content_with_any_answer() {
+    let stranger = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = stranger.local_addr().unwrap().to_string();
+    let settings = [("TIDINGS_LISTEN", &*address)];
+    let check = run(&["healthcheck"], &settings);
+    let answer = async {
+        let (mut line, _) = stranger.accept().await.unwrap();
+        let mut asked = vec![];
+        while !asked.ends_with(b"\r\n\r\n") {
+            asked.push(line.read_u8().await.unwrap());
+        }
+        line.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+    };
+    let (checked, ()) = tokio::join!(check, answer);
+    assert!(checked.code == Some(1) && checked.stderr.contains("the instance is not well"), "{checked:?}");
 }
 
 // How it leaves.

@@ -3,12 +3,20 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use futures_util::{StreamExt, future::join_all, stream};
+use futures_util::{
+    StreamExt,
+    future::{join, join_all},
+    stream,
+};
 use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool};
 use tidings_sdk::envelope::Event;
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::sleep,
+};
 use uuid::Uuid;
 
 use crate::house::{Answer, House, eventually};
@@ -87,6 +95,44 @@ async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
     assert_eq!(house.told(&users[6]).await, ["user.created", "profile.updated[city]"]);
 }
 
+/// Waits until a session of the service waits for a lock.
+async fn stuck(db: &PgPool) {
+    let waiting =
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    eventually("a statement that waits for a lock", async || {
+        match sqlx::query_scalar::<_, i64>(waiting).fetch_one(db).await.unwrap() {
+            0 => Err(0),
+            _ => Ok(()),
+        }
+    })
+    .await;
+}
+
+/// While the writer is held up, changes of one user pile up and are written together: each must still meet its own condition.
+#[sqlx::test]
+async fn of_many_who_wait_with_the_same_condition_one_wins(db: PgPool) {
+    let house = House::open(db).await;
+    let (ana, eve) = (house.user(json!({})).await, house.user(json!({})).await);
+    let holder = hold(&house.db, &eve).await;
+    let held_up = house.amend(&eve, json!({ "city": "Bern" }));
+    let contest = async {
+        stuck(&house.db).await;
+        let amend = async |n: i32| {
+            let request = house.patch(&ana, json!({ "city": n.to_string() })).header("if-match", "\"1\"");
+            Answer::to(request).await
+        };
+        join_all((0..20).map(amend)).await
+    };
+    let (held_up, answers) = join(held_up, contest).await;
+    assert_eq!(not_now(&held_up), "database_unavailable");
+    holder.close().await.unwrap();
+    let (won, lost): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status == 200);
+    assert_eq!((won.len(), lost.len()), (1, 19));
+    assert!(lost.iter().all(|answer| answer.refusal(412) == "version_mismatch"));
+    assert_eq!(house.get(&ana).await.body, won[0].body);
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+}
+
 /// Sends the first `share` percent of a patch, waits, and hangs up.
 async fn hang_up(address: &str, user: &Uuid, n: u64) {
     // Spread over all combinations of how much is sent and when the line goes dead, the same in every run.
@@ -100,6 +146,10 @@ async fn hang_up(address: &str, user: &Uuid, n: u64) {
     let sent = request.len() * share.min(100) as usize / 100;
     let mut line = TcpStream::connect(address).await.unwrap();
     line.write_all(&request.as_bytes()[..sent]).await.unwrap();
+    if n.is_multiple_of(10) && share >= 100 {
+        // These hang up while the answer comes in, however slow the machine is.
+        let _ = line.read_u8().await;
+    }
     sleep(Duration::from_millis(pause_ms)).await;
 }
 
@@ -181,6 +231,11 @@ async fn a_broker_lost_with_messages_under_way_does_not_take_the_service_along(d
     .await;
     assert_eq!(house.pending().await, 1, "not confirmed, so it is still owed");
     house.broker.down();
+    eventually("the relay to notice", async || match house.metric("tidings_broker_connected").await {
+        0.0 => Ok(()),
+        connected => Err(connected),
+    })
+    .await;
     house.broker.up();
     house.settle().await;
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();

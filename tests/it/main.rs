@@ -1,15 +1,22 @@
 //! The story, on the real servers: one chapter a file. `./dev test` brings the servers up and runs it.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::disallowed_methods, reason = "a test holds transactions open on purpose, and nobody cancels it")]
 
 mod house;
+mod hurt;
+mod load;
 mod proxy;
+mod sessions;
 
+mod broker;
 mod command_line;
 mod consumers;
 mod hardship;
 mod messages;
+mod outbox;
 mod privacy;
 mod races;
 mod refusals;
+mod relay;
 mod statements;
 mod users;

@@ -62,11 +62,14 @@ async fn a_body_that_is_not_json_is_malformed(db: PgPool) {
     assert_eq!(house.told(&ana).await, ["user.created"]);
 }
 
+/// A body, the code of its refusal, and pointer and code of each fault.
+type Refused<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+
 #[sqlx::test]
 async fn a_body_that_cannot_be_taken_names_every_fault_by_pointer(db: PgPool) {
     let house = House::open(db).await;
     let ana = house.user(json!({})).await;
-    let table: &[(&str, &str, &[(&str, &str)])] = &[
+    let table: &[Refused] = &[
         ("[]", "body_invalid", &[("", "type")]),
         ("{}", "body_invalid", &[("/profile", "required")]),
         (r#"{"profile":[]}"#, "body_invalid", &[("/profile", "type")]),
@@ -190,6 +193,35 @@ async fn a_body_is_too_large_however_it_is_sent(db: PgPool) {
     assert_eq!(post(&house, in_chunks(sized(65_537))).await.refusal(413), "payload_too_large");
     let users = house.page("/v1/users").await.ok();
     assert_eq!(users.body["users"].as_array().unwrap().len(), 2);
+}
+
+#[sqlx::test]
+async fn amendments_do_not_add_up_to_more_than_a_request_may_hold(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let half = |name: &str| json!({ "social": { name: { "note": "x".repeat(40_000) } } });
+    house.amend(&ana, half("first")).await.ok();
+    let second = house.amend(&ana, half("second")).await;
+    assert_eq!(second.refusal(422), "profile_invalid");
+    assert_eq!(second.body["errors"][0]["code"], "too_large");
+    assert_eq!(house.get(&ana).await.version(), 2);
+}
+
+#[sqlx::test]
+async fn a_change_takes_no_parameters(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let path = format!("/v1/users/{ana}?if_version=1");
+    for (method, path) in [
+        (Method::POST, "/v1/users?if_version=1"),
+        (Method::PATCH, &path),
+        (Method::PUT, &path),
+        (Method::DELETE, &path),
+    ] {
+        let asked = house.request(method.clone(), path).header("content-type", "application/json").body("{}");
+        assert_eq!(Answer::to(asked).await.refusal(400), "invalid_query", "{method}");
+    }
+    assert_eq!(house.told(&ana).await, ["user.created"]);
 }
 
 #[sqlx::test]

@@ -1,0 +1,363 @@
+//! Broker: whatever happens to it, changes are taken, and told when it is well again.
+
+use std::time::{Duration, Instant};
+
+use lapin::{
+    Channel, Connection, ExchangeKind,
+    options::{
+        ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::{
+    house::{House, bind, connect, declare, env, eventually},
+    hurt::HurtBroker,
+    load::{self, Load},
+};
+
+/// Somebody with every right at the broker.
+struct Admin {
+    _connection: Connection,
+    channel: Channel,
+}
+
+impl Admin {
+    async fn at(amqp_url: &str) -> Self {
+        let connection = connect(amqp_url).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        Self { _connection: connection, channel }
+    }
+
+    async fn delete_exchange(&self, exchange: &str) {
+        self.channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.unwrap();
+    }
+
+    async fn unbind(&self, house: &House, key: &str) {
+        let (queue, exchange) = (house.audit.queue.as_str().into(), house.exchange.as_str().into());
+        self.channel.queue_unbind(queue, exchange, key.into(), FieldTable::default()).await.unwrap();
+    }
+
+    /// The listener hears these routing keys, and no others.
+    async fn narrow(&self, house: &House, keys: &[&str]) {
+        for key in keys {
+            bind(&self.channel, &house.audit.queue, &house.exchange, key).await;
+        }
+        self.unbind(house, "#").await;
+    }
+
+    async fn queue(&self, name: &str, arguments: &[(&str, AMQPValue)]) {
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        let mut table = FieldTable::default();
+        for (name, value) in arguments {
+            table.insert((*name).into(), value.clone());
+        }
+        self.channel.queue_declare(name.into(), durable, table).await.unwrap();
+    }
+
+    async fn delete_queue(&self, name: &str) {
+        self.channel.queue_delete(name.into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+}
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+async fn results(house: &House) -> [f64; 3] {
+    [
+        house.metric(r#"tidings_publish_results_total{result="routed"}"#).await,
+        house.metric(r#"tidings_publish_results_total{result="unroutable"}"#).await,
+        house.metric(r#"tidings_publish_results_total{result="refused"}"#).await,
+    ]
+}
+
+#[sqlx::test]
+async fn what_nobody_is_bound_for_is_counted_one_by_one_and_not_sent_again(db: PgPool) {
+    let house = House::open(db).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    admin.narrow(&house, &["user.created", "profile.updated"]).await;
+    house.broker.down();
+    let events = load::backlog(&house.db, 3_000).await;
+    house.broker.up();
+    house.settle().await;
+    assert_eq!(results(&house).await, [2_000.0, 1_000.0, 0.0]);
+    let bound: Vec<_> =
+        events.iter().enumerate().filter(|(place, _)| place % 3 != 2).map(|(_, event)| *event).collect();
+    assert!(load::heard_ids(&house) == bound, "each once, in order");
+}
+
+#[sqlx::test]
+async fn what_is_unroutable_is_told_apart_although_queues_confirm_at_different_speeds(db: PgPool) {
+    let house = House::open(db).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    // A quorum queue confirms later than a classic one, so that confirms overtake each other.
+    let quorum = format!("{}.quorum", house.exchange);
+    admin.queue(&quorum, &[("x-queue-type", text("quorum"))]).await;
+    bind(&admin.channel, &quorum, &house.exchange, "user.created").await;
+    admin.narrow(&house, &["profile.updated"]).await;
+    house.broker.down();
+    load::backlog(&house.db, 3_000).await;
+    house.broker.up();
+    house.settle().await;
+    assert_eq!(results(&house).await, [2_000.0, 1_000.0, 0.0]);
+    assert_eq!(house.audit.heard().len(), 1_000);
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    let kept = admin.channel.queue_declare(quorum.as_str().into(), passive, FieldTable::default()).await.unwrap();
+    assert_eq!(kept.message_count(), 1_000);
+    admin.delete_queue(&quorum).await;
+}
+
+#[sqlx::test]
+async fn a_broker_that_cannot_be_reached_is_caught_up_with(db: PgPool) {
+    let house = House::open(db).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 4);
+    for _ in 0..5 {
+        house.broker.down();
+        load::degraded(&house).await;
+        load.goes_on(50).await;
+        house.broker.up();
+        load::ready(&house).await;
+        load.goes_on(50).await;
+    }
+    let answered = load.end_well().await;
+    let duplicates = load::all_told(&house, &answered).await;
+    assert!(duplicates <= 5 * 2_000, "{duplicates}");
+}
+
+#[sqlx::test]
+async fn a_half_open_connection_is_noticed(db: PgPool) {
+    let house = House::open(db).await;
+    load::watch(&house.db).await;
+    load::ready(&house).await;
+    house.broker.hold_answers();
+    let cut = Instant::now();
+    let users = load::users(&house, 3).await;
+    load::degraded(&house).await;
+    assert!(
+        cut.elapsed() < Duration::from_secs(28),
+        "by heartbeats, not by the wait for confirms: {:?}",
+        cut.elapsed()
+    );
+    house.amend(&users[0], json!({ "job_title": "Editor" })).await.ok();
+    house.broker.up();
+    load::ready(&house).await;
+    let duplicates = load::all_told(&house, &[]).await;
+    assert!(duplicates <= 3, "{duplicates}");
+}
+
+#[sqlx::test]
+async fn a_silent_network_is_noticed_although_nothing_is_said(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    house.broker.freeze();
+    let frozen = Instant::now();
+    load::degraded(&house).await;
+    assert!(frozen.elapsed() < Duration::from_secs(28), "{:?}", frozen.elapsed());
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    house.broker.up();
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn an_exchange_that_was_deleted_under_load_is_declared_again(db: PgPool) {
+    let house = House::open(db).await;
+    load::watch(&house.db).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(50).await;
+    admin.delete_exchange(&house.exchange).await;
+    eventually("the new exchange, to which nobody is bound", async || match results(&house).await {
+        [_, unroutable, _] if unroutable > 0.0 => Ok(()),
+        others => Err(others),
+    })
+    .await;
+    bind(&admin.channel, &house.audit.queue, &house.exchange, "#").await;
+    load.goes_on(50).await;
+    load.end_well().await;
+    house.settle().await;
+    let [routed, unroutable, _] = results(&house).await;
+    let (committed, told) = (load::committed(&house.db).await, load::told(&house));
+    let untold = committed.difference(&told).count();
+    assert!(untold > 0 && untold as f64 <= unroutable, "{untold} untold, {unroutable} counted as unroutable");
+    assert!(house.audit.heard().len() as f64 >= routed, "{routed} counted as routed");
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    assert_eq!(house.told(&ana).await, ["user.created"], "who is bound again hears again");
+}
+
+#[sqlx::test]
+async fn an_exchange_of_another_type_is_named_and_nothing_counts_as_published(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    house.broker.down();
+    admin.delete_exchange(&house.exchange).await;
+    let (fanout, durable) = (ExchangeKind::Fanout, ExchangeDeclareOptions { durable: true, ..Default::default() });
+    admin
+        .channel
+        .exchange_declare(house.exchange.as_str().into(), fanout, durable, FieldTable::default())
+        .await
+        .unwrap();
+    bind(&admin.channel, &house.audit.queue, &house.exchange, "").await;
+    house.broker.up();
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    eventually("the reason", async || {
+        let reason = load::degraded(&house).await;
+        if reason.contains(&house.exchange) { Ok(()) } else { Err(reason) }
+    })
+    .await;
+    assert_eq!((house.pending().await, results(&house).await), (1, [0.0; 3]));
+    // Made right while the relay is away, so that the listener is bound before the first message.
+    house.broker.down();
+    admin.delete_exchange(&house.exchange).await;
+    declare(&admin.channel, &house.exchange).await;
+    bind(&admin.channel, &house.audit.queue, &house.exchange, "#").await;
+    house.broker.up();
+    load::ready(&house).await;
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn a_full_queue_is_tried_again_ever_more_rarely_and_the_others_hear_nevertheless(db: PgPool) {
+    let house = House::open(db).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    let full = format!("{}.full", house.exchange);
+    admin.queue(&full, &[("x-max-length", AMQPValue::LongInt(1)), ("x-overflow", text("reject-publish"))]).await;
+    bind(&admin.channel, &full, &house.exchange, "#").await;
+    house.user(json!({ "first_name": "Ana" })).await;
+    house.settle().await;
+    let began = Instant::now();
+    let bea = house.user(json!({ "first_name": "Bea" })).await;
+    load::heard(&house, 2).await;
+    eventually("three refusals", async || match results(&house).await {
+        [1.0, 0.0, refused] if refused >= 3.0 => Ok(()),
+        others => Err(others),
+    })
+    .await;
+    // After one second, and after two more.
+    assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(house.pending().await, 1, "what was refused is still owed");
+    admin.channel.queue_purge(full.as_str().into(), QueuePurgeOptions::default()).await.unwrap();
+    let told = house.told(&bea).await;
+    assert!(told.len() >= 4, "one message a try: {told:?}");
+    assert_eq!(results(&house).await[0], 2.0);
+    admin.delete_queue(&full).await;
+}
+
+#[sqlx::test]
+async fn a_broker_that_was_stopped_or_killed_is_caught_up_with_when_it_is_back(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(50).await;
+    broker.stop().await;
+    load::degraded(&house).await;
+    load.goes_on(50).await;
+    broker.start().await;
+    load::ready(&house).await;
+    load.goes_on(50).await;
+    broker.kill().await;
+    load::degraded(&house).await;
+    load.goes_on(50).await;
+    broker.start().await;
+    load::ready(&house).await;
+    load.goes_on(50).await;
+    let answered = load.end_well().await;
+    load::all_told(&house, &answered).await;
+}
+
+#[sqlx::test]
+async fn a_frozen_broker_is_noticed_and_caught_up_with_when_it_thaws(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 2);
+    load.goes_on(50).await;
+    broker.freeze().await;
+    load::degraded(&house).await;
+    load.goes_on(50).await;
+    broker.thaw().await;
+    load::ready(&house).await;
+    load.goes_on(50).await;
+    let answered = load.end_well().await;
+    load::all_told(&house, &answered).await;
+}
+
+#[sqlx::test]
+async fn a_memory_alarm_holds_the_telling_back_and_nothing_else(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    house.settle().await;
+    broker.alarm().await;
+    let load = Load::on(&house, &users, 2);
+    let reason = load::degraded(&house).await;
+    assert!(reason.contains("hold back"), "{reason}");
+    // Longer than a confirm is waited for when there is no alarm.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(33) {
+        load.goes_on(10).await;
+    }
+    let answered = load.end_well().await;
+    assert!(house.pending().await > 0);
+    broker.end_alarm().await;
+    load::ready(&house).await;
+    assert_eq!(load::all_told(&house, &answered).await, 0, "duplicates");
+}
+
+#[sqlx::test]
+async fn a_memory_alarm_does_not_hold_up_the_leaving(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let mut house = House::at(db, &broker.amqp_url, &[]).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    house.settle().await;
+    broker.alarm().await;
+    for user in &users {
+        house.amend(user, json!({ "job_title": "Editor" })).await.ok();
+    }
+    load::degraded(&house).await;
+    house.service.signal("-TERM").await;
+    let asked = Instant::now();
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    assert_eq!(house.pending().await, 8);
+    broker.end_alarm().await;
+    house.restart().await;
+    load::all_told(&house, &[]).await;
+}
+
+#[sqlx::test]
+async fn the_least_rights_suffice_and_a_relay_without_any_recovers_when_it_gets_them(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    drop(broker.try_ctl(&["add_user", "narrow", "secret"]).await);
+    broker.ctl(&["clear_permissions", "narrow"]).await;
+    let url = broker.amqp_url.replace("guest:guest", "narrow:secret");
+    let house = House::at(db, &broker.amqp_url, &[("AMQP_URL", &url)]).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    load::degraded(&house).await;
+    let only_ours = format!("^{}$", house.exchange.replace('.', "\\."));
+    let grant = ["set_permissions", "narrow", "^$", &only_ours, "^$"];
+    broker.ctl(&grant).await;
+    load::ready(&house).await;
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+
+    broker.ctl(&["clear_permissions", "narrow"]).await;
+    // RabbitMQ remembers for a while what a channel was once allowed.
+    broker.ctl(&["close_all_user_connections", "narrow", "revoked"]).await;
+    load::degraded(&house).await;
+    house.amend(&ana, json!({ "job_title": "Editor" })).await.ok();
+    assert_eq!(house.pending().await, 1);
+    broker.ctl(&grant).await;
+    load::ready(&house).await;
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[job_title]"]);
+}

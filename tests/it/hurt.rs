@@ -1,0 +1,75 @@
+//! A broker to be hurt: a further RabbitMQ beside that of all tests, one test at a time.
+
+use std::path::Path;
+
+use tokio::{
+    process::Command,
+    sync::{Mutex, MutexGuard},
+};
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+pub struct HurtBroker {
+    pub amqp_url: String,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl HurtBroker {
+    /// The broker, running and well. It goes on running; `./dev down` stops it.
+    pub async fn borrow() -> Self {
+        let turn = ONE_AT_A_TIME.lock().await;
+        // A test that failed may have left it frozen.
+        drop(dev(&["thaw", "hurt"]).await);
+        let started = dev(&["start", "hurt"]).await.unwrap();
+        let amqp_url = started.trim().strip_prefix("AMQP_URL=").unwrap().to_owned();
+        let broker = Self { amqp_url, _turn: turn };
+        // Or in an alarm.
+        broker.end_alarm().await;
+        broker
+    }
+
+    pub async fn stop(&self) {
+        dev(&["stop", "hurt"]).await.unwrap();
+    }
+
+    pub async fn start(&self) {
+        dev(&["start", "hurt"]).await.unwrap();
+    }
+
+    pub async fn kill(&self) {
+        dev(&["kill", "hurt"]).await.unwrap();
+    }
+
+    pub async fn freeze(&self) {
+        dev(&["freeze", "hurt"]).await.unwrap();
+    }
+
+    pub async fn thaw(&self) {
+        dev(&["thaw", "hurt"]).await.unwrap();
+    }
+
+    /// As if memory had run out: publishers are blocked.
+    pub async fn alarm(&self) {
+        self.ctl(&["set_vm_memory_high_watermark", "0.00001"]).await;
+    }
+
+    pub async fn end_alarm(&self) {
+        self.ctl(&["set_vm_memory_high_watermark", "0.4"]).await;
+    }
+
+    pub async fn ctl(&self, command: &[&str]) {
+        self.try_ctl(command).await.unwrap();
+    }
+
+    pub async fn try_ctl(&self, command: &[&str]) -> Result<String, String> {
+        dev(&[&["ctl", "hurt"], command].concat()).await
+    }
+}
+
+/// `./dev broker` with these arguments; what it printed.
+async fn dev(arguments: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev"));
+    let done = command.arg("broker").args(arguments).output().await.unwrap();
+    let (said, talk) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    if done.status.success() { Ok(said.into_owned()) } else { Err(format!("{arguments:?}: {said}{talk}")) }
+}

@@ -1,0 +1,244 @@
+//! Relay: any number of them, one leads; what it owes outlives it.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::{
+    house::{House, Service, eventually},
+    load::{self, Load},
+    sessions,
+};
+
+/// A House whose service leaves the telling to these relays.
+async fn with_relays(db: PgPool, count: usize) -> (House, Vec<Service>) {
+    let house = House::with(db, &[("TIDINGS_NO_RELAY", "true")]).await;
+    let mut relays = vec![];
+    for _ in 0..count {
+        relays.push(house.another(&["relay"]).await);
+    }
+    (house, relays)
+}
+
+async fn leads(relay: &Service) -> bool {
+    let text = reqwest::get(format!("{}/metrics", relay.url)).await.unwrap().text().await.unwrap();
+    text.lines().any(|line| line == "tidings_relay_leading 1")
+}
+
+/// The relays that say they lead; only when it is exactly one, its place.
+async fn leader(relays: &[Service]) -> usize {
+    eventually("one leader", async || {
+        let mut leading = vec![];
+        for (place, relay) in relays.iter().enumerate() {
+            if leads(relay).await {
+                leading.push(place);
+            }
+        }
+        if let [one] = leading[..] { Ok(one) } else { Err(leading) }
+    })
+    .await
+}
+
+/// From the answer to a change until it was heard.
+async fn latency(house: &House) -> Duration {
+    let before = house.audit.heard().len();
+    house.user(json!({ "first_name": "Ana" })).await;
+    let answered = Instant::now();
+    load::heard(house, before + 1).await;
+    answered.elapsed()
+}
+
+#[sqlx::test]
+async fn three_relays_in_fair_weather_tell_everything_once(db: PgPool) {
+    let house = House::open(db).await;
+    let relays = [house.another(&["relay"]).await, house.another(&["relay"]).await];
+    load::watch(&house.db).await;
+    let users = load::users(&house, 40).await;
+    let load = Load::on(&house, &users, 16);
+    load.goes_on(2_000).await;
+    let answered = load.end().await;
+    assert_eq!(load::all_told(&house, &answered).await, 0, "duplicates");
+    let leading = [leads(&house.service).await, leads(&relays[0]).await, leads(&relays[1]).await];
+    assert_eq!(leading.iter().filter(|leads| **leads).count(), 1, "{leading:?}");
+}
+
+#[sqlx::test]
+async fn another_relay_takes_over_from_one_that_was_killed(db: PgPool) {
+    let (house, mut relays) = with_relays(db, 3).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 4);
+    let mut killed = 0;
+    while relays.len() > 1 {
+        load.goes_on(50).await;
+        let leading = leader(&relays).await;
+        relays.remove(leading).kill().await;
+        killed += 1;
+    }
+    leader(&relays).await;
+    load.goes_on(50).await;
+    let answered = load.end().await;
+    let duplicates = load::all_told(&house, &answered).await;
+    assert!(duplicates <= killed * 2_000, "{duplicates}");
+}
+
+#[sqlx::test]
+async fn another_relay_takes_over_from_one_that_is_frozen_and_the_late_one_does_no_harm(db: PgPool) {
+    let (house, mut relays) = with_relays(db, 2).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let leading = leader(&relays).await;
+    let late = relays.remove(leading);
+    let load = Load::on(&house, &users, 2);
+    load.goes_on(50).await;
+    late.signal("-STOP").await;
+    let frozen = Instant::now();
+    leader(&relays).await;
+    assert!(frozen.elapsed() < Duration::from_secs(15), "{:?}", frozen.elapsed());
+    load.goes_on(50).await;
+    late.signal("-CONT").await;
+    eventually("the late one to notice", async || if leads(&late).await { Err(()) } else { Ok(()) }).await;
+    load.goes_on(50).await;
+    let answered = load.end().await;
+    let duplicates = load::all_told(&house, &answered).await;
+    assert!(duplicates <= 2_000, "{duplicates}");
+    relays.push(late);
+    leader(&relays).await;
+}
+
+#[sqlx::test]
+async fn a_relay_that_lost_its_lead_claims_nothing_more(db: PgPool) {
+    let (house, relays) = with_relays(db, 2).await;
+    leader(&relays).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    house.settle().await;
+    // One leads, and the other asks twice a second whether it may.
+    assert!(sessions::terminate(&house.db, "tidings relay leader").await > 0);
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(100).await;
+    leader(&relays).await;
+    let before = load.end().await;
+    let duplicates = load::all_told(&house, &before).await;
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(300).await;
+    let after = load.end().await;
+    assert_eq!(load::all_told(&house, &after).await, duplicates, "no new ones");
+}
+
+#[sqlx::test]
+async fn a_relay_elsewhere_is_woken_by_a_hint(db: PgPool) {
+    let (house, relays) = with_relays(db, 1).await;
+    leader(&relays).await;
+    let mut latencies = vec![];
+    for _ in 0..21 {
+        latencies.push(latency(&house).await);
+    }
+    latencies.sort();
+    assert!(latencies[10] < Duration::from_millis(200), "polling alone needs 500 ms: {latencies:?}");
+}
+
+#[sqlx::test]
+async fn a_relay_that_hears_no_hint_finds_the_event_by_polling(db: PgPool) {
+    let (house, relays) = with_relays(db, 1).await;
+    leader(&relays).await;
+    let (ana, transaction) = load::open_change(&house.db).await;
+    transaction.commit().await.unwrap();
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn a_relay_that_lost_its_ear_goes_on_and_listens_again(db: PgPool) {
+    let (house, relays) = with_relays(db, 1).await;
+    leader(&relays).await;
+    latency(&house).await;
+    eventually("an ear to cut off", async || match sessions::terminate(&house.db, "tidings listener").await {
+        0 => Err(()),
+        _ => Ok(()),
+    })
+    .await;
+    let bea = house.user(json!({ "first_name": "Bea" })).await;
+    assert_eq!(house.told(&bea).await, ["user.created"]);
+    eventually("an ear", async || {
+        let names = sessions::names(&house.db).await;
+        if names.iter().any(|name| name == "tidings listener") { Ok(()) } else { Err(names) }
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn a_backlog_is_told_once_each_and_in_order(db: PgPool) {
+    let house = House::open(db).await;
+    let events = load::backlog(&house.db, 20_000).await;
+    house.settle().await;
+    assert!(load::heard_ids(&house) == events, "the order of the outbox, each once");
+    assert_eq!(house.metric(r#"tidings_publish_results_total{result="routed"}"#).await, 20_000.0);
+}
+
+#[sqlx::test]
+async fn a_relay_that_is_asked_to_leave_hands_over_in_order(db: PgPool) {
+    let mut house = House::open(db).await;
+    let events = load::backlog(&house.db, 30_000).await;
+    load::heard(&house, 500).await;
+    house.service.signal("-TERM").await;
+    let asked = Instant::now();
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    assert!(house.pending().await > 0, "it left in the middle of the backlog");
+    house.restart().await;
+    house.settle().await;
+    assert!(load::heard_ids(&house) == events, "the order of the outbox, each once");
+}
+
+#[sqlx::test]
+async fn no_transaction_is_open_while_the_broker_is_waited_for(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    house.broker.hold_answers();
+    load::users(&house, 10).await;
+    load::heard(&house, 10).await;
+    let heard = Instant::now();
+    sessions::none_in_transaction(&house.db).await;
+    // Later it would only be because the connection to the broker was given up.
+    assert!(heard.elapsed() < Duration::from_secs(5), "{:?}", heard.elapsed());
+    assert_eq!(house.pending().await, 10, "the confirms were still held");
+}
+
+#[sqlx::test]
+async fn a_database_that_comes_back_is_read_on(db: PgPool) {
+    let house = House::open(db).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 4).await;
+    let load = Load::on(&house, &users, 4);
+    for _ in 0..3 {
+        load.goes_on(50).await;
+        house.postgres.down();
+        eventually("an unready instance", async || {
+            let ready = house.page("/readyz").await;
+            if ready.status == 503 { Ok(()) } else { Err(ready) }
+        })
+        .await;
+        house.postgres.up();
+    }
+    load.goes_on(50).await;
+    let answered = load.end().await;
+    load::ready(&house).await;
+    load::all_told(&house, &answered).await;
+}
+
+#[sqlx::test]
+async fn a_frozen_network_to_the_database_delays_the_telling_and_no_more(db: PgPool) {
+    let house = House::open(db).await;
+    load::watch(&house.db).await;
+    load::users(&house, 2).await;
+    house.settle().await;
+    house.postgres.freeze();
+    let never: Uuid = Uuid::new_v4();
+    let asked = house.get(&never).await;
+    assert_eq!(asked.refusal(503), "database_unavailable");
+    house.postgres.up();
+    load::users(&house, 2).await;
+    assert_eq!(load::all_told(&house, &[]).await, 0, "duplicates");
+}

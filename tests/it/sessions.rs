@@ -1,0 +1,68 @@
+//! What Postgres says of the service's sessions, and what it may do to them.
+
+use sqlx::PgPool;
+
+use crate::house::eventually;
+
+/// Waits until the session of this name waits for a lock.
+pub async fn blocked(db: &PgPool, name: &str) {
+    let waiting = "
+        select wait_event_type || ' ' || state from pg_stat_activity
+         where datname = current_database() and application_name = $1
+    ";
+    eventually("a session that waits for a lock", async || {
+        let seen: Vec<Option<String>> = sqlx::query_scalar(waiting).bind(name).fetch_all(db).await.unwrap();
+        if seen.contains(&Some("Lock active".to_owned())) { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
+/// Waits until the sessions of a service that was killed have ended. One that waits for a lock ends by its lock_timeout.
+pub async fn gone(db: &PgPool) {
+    eventually("the sessions of a dead service to end", async || {
+        let seen = names(db).await;
+        if seen.is_empty() { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
+pub async fn names(db: &PgPool) -> Vec<String> {
+    let names = "
+        select application_name from pg_stat_activity
+         where datname = current_database() and application_name like 'tidings%'
+    ";
+    sqlx::query_scalar(names).fetch_all(db).await.unwrap()
+}
+
+/// Ends the sessions whose name matches; how many there were.
+pub async fn terminate(db: &PgPool, name: &str) -> usize {
+    let terminated = "
+        select pg_terminate_backend(pid) from pg_stat_activity
+         where datname = current_database() and application_name like $1
+    ";
+    let ended: Vec<bool> = sqlx::query_scalar(terminated).bind(name).fetch_all(db).await.unwrap();
+    ended.len()
+}
+
+/// Waits until no session is in a transaction.
+pub async fn none_in_transaction(db: &PgPool) {
+    let open = "
+        select application_name || ': ' || state || ' in ' || query from pg_stat_activity
+         where datname = current_database() and application_name like 'tidings%' and xact_start is not null
+    ";
+    eventually("no open transaction", async || {
+        let seen: Vec<String> = sqlx::query_scalar(open).fetch_all(db).await.unwrap();
+        if seen.is_empty() { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
+/// Waits until the last thing this session asked contains `words`.
+pub async fn asked(db: &PgPool, name: &str, words: &str) {
+    let last = "select query from pg_stat_activity where datname = current_database() and application_name = $1";
+    eventually("a session to ask for this", async || {
+        let seen: Vec<String> = sqlx::query_scalar(last).bind(name).fetch_all(db).await.unwrap();
+        if seen.iter().any(|query| query.contains(words)) { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
