@@ -10,7 +10,7 @@ pub struct Round {
 #[derive(Default)]
 pub struct Rounds {
     rates: Vec<f64>,
-    latencies_ms: Vec<f64>,
+    pub latencies_ms: Vec<f64>,
 }
 
 impl Rounds {
@@ -27,14 +27,6 @@ impl Rounds {
     pub fn rates(&self) -> String {
         let (least, most) = (quantile(&self.rates, 0.0), quantile(&self.rates, 1.0));
         format!("{:.0} ({least:.0} .. {most:.0})", self.rate())
-    }
-
-    pub fn latencies(&self) -> String {
-        latencies(&self.latencies_ms)
-    }
-
-    pub fn p99_ms(&self) -> f64 {
-        quantile(&self.latencies_ms, 0.99)
     }
 }
 

@@ -55,9 +55,9 @@ pub fn get(user: Uuid) -> String {
     format!("GET /v1/users/{user} HTTP/1.1\r\nhost: localhost\r\n\r\n")
 }
 
-/// A patch that changes something, and leaves the profile as long as it was.
+/// A patch that changes something, for as long as no `count` comes twice, and leaves the profile as long as it was.
 pub fn patch(user: Uuid, count: u64) -> String {
-    let body = format!(r#"{{"profile":{{"job_title":"Author {count:010}"}}}}"#);
+    let body = format!(r#"{{"profile":{{"job_title":"Editor {count:010}"}}}}"#);
     let length = body.len();
     format!(
         "PATCH /v1/users/{user} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/merge-patch+json\r\n\

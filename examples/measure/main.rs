@@ -156,32 +156,41 @@ async fn on(settings: &Settings, apart: &Scratch, whole: &Scratch) -> anyhow::Re
 
 fn report(settings: &Settings, results: &Results) -> anyhow::Result<()> {
     let Results { patch_apart, patch_whole, patch_limit, get, get_limit, news } = results;
-    let mut out = stdout().lock();
-    let mut row = |what: &str, measured: &str, limit: &str, ratio: &str| {
-        writeln!(out, "{what:<44} {measured:>24} {limit:>24} {ratio:>7}")
-    };
-    row(&format!("{} connections", settings.connections), "service", "limit: pgbench", "ratio")?;
-    let throughput = [
-        ("PATCH, relay elsewhere", patch_apart, patch_limit),
-        ("PATCH, relay in the same process", patch_whole, patch_limit),
-        ("GET", get, get_limit),
-    ];
-    for (what, ours, limit) in throughput {
-        row(&format!("{what}, 1/s"), &ours.rates(), &limit.rates(), &format!("{:.2}", ours.rate() / limit.rate()))?;
+    let mut table = Table(stdout().lock());
+    table.head(&format!("{} connections, per second", settings.connections), "pgbench")?;
+    table.rates("PATCH, relay elsewhere", patch_apart, patch_limit)?;
+    table.rates("PATCH, relay in the same process", patch_whole, patch_limit)?;
+    table.rates("GET", get, get_limit)?;
+    table.head(&format!("{} connections, p50 / p99 ms", settings.connections), "pgbench")?;
+    table.latencies("PATCH, relay elsewhere", &patch_apart.latencies_ms, &patch_limit.latencies_ms)?;
+    table.latencies("PATCH, relay in the same process", &patch_whole.latencies_ms, &patch_limit.latencies_ms)?;
+    table.latencies("GET", &get.latencies_ms, &get_limit.latencies_ms)?;
+    table.head(&format!("{} changes/s, p50 / p99 ms", settings.rate), "no outbox")?;
+    table.latencies("commit to consumer", &news.commit_ms, &news.direct_ms)?;
+    table.latencies("answer to consumer", &news.answered_ms, &news.direct_ms)?;
+    table.latencies("request to consumer", &news.request_ms, &news.direct_ms)?;
+    table.latencies("request to answer", &news.answer_ms, &news.direct_ms)
+}
+
+struct Table<W: Write>(W);
+
+impl<W: Write> Table<W> {
+    fn head(&mut self, what: &str, limit: &str) -> anyhow::Result<()> {
+        self.line(what, "service", &format!("limit: {limit}"), "ratio")
     }
-    for (what, ours, limit) in throughput {
-        let ratio = format!("{:.2}", ours.p99_ms() / limit.p99_ms());
-        row(&format!("{what}, p50/p99 ms"), &ours.latencies(), &limit.latencies(), &ratio)?;
+
+    fn rates(&mut self, what: &str, service: &Rounds, limit: &Rounds) -> anyhow::Result<()> {
+        let ratio = service.rate() / limit.rate();
+        self.line(&format!("  {what}"), &service.rates(), &limit.rates(), &format!("{ratio:.2}"))
     }
-    row(&format!("{} changes/s, p50/p99 ms", settings.rate), "service", "limit: no outbox", "p99")?;
-    for (what, samples) in [
-        ("commit to consumer", &news.commit_ms),
-        ("request to consumer", &news.request_ms),
-        ("answer to consumer", &news.answered_ms),
-        ("request to answer", &news.answer_ms),
-    ] {
-        let ratio = format!("{:.2}", quantile(samples, 0.99) / quantile(&news.direct_ms, 0.99));
-        row(what, &latencies(samples), &latencies(&news.direct_ms), &ratio)?;
+
+    fn latencies(&mut self, what: &str, service_ms: &[f64], limit_ms: &[f64]) -> anyhow::Result<()> {
+        let ratio = |share| quantile(service_ms, share) / quantile(limit_ms, share);
+        let ratios = format!("{:.2} / {:.2}", ratio(0.5), ratio(0.99));
+        self.line(&format!("  {what}"), &latencies(service_ms), &latencies(limit_ms), &ratios)
     }
-    Ok(out.flush()?)
+
+    fn line(&mut self, what: &str, service: &str, limit: &str, ratio: &str) -> anyhow::Result<()> {
+        Ok(writeln!(self.0, "{what:<36} {service:>24} {limit:>24} {ratio:>14}")?)
+    }
 }
