@@ -35,9 +35,6 @@ const STAND_BY: Duration = Duration::from_millis(500);
 /// A leader that says nothing for this long loses its session, and with it the lead: it is frozen, or cut off. A working leader
 /// asks the outbox at least twice a second.
 const LEADER_IDLE_TIMEOUT: &str = "10s";
-/// A deletion that a crash of the database forgets is a message sent twice, which consumers are ready for. To wait for the disk each
-/// time would slow down every change that commits meanwhile.
-const FORGETFUL: [(&str, &str); 1] = [("synchronous_commit", "off")];
 /// A session that lasted this long was a good one: the next back-off starts small again.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 
@@ -112,7 +109,7 @@ impl Relay {
             bell: &self.bell,
             status: &self.status,
             unsettled: &mut self.unsettled,
-            settler: Settler::new(self.db.line("relay settler", FORGETFUL)),
+            settler: Settler::new(self.db.line("relay settler", [])),
             cursor: Cursor::new(floor, Instant::now()),
             ledger: Ledger::new(),
         };
