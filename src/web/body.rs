@@ -19,12 +19,12 @@ const DEADLINE: Duration = Duration::from_secs(15);
 const JSON: &str = "application/json";
 const MERGE_PATCH: &str = "application/merge-patch+json";
 
+// Neither of the two has a Debug: what holds values must not find its way into a log.
+
 /// The profile in an `application/json` body.
-#[derive(Debug)]
 pub struct Document(pub Map<String, Value>);
 
 /// The patch of a profile in an `application/merge-patch+json` body (RFC 7396).
-#[derive(Debug)]
 pub struct Patch(pub Map<String, Value>);
 
 impl<S: Sync> FromRequest<S> for Document {
