@@ -43,6 +43,9 @@ pub enum Event {
 }
 
 impl Event {
+    /// The names of all events.
+    pub const NAMES: [&'static str; 3] = ["user.created", "profile.updated", "user.deleted"];
+
     /// The event's name: the `type` property and, behind an optional prefix, the routing key.
     pub fn name(&self) -> &'static str {
         match self {

@@ -4,4 +4,7 @@
 //! Not here, on purpose: HTTP, SQL, and any place in a message for a user's data.
 
 pub mod envelope;
+pub mod letter;
+pub mod subscription;
+pub mod topology;
 pub mod trace;
