@@ -1,10 +1,11 @@
 //! What the service and its consumers agree on, and nothing of either side.
 //!
 //! Promise: one definition of the wire contract; the service publishes with it, a consumer reads with it.
-//! Not here, on purpose: HTTP, SQL, and any place in a message for a user's data.
+//! Not here, on purpose: SQL by default, and any place in a message for a user's data.
 
 pub mod envelope;
 pub mod letter;
+pub mod owner;
 pub mod subscription;
 pub mod topology;
 pub mod trace;

@@ -1,0 +1,118 @@
+//! What the owner tells to those who ask: who changed since, and whether a copy is equal.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{FetchError, Owner};
+
+/// Entries in one page of changes, as many as the owner gives.
+const PAGE: u32 = 1_000;
+
+/// A place in the owner's feed of changes. Opaque: it means something to the owner alone.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Cursor(pub String);
+
+impl fmt::Debug for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A page of the feed: each user that changed, once, with his latest version.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Changes {
+    pub changes: Vec<Change>,
+    /// Where to go on, now or later.
+    pub next: Cursor,
+    /// Whether there is more already.
+    pub more: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Change {
+    pub user_id: Uuid,
+    pub version: i64,
+    pub state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Living,
+    Deleted,
+}
+
+/// Counts and hashes over the living users, in buckets.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Digests {
+    pub buckets: u32,
+    pub count: u64,
+    /// Without the empty ones.
+    pub digests: Vec<BucketDigest>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BucketDigest {
+    pub bucket: u32,
+    pub count: u64,
+    /// 16 hexadecimal digits.
+    pub hash: String,
+}
+
+/// Living users of one bucket, a page of them.
+#[derive(Deserialize)]
+struct Bucket {
+    users: Vec<Held>,
+    next: Option<Cursor>,
+}
+
+/// A living user and the version that is kept of him.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Held {
+    pub id: Uuid,
+    pub version: i64,
+}
+
+impl Owner {
+    /// A page of what changed since `after`; everybody, page by page, without one. No change is ever skipped, however late it was
+    /// committed.
+    ///
+    /// # Errors
+    /// [`FetchError::Refused`] with status 410 when the owner's database is another than the one the cursor is of (failover, restore):
+    /// begin anew without one.
+    pub async fn changes(&self, after: Option<&Cursor>) -> Result<Changes, FetchError> {
+        let after = after.map(|Cursor(after)| format!("&after={after}")).unwrap_or_default();
+        let answer = self.http.ask(|http, url| http.get(format!("{url}/v1/changes?limit={PAGE}{after}")));
+        answer.await?.ok()
+    }
+
+    /// Counts and hashes of the living users in this many buckets, a power of two.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn digest(&self, buckets: u32) -> Result<Digests, FetchError> {
+        self.http.ask(|http, url| http.get(format!("{url}/v1/digest?buckets={buckets}"))).await?.ok()
+    }
+
+    /// The living users of one bucket out of this many.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn bucket(&self, bucket: u32, buckets: u32) -> Result<Vec<Held>, FetchError> {
+        let (mut users, mut next) = (vec![], Some(None));
+        while let Some(after) = next {
+            let page: Bucket = self.bucket_page(bucket, buckets, after.as_ref()).await?;
+            users.extend(page.users);
+            next = page.next.map(Some);
+        }
+        Ok(users)
+    }
+
+    async fn bucket_page(&self, bucket: u32, buckets: u32, after: Option<&Cursor>) -> Result<Bucket, FetchError> {
+        let after = after.map(|Cursor(after)| format!("&after={after}")).unwrap_or_default();
+        self.http.ask(|http, url| http.get(format!("{url}/v1/digest/{bucket}?buckets={buckets}{after}"))).await?.ok()
+    }
+}

@@ -1,0 +1,193 @@
+//! Requests to the owner: deadlines, retries, and what an answer means.
+
+use std::{sync::Arc, time::Duration};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use reqwest::{Client, RequestBuilder, StatusCode, Url, header::RETRY_AFTER};
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use serde::{Deserialize, de::DeserializeOwned};
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// For one try. The owner answers in milliseconds, and gives up by itself after 30 s.
+const DEADLINE: Duration = Duration::from_secs(10);
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Not an address of an owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected the owner's URL, such as http://127.0.0.1:8080, without query and fragment")]
+pub struct InvalidUrl;
+
+/// Why there is no record. Holds no value of anybody's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// Nobody ever had this id. Not a deletion: that is [`super::Latest::Gone`].
+    #[error("the owner never knew this user")]
+    UnknownUser,
+    /// An outage: unreachable, silent, or asking to be left alone for a while. Nothing is wrong with the request.
+    #[error("the owner does not answer: {0}")]
+    Unavailable(&'static str),
+    /// The owner answered, with something else than was asked for.
+    #[error("the owner answered {status} {code}")]
+    Refused { status: u16, code: String },
+    #[error("the owner's answer cannot be read")]
+    Malformed,
+}
+
+pub(super) struct Http {
+    client: Client,
+    url: String,
+    patience: Duration,
+}
+
+impl Http {
+    pub(super) fn at(url: &str) -> Result<Self, InvalidUrl> {
+        let parsed = Url::parse(url).map_err(|_| InvalidUrl)?;
+        let is_plain = parsed.query().is_none() && parsed.fragment().is_none() && parsed.has_host();
+        if !is_plain || !["http", "https"].contains(&parsed.scheme()) {
+            return Err(InvalidUrl);
+        }
+        let client = Client::builder()
+            .timeout(DEADLINE)
+            .connect_timeout(CONNECT_DEADLINE)
+            // A record is asked for under the id that a notice named; another place would be another owner.
+            .redirect(reqwest::redirect::Policy::none())
+            .tls_backend_preconfigured(tls())
+            .build()
+            .expect("these settings suit each other");
+        Ok(Self { client, url: url.trim_end_matches('/').to_owned(), patience: PATIENCE })
+    }
+
+    pub(super) fn with_patience(&self, patience: Duration) -> Self {
+        Self { client: self.client.clone(), url: self.url.clone(), patience }
+    }
+
+    /// Sends a request until it is answered, or patience is at its end.
+    pub(super) async fn ask(&self, request: impl Fn(&Client, &str) -> RequestBuilder) -> Result<Answer, FetchError> {
+        let end = Instant::now() + self.patience;
+        let mut pauses = pauses();
+        loop {
+            let outage = match timeout_at(end, send(request(&self.client, &self.url))).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(outage)) => outage,
+                Err(_) => return Err(FetchError::Unavailable("no answer in time")),
+            };
+            let pause = pauses.next().unwrap_or(LONGEST_PAUSE).max(outage.pause);
+            if Instant::now() + pause >= end {
+                return Err(FetchError::Unavailable(outage.what));
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Sends a request once; `None` when it was not answered.
+    pub(super) async fn ask_once(&self, request: impl FnOnce(&Client, &str) -> RequestBuilder) -> Option<Answer> {
+        send(request(&self.client, &self.url)).await.ok()
+    }
+}
+
+/// The certificates that this machine trusts.
+fn tls() -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("the provider knows the versions that are safe")
+        .with_root_certificates(roots)
+        .with_no_client_auth()
+}
+
+/// Jittered, so that consumers that met the same outage do not come back together.
+fn pauses() -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::default()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE / 2)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+struct Outage {
+    what: &'static str,
+    /// At least this long, as the owner asked.
+    pause: Duration,
+}
+
+async fn send(request: RequestBuilder) -> Result<Answer, Outage> {
+    let broken = |what| Outage { what, pause: Duration::ZERO };
+    let response = request
+        .send()
+        .await
+        .map_err(|error| broken(if error.is_connect() { "it cannot be reached" } else { "no answer in time" }))?;
+    let status = response.status();
+    if is_outage(status) {
+        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        return Err(Outage {
+            what: "it asks to be left alone for now",
+            pause: Duration::from_secs(seconds.unwrap_or(0)),
+        });
+    }
+    let body = response.bytes().await.map_err(|_| broken("its answer broke off"))?;
+    Ok(Answer { status, body: body.to_vec() })
+}
+
+/// The owner's own 503 and those of proxies before it. Not 500: that one may be this user's alone, and for ever.
+fn is_outage(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::GATEWAY_TIMEOUT
+            | StatusCode::REQUEST_TIMEOUT
+    )
+}
+
+/// The owner's word on a request.
+pub(super) struct Answer {
+    pub status: StatusCode,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, FetchError> {
+        serde_json::from_slice(&self.body).map_err(|_| FetchError::Malformed)
+    }
+
+    /// The body of a success.
+    pub(super) fn ok<T: DeserializeOwned>(&self) -> Result<T, FetchError> {
+        if self.status.is_success() { self.read() } else { Err(self.refusal()) }
+    }
+
+    /// The stable code of a problem; what stands before us may answer without one.
+    pub(super) fn code(&self) -> String {
+        #[derive(Deserialize)]
+        struct Problem {
+            code: String,
+        }
+        let is_name = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        let problem: Option<Problem> = serde_json::from_slice(&self.body).ok();
+        problem.map(|problem| problem.code).filter(is_name).unwrap_or_default()
+    }
+
+    pub(super) fn refusal(&self) -> FetchError {
+        FetchError::Refused { status: self.status.as_u16(), code: self.code() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_has_a_plain_address() {
+        for right in ["http://127.0.0.1:8080", "https://users.example.org/", "http://proxy/owner"] {
+            assert!(Http::at(right).is_ok(), "{right}");
+        }
+        for wrong in ["", "127.0.0.1:8080", "ftp://x", "http://x?y=1", "http://x#y", "amqp://x"] {
+            assert!(Http::at(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Owner: asks the owner of the master data for the latest record.
+//!
+//! Promise: never a state older than the one asked for; an outage is told apart from a refusal; every request has a deadline.
+//! Not here, on purpose: a cache. What was fetched is the caller's to keep.
+
+mod feed;
+mod gather;
+mod http;
+
+pub use feed::{BucketDigest, Change, Changes, Cursor, Digests, Held, State};
+pub use http::{FetchError, InvalidUrl};
+
+use std::{sync::Arc, time::Duration};
+
+use reqwest::StatusCode;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::trace::Traceparent;
+use gather::Gatherer;
+use http::Http;
+
+/// What is known of a user, as of now.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Latest {
+    Living(User),
+    Gone(Tombstone),
+}
+
+impl Latest {
+    pub fn id(&self) -> Uuid {
+        match self {
+            Self::Living(user) => user.id,
+            Self::Gone(tombstone) => tombstone.id,
+        }
+    }
+
+    pub fn version(&self) -> i64 {
+        match self {
+            Self::Living(user) => user.version,
+            Self::Gone(tombstone) => tombstone.version,
+        }
+    }
+
+    /// The user, if there still is one.
+    pub fn living(self) -> Option<User> {
+        match self {
+            Self::Living(user) => Some(user),
+            Self::Gone(_) => None,
+        }
+    }
+}
+
+/// A living user.
+#[derive(Clone, PartialEq, Deserialize)]
+pub struct User {
+    pub id: Uuid,
+    pub version: i64,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    pub updated_at: OffsetDateTime,
+    pub profile: Map<String, Value>,
+}
+
+impl User {
+    /// A field of the profile that holds text.
+    pub fn text(&self, field: &str) -> Option<&str> {
+        self.profile.get(field)?.as_str()
+    }
+}
+
+/// Names the user and shows nothing of the profile: what is printed ends in a log.
+impl std::fmt::Debug for User {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("User").field("id", &self.id).field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+/// What stays of a deleted user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Tombstone {
+    pub id: Uuid,
+    pub version: i64,
+    #[serde(with = "time::serde::rfc3339")]
+    pub deleted_at: OffsetDateTime,
+}
+
+/// What became of a conditional request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Fetched {
+    New(Latest),
+    /// The version that the caller holds is still the latest.
+    Unchanged,
+}
+
+/// The owner, by its URL. Cheap to clone; clones share connections, and gather what they ask for at the same time.
+#[derive(Clone)]
+pub struct Owner {
+    http: Arc<Http>,
+    gatherer: Gatherer,
+    trace: Option<Traceparent>,
+}
+
+impl Owner {
+    /// The owner at this address, such as `http://127.0.0.1:8080`. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// When `url` is no http or https URL.
+    pub fn at(url: &str) -> Result<Self, InvalidUrl> {
+        let http = Arc::new(Http::at(url)?);
+        Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: None })
+    }
+
+    /// How long an outage of the owner is waited out within one call; 10 s unless told otherwise. A call that has not been answered
+    /// by then fails with [`FetchError::Unavailable`].
+    #[must_use]
+    pub fn patience(self, patience: Duration) -> Self {
+        let http = Arc::new(self.http.with_patience(patience));
+        Self { gatherer: Gatherer::new(http.clone()), http, trace: self.trace }
+    }
+
+    /// The same owner, asked as part of this trace.
+    #[must_use]
+    pub fn within(&self, trace: Traceparent) -> Self {
+        Self { trace: Some(trace), ..self.clone() }
+    }
+
+    /// The latest record of a user, of this version or a later one. What is asked for at the same time is fetched together.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn latest(&self, user: Uuid, at_least: i64) -> Result<Latest, FetchError> {
+        // Gathered answers may be too old, or none: then the user is asked for alone, as the last word.
+        if let Some(latest) = self.gatherer.ask(user, self.trace).await
+            && latest.version() >= at_least
+        {
+            return Ok(latest);
+        }
+        self.alone(user, at_least).await
+    }
+
+    async fn alone(&self, user: Uuid, at_least: i64) -> Result<Latest, FetchError> {
+        match self.get(user, at_least, None).await? {
+            Fetched::New(latest) => Ok(latest),
+            Fetched::Unchanged => Err(FetchError::Malformed),
+        }
+    }
+
+    /// The record of a user, of version `at_least` or a later one, unless `held` is the latest.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn get(&self, user: Uuid, at_least: i64, held: Option<i64>) -> Result<Fetched, FetchError> {
+        let answer = self
+            .http
+            .ask(|http, url| {
+                let mut request = http.get(format!("{url}/v1/users/{user}?min_version={}", at_least.max(1)));
+                if let Some(version) = held {
+                    request = request.header("if-none-match", format!("\"{version}\""));
+                }
+                match self.trace {
+                    Some(trace) => request.header("traceparent", trace.to_string()),
+                    None => request,
+                }
+            })
+            .await?;
+        let latest = match answer.status {
+            StatusCode::OK => Latest::Living(answer.read()?),
+            StatusCode::NOT_MODIFIED => return Ok(Fetched::Unchanged),
+            StatusCode::GONE => Latest::Gone(answer.read::<Gone>()?.of(user)),
+            StatusCode::NOT_FOUND if answer.code() == "user_not_found" => return Err(FetchError::UnknownUser),
+            _ => return Err(answer.refusal()),
+        };
+        // The owner promised; whoever stands between may not have.
+        if latest.version() < at_least { Err(FetchError::Malformed) } else { Ok(Fetched::New(latest)) }
+    }
+}
+
+/// What a 410 says of the user.
+#[derive(Deserialize)]
+struct Gone {
+    version: i64,
+    #[serde(with = "time::serde::rfc3339")]
+    deleted_at: OffsetDateTime,
+}
+
+impl Gone {
+    fn of(self, id: Uuid) -> Tombstone {
+        Tombstone { id, version: self.version, deleted_at: self.deleted_at }
+    }
+}
