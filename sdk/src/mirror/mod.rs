@@ -1,0 +1,109 @@
+//! Mirror: a full copy of the living users in the consumer's own Postgres.
+//!
+//! Promise: a state is never replaced by an older one, and a deleted user never comes back, whatever the order in which news arrives;
+//! a missed one is found by [`Mirror::verify`] and mended by [`Mirror::repair`].
+//! Not here, on purpose: a connection of its own. What is applied is applied in the consumer's transaction, beside whatever else the
+//! consumer derives from it.
+
+mod catch_up;
+mod store;
+mod verify;
+
+pub use catch_up::CaughtUp;
+pub use verify::Difference;
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+use store::State;
+
+use crate::{
+    envelope::FieldName,
+    owner::{FetchError, Latest, User},
+};
+
+/// A mirror in the tables `tidings_users` and `tidings_cursor` of the schema that the connection looks into.
+#[derive(Debug, Clone, Default)]
+pub struct Mirror {
+    fields: Option<BTreeSet<FieldName>>,
+}
+
+/// Why a mirror could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    #[error("the mirror's database failed")]
+    Database(#[from] sqlx::Error),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+}
+
+/// What became of a state that was applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    Written,
+    /// This version or a later one was there already.
+    Old,
+}
+
+impl Mirror {
+    /// A mirror of whole profiles.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A mirror of these fields and no others: what an application does not need it should not hold.
+    #[must_use]
+    pub fn of(fields: impl IntoIterator<Item = FieldName>) -> Self {
+        Self { fields: Some(fields.into_iter().collect()) }
+    }
+
+    /// Creates the tables where they are missing. Safe to call at every start, from several processes.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn prepare(&self, pool: &PgPool) -> sqlx::Result<()> {
+        store::create(pool).await
+    }
+
+    /// Applies a state, within the caller's transaction if there is one.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn apply(&self, connection: &mut PgConnection, latest: &Latest) -> sqlx::Result<Applied> {
+        let written = store::keep(connection, vec![self.state(latest)], None).await?;
+        Ok(if written == 1 { Applied::Written } else { Applied::Old })
+    }
+
+    fn state(&self, latest: &Latest) -> State {
+        let profile = match latest {
+            Latest::Living(user) => Some(self.kept(user)),
+            Latest::Gone(_) => None,
+        };
+        State { id: latest.id(), version: latest.version(), profile }
+    }
+
+    /// What of the profile is kept.
+    fn kept(&self, user: &User) -> Map<String, Value> {
+        let Some(fields) = &self.fields else { return user.profile.clone() };
+        let wanted = fields.iter().filter_map(|field| user.profile.get_key_value(field.as_str()));
+        wanted.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    /// The copy of a living user.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn get(&self, connection: &mut PgConnection, user: Uuid) -> sqlx::Result<Option<Copy>> {
+        store::get(connection, user).await
+    }
+}
+
+/// A mirror's copy of a living user.
+#[derive(Clone, PartialEq)]
+pub struct Copy {
+    pub version: i64,
+    pub profile: Map<String, Value>,
+}

@@ -1,0 +1,141 @@
+//! Verifying: finds where a mirror differs from its owner, without moving data, and mends it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use super::{Mirror, MirrorError, store};
+use crate::{
+    digest::{self, Digest},
+    owner::{Digests, FetchError, Held, Latest, Owner},
+};
+
+/// Rows of the mirror read at a time.
+const PAGE: i64 = 10_000;
+/// Users in a bucket, about: what one difference costs to look at.
+const USERS_PER_BUCKET: u64 = 256;
+
+/// Where a mirror differs from its owner. News under way makes differences too: they are gone when it has arrived.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Difference {
+    /// The owner has them, the mirror has not.
+    pub missing: Vec<Uuid>,
+    /// Both have them, with different versions.
+    pub stale: Vec<Uuid>,
+    /// The mirror has them, the owner has not.
+    pub ghosts: Vec<Uuid>,
+    /// What the mirror holds of the stale and the ghosts.
+    held: HashMap<Uuid, i64>,
+}
+
+impl Difference {
+    pub fn is_none(&self) -> bool {
+        self.missing.is_empty() && self.stale.is_empty() && self.ghosts.is_empty()
+    }
+}
+
+impl Mirror {
+    /// Compares the mirror with its owner by digests, bucket by bucket, and lists users only of buckets that differ.
+    ///
+    /// # Errors
+    /// When the owner does not answer or the mirror's database fails.
+    pub async fn verify(&self, pool: &PgPool, owner: &Owner) -> Result<Difference, MirrorError> {
+        let buckets = buckets_for(owner.digest(1).await?.count);
+        let theirs = owner.digest(buckets).await?;
+        let mut ours: BTreeMap<u32, Digest> = BTreeMap::new();
+        each_living(pool, |id, version| ours.entry(digest::bucket(id, buckets)).or_default().add(id, version)).await?;
+        let differing = differing(&theirs, &ours);
+        let mut held: HashMap<u32, HashMap<Uuid, i64>> = HashMap::new();
+        if !differing.is_empty() {
+            each_living(pool, |id, version| {
+                let bucket = digest::bucket(id, buckets);
+                if differing.contains(&bucket) {
+                    held.entry(bucket).or_default().insert(id, version);
+                }
+            })
+            .await?;
+        }
+        let mut difference = Difference::default();
+        for bucket in differing {
+            let kept = owner.bucket(bucket, buckets).await?;
+            difference.compare(&kept, held.remove(&bucket).unwrap_or_default());
+        }
+        Ok(difference)
+    }
+
+    /// Fetches what differs and applies it.
+    ///
+    /// # Errors
+    /// When the owner does not answer or the mirror's database fails; what was mended by then stays so.
+    pub async fn repair(&self, pool: &PgPool, owner: &Owner, difference: &Difference) -> Result<(), MirrorError> {
+        for user in difference.missing.iter().chain(&difference.stale).chain(&difference.ghosts) {
+            let latest = match owner.latest(*user, 1).await {
+                Ok(latest) => Some(latest),
+                Err(FetchError::UnknownUser) => None,
+                Err(error) => return Err(error.into()),
+            };
+            self.mend(pool, *user, difference.held.get(user).copied(), latest.as_ref()).await?;
+        }
+        Ok(())
+    }
+
+    async fn mend(
+        &self,
+        pool: &PgPool,
+        user: Uuid,
+        held: Option<i64>,
+        latest: Option<&Latest>,
+    ) -> Result<(), MirrorError> {
+        // What the owner never had, or what is ahead of the owner (restored from a backup), no comparison of versions would ever mend.
+        if let Some(held) = held.filter(|held| latest.is_none_or(|latest| latest.version() < *held)) {
+            store::drop_at(pool, user, held).await?;
+        }
+        if let Some(latest) = latest {
+            self.apply(&mut *pool.acquire().await?, latest).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A power of two.
+fn buckets_for(users: u64) -> u32 {
+    let wanted = (users / USERS_PER_BUCKET).clamp(1, u64::from(digest::MAX_BUCKETS));
+    u32::try_from(wanted.next_power_of_two()).unwrap_or(digest::MAX_BUCKETS)
+}
+
+async fn each_living(pool: &PgPool, mut look: impl FnMut(Uuid, i64)) -> sqlx::Result<()> {
+    let mut after = Uuid::nil();
+    loop {
+        let page = store::living(pool, after, PAGE).await?;
+        let Some((last, _)) = page.last() else { return Ok(()) };
+        after = *last;
+        page.into_iter().for_each(|(id, version)| look(id, version));
+    }
+}
+
+/// The buckets in which the two sides are not equal.
+fn differing(theirs: &Digests, ours: &BTreeMap<u32, Digest>) -> HashSet<u32> {
+    let theirs: BTreeMap<u32, (u64, String)> =
+        theirs.digests.iter().map(|digest| (digest.bucket, (digest.count, digest.hash.clone()))).collect();
+    let ours: BTreeMap<u32, (u64, String)> =
+        ours.iter().map(|(bucket, digest)| (*bucket, (digest.count, format!("{:016x}", digest.hash)))).collect();
+    theirs.keys().chain(ours.keys()).copied().filter(|bucket| theirs.get(bucket) != ours.get(bucket)).collect()
+}
+
+impl Difference {
+    fn compare(&mut self, kept: &[Held], mut held: HashMap<Uuid, i64>) {
+        for Held { id, version } in kept {
+            match held.remove(id) {
+                None => self.missing.push(*id),
+                Some(ours) if ours != *version => {
+                    self.stale.push(*id);
+                    self.held.insert(*id, ours);
+                }
+                Some(_) => {}
+            }
+        }
+        self.ghosts.extend(held.keys());
+        self.held.extend(held);
+    }
+}
