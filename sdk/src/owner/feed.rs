@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{FetchError, Owner};
+use super::{FetchError, Owner, http::Ask};
 
 /// Entries in one page of changes, as many as the owner gives.
 const PAGE: u32 = 1_000;
@@ -85,8 +85,7 @@ impl Owner {
     /// begin anew without one.
     pub async fn changes(&self, after: Option<&Cursor>) -> Result<Changes, FetchError> {
         let after = after.map(|Cursor(after)| format!("&after={after}")).unwrap_or_default();
-        let answer = self.http.ask(|http, url| http.get(format!("{url}/v1/changes?limit={PAGE}{after}")));
-        answer.await?.ok()
+        self.http.ask(Ask::get(format!("/v1/changes?limit={PAGE}{after}"))).await?.ok()
     }
 
     /// Counts and hashes of the living users in this many buckets, a power of two.
@@ -94,7 +93,7 @@ impl Owner {
     /// # Errors
     /// [`FetchError`].
     pub async fn digest(&self, buckets: u32) -> Result<Digests, FetchError> {
-        self.http.ask(|http, url| http.get(format!("{url}/v1/digest?buckets={buckets}"))).await?.ok()
+        self.http.ask(Ask::get(format!("/v1/digest?buckets={buckets}"))).await?.ok()
     }
 
     /// The living users of one bucket out of this many.
@@ -113,6 +112,6 @@ impl Owner {
 
     async fn bucket_page(&self, bucket: u32, buckets: u32, after: Option<&Cursor>) -> Result<Bucket, FetchError> {
         let after = after.map(|Cursor(after)| format!("&after={after}")).unwrap_or_default();
-        self.http.ask(|http, url| http.get(format!("{url}/v1/digest/{bucket}?buckets={buckets}{after}"))).await?.ok()
+        self.http.ask(Ask::get(format!("/v1/digest/{bucket}?buckets={buckets}{after}"))).await?.ok()
     }
 }

@@ -15,7 +15,10 @@ use time::OffsetDateTime;
 use tokio::sync::{Semaphore, oneshot};
 use uuid::Uuid;
 
-use super::{Latest, Tombstone, User, http::Http};
+use super::{
+    Latest, TRACEPARENT, Tombstone, User,
+    http::{Ask, Http},
+};
 use crate::trace::Traceparent;
 
 /// Users in one request, as many as the owner takes.
@@ -92,13 +95,8 @@ impl Gatherer {
     }
 
     async fn fetch(&self, ids: &[Uuid], trace: Option<Traceparent>) -> Option<HashMap<Uuid, Latest>> {
-        let answer = self.http.ask_once(|http, url| {
-            let request = http.post(format!("{url}/v1/users:batchGet")).json(&json!({ "ids": ids }));
-            match trace {
-                Some(trace) => request.header("traceparent", trace.to_string()),
-                None => request,
-            }
-        });
+        let ask = Ask::post("/v1/users:batchGet", &json!({ "ids": ids }));
+        let answer = self.http.ask_once(ask.with(TRACEPARENT, trace.map(|trace| trace.to_string())));
         let batch: Batch = answer.await?.ok().ok()?;
         Some(batch.results.into_iter().filter_map(Entry::latest).map(|latest| (latest.id(), latest)).collect())
     }

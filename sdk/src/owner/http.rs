@@ -3,14 +3,27 @@
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use reqwest::{Client, RequestBuilder, StatusCode, Url, header::RETRY_AFTER};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode, Uri,
+    body::{Bytes, Incoming},
+    header::{CONTENT_TYPE, HeaderName, RETRY_AFTER},
+};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use serde::{Deserialize, de::DeserializeOwned};
-use tokio::time::{Instant, sleep, timeout_at};
+use serde_json::Value;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 /// For one try. The owner answers in milliseconds, and gives up by itself after 30 s.
 const DEADLINE: Duration = Duration::from_secs(10);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+/// More than 500 records of 64 KiB, the most that one request asks for.
+const ANSWER_LIMIT_BYTES: usize = 64 * 1024 * 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -37,26 +50,50 @@ pub enum FetchError {
 }
 
 pub(super) struct Http {
-    client: Client,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     url: String,
     patience: Duration,
 }
 
+/// A request that can be sent again.
+pub(super) struct Ask {
+    method: Method,
+    path: String,
+    headers: Vec<(HeaderName, String)>,
+    body: Bytes,
+}
+
+impl Ask {
+    /// `path` is made of ids, numbers and what the owner gave; it needs no escaping.
+    pub(super) fn get(path: String) -> Self {
+        Self { method: Method::GET, path, headers: vec![], body: Bytes::new() }
+    }
+
+    pub(super) fn post(path: &str, body: &Value) -> Self {
+        let headers = vec![(CONTENT_TYPE, "application/json".to_owned())];
+        Self { method: Method::POST, path: path.to_owned(), headers, body: body.to_string().into() }
+    }
+
+    pub(super) fn with(mut self, name: HeaderName, value: Option<String>) -> Self {
+        self.headers.extend(value.map(|value| (name, value)));
+        self
+    }
+}
+
 impl Http {
     pub(super) fn at(url: &str) -> Result<Self, InvalidUrl> {
-        let parsed = Url::parse(url).map_err(|_| InvalidUrl)?;
-        let is_plain = parsed.query().is_none() && parsed.fragment().is_none() && parsed.has_host();
-        if !is_plain || !["http", "https"].contains(&parsed.scheme()) {
+        let parsed: Uri = url.parse().map_err(|_| InvalidUrl)?;
+        let is_ours = matches!(parsed.scheme_str(), Some("http" | "https")) && parsed.query().is_none();
+        if !is_ours || url.contains('#') {
             return Err(InvalidUrl);
         }
-        let client = Client::builder()
-            .timeout(DEADLINE)
-            .connect_timeout(CONNECT_DEADLINE)
-            // A record is asked for under the id that a notice named; another place would be another owner.
-            .redirect(reqwest::redirect::Policy::none())
-            .tls_backend_preconfigured(tls())
-            .build()
-            .expect("these settings suit each other");
+        let mut plain = HttpConnector::new();
+        plain.enforce_http(false);
+        plain.set_connect_timeout(Some(CONNECT_DEADLINE));
+        plain.set_nodelay(true);
+        let connector =
+            HttpsConnectorBuilder::new().with_tls_config(tls()).https_or_http().enable_http1().wrap_connector(plain);
+        let client = Client::builder(TokioExecutor::new()).build(connector);
         Ok(Self { client, url: url.trim_end_matches('/').to_owned(), patience: PATIENCE })
     }
 
@@ -65,11 +102,11 @@ impl Http {
     }
 
     /// Sends a request until it is answered, or patience is at its end.
-    pub(super) async fn ask(&self, request: impl Fn(&Client, &str) -> RequestBuilder) -> Result<Answer, FetchError> {
+    pub(super) async fn ask(&self, ask: Ask) -> Result<Answer, FetchError> {
         let end = Instant::now() + self.patience;
         let mut pauses = pauses();
         loop {
-            let outage = match timeout_at(end, send(request(&self.client, &self.url))).await {
+            let outage = match timeout_at(end, self.send(&ask)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(outage)) => outage,
                 Err(_) => return Err(FetchError::Unavailable("no answer in time")),
@@ -83,12 +120,34 @@ impl Http {
     }
 
     /// Sends a request once; `None` when it was not answered.
-    pub(super) async fn ask_once(&self, request: impl FnOnce(&Client, &str) -> RequestBuilder) -> Option<Answer> {
-        send(request(&self.client, &self.url)).await.ok()
+    pub(super) async fn ask_once(&self, ask: Ask) -> Option<Answer> {
+        self.send(&ask).await.ok()
+    }
+
+    async fn send(&self, ask: &Ask) -> Result<Answer, Outage> {
+        let silent = Outage { what: "no answer in time", pause: Duration::ZERO };
+        timeout(DEADLINE, self.exchange(ask)).await.unwrap_or(Err(silent))
+    }
+
+    async fn exchange(&self, ask: &Ask) -> Result<Answer, Outage> {
+        let broken = |what| Outage { what, pause: Duration::ZERO };
+        let mut request = Request::builder().method(&ask.method).uri(format!("{}{}", self.url, ask.path));
+        for (name, value) in &ask.headers {
+            request = request.header(name, value);
+        }
+        let request = request.body(Full::new(ask.body.clone())).map_err(|_| broken("the request cannot be written"))?;
+        let response = self.client.request(request).await.map_err(|_| broken("it cannot be reached"))?;
+        let status = response.status();
+        if is_outage(status) {
+            return Err(Outage { what: "it asks to be left alone for now", pause: pause_asked_for(&response) });
+        }
+        let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
+        let body = body.map_err(|_| broken("its answer broke off"))?.to_bytes();
+        Ok(Answer { status, body })
     }
 }
 
-/// The certificates that this machine trusts.
+/// Trusts the certificates that this machine trusts. It may have none; that is no harm to an owner on plain http.
 fn tls() -> ClientConfig {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -115,22 +174,9 @@ struct Outage {
     pause: Duration,
 }
 
-async fn send(request: RequestBuilder) -> Result<Answer, Outage> {
-    let broken = |what| Outage { what, pause: Duration::ZERO };
-    let response = request
-        .send()
-        .await
-        .map_err(|error| broken(if error.is_connect() { "it cannot be reached" } else { "no answer in time" }))?;
-    let status = response.status();
-    if is_outage(status) {
-        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        return Err(Outage {
-            what: "it asks to be left alone for now",
-            pause: Duration::from_secs(seconds.unwrap_or(0)),
-        });
-    }
-    let body = response.bytes().await.map_err(|_| broken("its answer broke off"))?;
-    Ok(Answer { status, body: body.to_vec() })
+fn pause_asked_for(response: &Response<Incoming>) -> Duration {
+    let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(0))
 }
 
 /// The owner's own 503 and those of proxies before it. Not 500: that one may be this user's alone, and for ever.
@@ -148,7 +194,7 @@ fn is_outage(status: StatusCode) -> bool {
 /// The owner's word on a request.
 pub(super) struct Answer {
     pub status: StatusCode,
-    body: Vec<u8>,
+    body: Bytes,
 }
 
 impl Answer {

@@ -12,7 +12,10 @@ pub use http::{FetchError, InvalidUrl};
 
 use std::{sync::Arc, time::Duration};
 
-use reqwest::StatusCode;
+use hyper::{
+    StatusCode,
+    header::{HeaderName, IF_NONE_MATCH},
+};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
@@ -20,7 +23,9 @@ use uuid::Uuid;
 
 use crate::trace::Traceparent;
 use gather::Gatherer;
-use http::Http;
+use http::{Ask, Http};
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// What is known of a user, as of now.
 #[derive(Debug, Clone, PartialEq)]
@@ -154,19 +159,10 @@ impl Owner {
     /// # Errors
     /// [`FetchError`].
     pub async fn get(&self, user: Uuid, at_least: i64, held: Option<i64>) -> Result<Fetched, FetchError> {
-        let answer = self
-            .http
-            .ask(|http, url| {
-                let mut request = http.get(format!("{url}/v1/users/{user}?min_version={}", at_least.max(1)));
-                if let Some(version) = held {
-                    request = request.header("if-none-match", format!("\"{version}\""));
-                }
-                match self.trace {
-                    Some(trace) => request.header("traceparent", trace.to_string()),
-                    None => request,
-                }
-            })
-            .await?;
+        let ask = Ask::get(format!("/v1/users/{user}?min_version={}", at_least.max(1)))
+            .with(IF_NONE_MATCH, held.map(|version| format!("\"{version}\"")))
+            .with(TRACEPARENT, self.trace.map(|trace| trace.to_string()));
+        let answer = self.http.ask(ask).await?;
         let latest = match answer.status {
             StatusCode::OK => Latest::Living(answer.read()?),
             StatusCode::NOT_MODIFIED => return Ok(Fetched::Unchanged),
