@@ -131,6 +131,16 @@ impl Publisher {
         }
     }
 
+    /// Makes sure that the exchange is still what we publish to: one of another type takes messages and routes them elsewhere, or
+    /// nowhere, and confirms them all the same.
+    ///
+    /// # Errors
+    /// When the exchange is another, or the broker does not answer.
+    pub async fn vouch(&mut self) -> anyhow::Result<()> {
+        let channel = self.broker.channel_with_exchange(&self.connection).await?;
+        request(channel.close(200, "bye".into())).await
+    }
+
     /// What is known of the messages under way when the session is over. The others may or may not have arrived.
     pub fn salvage(&mut self) -> Vec<Verdict> {
         self.look_at_all();

@@ -30,6 +30,8 @@ const WINDOW: usize = 2000;
 const POLL: Duration = Duration::from_millis(500);
 /// Without a single confirm for this long, and not held back by the broker, a session is given up.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
+/// Between two looks at the exchange when nothing is unroutable.
+const VOUCH_INTERVAL: Duration = Duration::from_secs(10);
 /// For the confirms of what is under way when we leave.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -54,11 +56,14 @@ pub(super) struct Ledger {
     unconfirmed: usize,
     /// When the broker last answered, or was last asked after it had answered everything.
     progress: Instant,
+    /// When the exchange was last known to be ours.
+    vouched: Instant,
 }
 
 impl Ledger {
     pub(super) fn new() -> Self {
-        Self { under_way: HashSet::new(), unconfirmed: 0, progress: Instant::now() }
+        let now = Instant::now();
+        Self { under_way: HashSet::new(), unconfirmed: 0, progress: now, vouched: now }
     }
 }
 
@@ -71,7 +76,9 @@ impl Drain<'_> {
         if outcome.is_ok() {
             outcome = timeout(FAREWELL, self.await_verdicts()).await.unwrap_or(Ok(()));
         }
-        let salvaged = self.publisher.salvage();
+        // What reached nobody can be sent again without a duplicate; only while the exchange is known to be ours is it settled.
+        let mut salvaged = self.publisher.salvage();
+        salvaged.retain(|verdict| verdict.outcome != Outcome::Unroutable);
         self.take(&salvaged);
         let settled = self.settle_all().await;
         self.settler.hang_up().await;
@@ -92,7 +99,7 @@ impl Drain<'_> {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => {}
-                verdicts = self.publisher.verdicts() => self.take(&verdicts.context(CHANNEL_LOST)?),
+                verdicts = self.publisher.verdicts() => self.hear(verdicts.context(CHANNEL_LOST)?).await?,
                 settled = self.settler.done() => self.note(settled)?,
                 () = self.bell.rung() => look = true,
                 _ = poll.tick() => {
@@ -154,6 +161,25 @@ impl Drain<'_> {
         self.publisher.send(entries);
     }
 
+    /// Acts on verdicts. That nobody is bound is believed only of an exchange that is ours: in the place of one that was swapped for
+    /// another type nobody ever is.
+    async fn hear(&mut self, verdicts: Vec<Verdict>) -> anyhow::Result<()> {
+        let (unroutable, others): (Vec<_>, Vec<_>) =
+            verdicts.into_iter().partition(|verdict| verdict.outcome == Outcome::Unroutable);
+        self.take(&others);
+        if !unroutable.is_empty() {
+            self.vouch().await?;
+            self.take(&unroutable);
+        }
+        Ok(())
+    }
+
+    async fn vouch(&mut self) -> anyhow::Result<()> {
+        self.publisher.vouch().await?;
+        self.ledger.vouched = Instant::now();
+        Ok(())
+    }
+
     /// Acts on what the broker said: confirmed events are to be deleted, refused ones to be sent again.
     fn take(&mut self, verdicts: &[Verdict]) {
         let now = Instant::now();
@@ -194,7 +220,7 @@ impl Drain<'_> {
     async fn await_verdicts(&mut self) -> anyhow::Result<()> {
         while self.publisher.is_waiting() {
             let verdicts = self.publisher.verdicts().await.context(CHANNEL_LOST)?;
-            self.take(&verdicts);
+            self.hear(verdicts).await?;
         }
         Ok(())
     }
@@ -221,6 +247,9 @@ impl Drain<'_> {
             self.ledger.unconfirmed == 0 || self.ledger.progress.elapsed() < CONFIRM_DEADLINE,
             "the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"
         );
+        if !blocked && self.ledger.vouched.elapsed() > VOUCH_INTERVAL {
+            self.vouch().await?;
+        }
         if !self.has_room() {
             // A leader that claims nothing has to say that it lives.
             let alive = self.lead.run_in_session(async |connection| outbox::last_id(connection).await).await;

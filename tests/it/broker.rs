@@ -236,6 +236,34 @@ async fn an_exchange_of_another_type_is_named_and_nothing_counts_as_published(db
     assert_eq!(house.told(&ana).await, ["user.created"]);
 }
 
+/// As above, under the eyes of a relay that stays connected: a direct exchange takes every message, confirms it, and routes none.
+#[sqlx::test]
+async fn an_exchange_that_is_swapped_under_the_relay_swallows_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let admin = Admin::at(&env("AMQP_URL")).await;
+    admin.delete_exchange(&house.exchange).await;
+    let (direct, durable) = (ExchangeKind::Direct, ExchangeDeclareOptions { durable: true, ..Default::default() });
+    admin
+        .channel
+        .exchange_declare(house.exchange.as_str().into(), direct, durable, FieldTable::default())
+        .await
+        .unwrap();
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    eventually("the reason", async || {
+        let reason = load::degraded(&house).await;
+        if reason.contains(&house.exchange) { Ok(()) } else { Err(reason) }
+    })
+    .await;
+    assert_eq!((house.pending().await, results(&house).await), (1, [0.0; 3]));
+    house.broker.down();
+    admin.delete_exchange(&house.exchange).await;
+    declare(&admin.channel, &house.exchange).await;
+    bind(&admin.channel, &house.audit.queue, &house.exchange, "#").await;
+    house.broker.up();
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
 #[sqlx::test]
 async fn a_full_queue_is_tried_again_ever_more_rarely_and_the_others_hear_nevertheless(db: PgPool) {
     let house = House::open(db).await;
