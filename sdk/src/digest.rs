@@ -56,7 +56,10 @@ mod tests {
     #[test]
     fn entries_are_hashed_as_published() {
         let hashes = [(ANA, 7), (ANA, 8), (BEN, 1), (MAX, 9_007_199_254_740_991)].map(|(id, v)| entry_hash(id, v));
-        assert_eq!(hashes, [0xaa66_5fab_35e9_2c5f, 0x93a2_df18_aa71_bba5, 0x2541_3eb5_e7e7_5247, 0x8b32_4aab_6739_b500]);
+        assert_eq!(
+            hashes,
+            [0xaa66_5fab_35e9_2c5f, 0x93a2_df18_aa71_bba5, 0x2541_3eb5_e7e7_5247, 0x8b32_4aab_6739_b500]
+        );
     }
 
     #[test]
