@@ -13,6 +13,7 @@ mod command_line;
 mod consumers;
 mod hardship;
 mod messages;
+mod mirror;
 mod outbox;
 mod privacy;
 mod races;

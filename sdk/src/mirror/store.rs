@@ -23,7 +23,7 @@ begin
   );
   create table if not exists tidings_cursor (
     -- One row.
-    only boolean primary key default true check (only),
+    is_only boolean primary key default true check (is_only),
     cursor text not null
   );
 end
@@ -39,7 +39,7 @@ with told as (
 moved as (
   insert into tidings_cursor (cursor)
   select $4::text where $4::text is not null
-  on conflict (only) do update set cursor = excluded.cursor
+  on conflict (is_only) do update set cursor = excluded.cursor
 )
 insert into tidings_users as held (id, version, profile)
 select id, version, profile

@@ -39,6 +39,9 @@ pub enum FetchError {
     /// Nobody ever had this id. Not a deletion: that is [`super::Latest::Gone`].
     #[error("the owner never knew this user")]
     UnknownUser,
+    /// The owner has an older state, or none, and nothing newer has come in good time. A forged notice may be the reason.
+    #[error("the owner does not show a state this new")]
+    NotYetVisible,
     /// An outage: unreachable, silent, or asking to be left alone for a while. Nothing is wrong with the request.
     #[error("the owner does not answer: {0}")]
     Unavailable(&'static str),
@@ -109,11 +112,11 @@ impl Http {
             let outage = match timeout_at(end, self.send(&ask)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(outage)) => outage,
-                Err(_) => return Err(FetchError::Unavailable("no answer in time")),
+                Err(_) => return Err(SILENCE.into()),
             };
             let pause = pauses.next().unwrap_or(LONGEST_PAUSE).max(outage.pause);
             if Instant::now() + pause >= end {
-                return Err(FetchError::Unavailable(outage.what));
+                return Err(outage.into());
             }
             sleep(pause).await;
         }
@@ -125,25 +128,26 @@ impl Http {
     }
 
     async fn send(&self, ask: &Ask) -> Result<Answer, Outage> {
-        let silent = Outage { what: "no answer in time", pause: Duration::ZERO };
-        timeout(DEADLINE, self.exchange(ask)).await.unwrap_or(Err(silent))
+        timeout(DEADLINE, self.exchange(ask)).await.unwrap_or(Err(SILENCE))
     }
 
     async fn exchange(&self, ask: &Ask) -> Result<Answer, Outage> {
-        let broken = |what| Outage { what, pause: Duration::ZERO };
+        let broken = |what| Outage { what, ..SILENCE };
         let mut request = Request::builder().method(&ask.method).uri(format!("{}{}", self.url, ask.path));
         for (name, value) in &ask.headers {
             request = request.header(name, value);
         }
         let request = request.body(Full::new(ask.body.clone())).map_err(|_| broken("the request cannot be written"))?;
         let response = self.client.request(request).await.map_err(|_| broken("it cannot be reached"))?;
-        let status = response.status();
-        if is_outage(status) {
-            return Err(Outage { what: "it asks to be left alone for now", pause: pause_asked_for(&response) });
-        }
+        let (status, pause) = (response.status(), pause_asked_for(&response));
         let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
         let body = body.map_err(|_| broken("its answer broke off"))?.to_bytes();
-        Ok(Answer { status, body })
+        let answer = Answer { status, body };
+        if is_outage(status) {
+            let is_stale = answer.code() == "not_yet_visible";
+            return Err(Outage { what: "it asks to be left alone for now", pause, is_stale });
+        }
+        Ok(answer)
     }
 }
 
@@ -172,6 +176,16 @@ struct Outage {
     what: &'static str,
     /// At least this long, as the owner asked.
     pause: Duration,
+    /// The owner is well, and has nothing new enough yet.
+    is_stale: bool,
+}
+
+const SILENCE: Outage = Outage { what: "no answer in time", pause: Duration::ZERO, is_stale: false };
+
+impl From<Outage> for FetchError {
+    fn from(outage: Outage) -> Self {
+        if outage.is_stale { Self::NotYetVisible } else { Self::Unavailable(outage.what) }
+    }
 }
 
 fn pause_asked_for(response: &Response<Incoming>) -> Duration {
@@ -208,7 +222,7 @@ impl Answer {
     }
 
     /// The stable code of a problem; what stands before us may answer without one.
-    pub(super) fn code(&self) -> String {
+    fn code(&self) -> String {
         #[derive(Deserialize)]
         struct Problem {
             code: String,
@@ -216,6 +230,11 @@ impl Answer {
         let is_name = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
         let problem: Option<Problem> = serde_json::from_slice(&self.body).ok();
         problem.map(|problem| problem.code).filter(is_name).unwrap_or_default()
+    }
+
+    /// The owner's own 404; another one's says that the address is wrong.
+    pub(super) fn is_unknown_user(&self) -> bool {
+        self.status == StatusCode::NOT_FOUND && self.code() == "user_not_found"
     }
 
     pub(super) fn refusal(&self) -> FetchError {

@@ -148,10 +148,18 @@ impl Owner {
     }
 
     async fn alone(&self, user: Uuid, at_least: i64) -> Result<Latest, FetchError> {
-        match self.get(user, at_least, None).await? {
-            Fetched::New(latest) => Ok(latest),
-            Fetched::Unchanged => Err(FetchError::Malformed),
+        match self.get(user, at_least, None).await {
+            Ok(Fetched::New(latest)) => Ok(latest),
+            Ok(Fetched::Unchanged) => Err(FetchError::Malformed),
+            // Somebody whom the owner does not know at all is not waited for as somebody who is late.
+            Err(FetchError::NotYetVisible) if self.knows(user).await == Ok(false) => Err(FetchError::UnknownUser),
+            Err(error) => Err(error),
         }
+    }
+
+    async fn knows(&self, user: Uuid) -> Result<bool, FetchError> {
+        let answer = self.http.ask(Ask::get(format!("/v1/users/{user}"))).await?;
+        Ok(!answer.is_unknown_user())
     }
 
     /// The record of a user, of version `at_least` or a later one, unless `held` is the latest.
@@ -167,7 +175,7 @@ impl Owner {
             StatusCode::OK => Latest::Living(answer.read()?),
             StatusCode::NOT_MODIFIED => return Ok(Fetched::Unchanged),
             StatusCode::GONE => Latest::Gone(answer.read::<Gone>()?.of(user)),
-            StatusCode::NOT_FOUND if answer.code() == "user_not_found" => return Err(FetchError::UnknownUser),
+            _ if answer.is_unknown_user() => return Err(FetchError::UnknownUser),
             _ => return Err(answer.refusal()),
         };
         // The owner promised; whoever stands between may not have.

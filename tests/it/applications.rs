@@ -1,0 +1,244 @@
+//! Applications: the examples do what they say, as programs of their own, each with a database of its own.
+
+use std::{
+    path::PathBuf,
+    process::Stdio,
+    sync::{Arc, Mutex},
+};
+
+use serde_json::json;
+use sqlx::{Connection, PgConnection, PgPool, Row};
+use tidings_sdk::topology::{self, RETRY_DELAYS};
+use tokio::process::{Child, Command};
+use uuid::Uuid;
+
+use crate::{
+    house::{self, House, collect, database_url, env, eventually},
+    load::{self, Load},
+};
+
+/// An application of this House: its name there, and its database.
+pub struct App {
+    example: &'static str,
+    pub subscription: String,
+    pub database_url: String,
+    settings: Vec<(&'static str, String)>,
+}
+
+/// A process of an application that listens.
+pub struct Listening {
+    pub process: Child,
+    pub log: Arc<Mutex<String>>,
+}
+
+impl App {
+    pub async fn of(house: &House, example: &'static str) -> Self {
+        let subscription = format!("{}.{example}", house.exchange);
+        let database_url = format!("{}_{example}", database_url(&house.db));
+        let name = database_url.rsplit('/').next().unwrap();
+        let create = format!("create database \"{name}\"");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(create)).execute(&house.db).await.unwrap();
+        let settings = vec![
+            ("AMQP_URL", env("AMQP_URL")),
+            ("APP_DATABASE_URL", database_url.clone()),
+            ("TIDINGS_EXCHANGE", house.exchange.clone()),
+            ("TIDINGS_SUBSCRIPTION", subscription.clone()),
+            ("TIDINGS_URL", house.service.url.clone()),
+        ];
+        Self { example, subscription, database_url, settings }
+    }
+
+    /// The same application at another exchange.
+    pub fn at(mut self, exchange: &str) -> Self {
+        self.settings.push(("TIDINGS_EXCHANGE", exchange.to_owned()));
+        self
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let built = PathBuf::from(env!("CARGO_BIN_EXE_tidings")).with_file_name("examples").join(self.example);
+        assert!(built.exists(), "{} is not built: cargo build --examples", built.display());
+        let mut command = Command::new(built);
+        command.args(arguments).envs(self.settings.iter().map(|(name, value)| (name, value)));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+    }
+
+    /// Runs a command of it to its end; what it printed, or else what it complained of.
+    pub async fn ask(&self, arguments: &[&str]) -> Result<String, String> {
+        let done = self.command(arguments).output().await.unwrap();
+        let (said, talk) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        if done.status.success() { Ok(said.trim().to_owned()) } else { Err(talk.into_owned()) }
+    }
+
+    /// Starts it, and waits until it consumes from its queue.
+    pub async fn run(&self, arguments: &[&str]) -> Listening {
+        let mut process = self.command(&[&["run"], arguments].concat()).spawn().unwrap();
+        let log = Arc::<Mutex<String>>::default();
+        collect(process.stderr.take().unwrap(), log.clone());
+        collect(process.stdout.take().unwrap(), log.clone());
+        eventually("the application to listen", async || match self.depth().await {
+            Some(depth) if depth.consumers == 1 => Ok(()),
+            other => Err((other, log.lock().unwrap().clone())),
+        })
+        .await;
+        Listening { process, log }
+    }
+
+    /// What its queue holds, if it has one.
+    pub async fn depth(&self) -> Option<topology::Depth> {
+        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        topology::depth(&channel, &self.subscription).await.ok()
+    }
+
+    pub async fn database(&self) -> PgPool {
+        PgPool::connect(&self.database_url).await.unwrap()
+    }
+
+    /// Takes its queues and its database away.
+    pub async fn end(self) {
+        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        topology::delete(&channel, &self.subscription.parse().unwrap(), &RETRY_DELAYS).await.unwrap();
+        let (server, name) = self.database_url.rsplit_once('/').unwrap();
+        let mut admin = PgConnection::connect(&format!("{server}/postgres")).await.unwrap();
+        let gone = format!("drop database \"{name}\" with (force)");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(gone)).execute(&mut admin).await.unwrap();
+    }
+}
+
+impl Listening {
+    pub async fn signal(&self, signal: &str) {
+        let pid = self.process.id().unwrap().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
+    }
+
+    /// Asks it to leave, which it must do well.
+    pub async fn leave(mut self) {
+        self.signal("-TERM").await;
+        let left = tokio::time::timeout(house::PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
+        assert!(left.success(), "{left}: {}", self.log.lock().unwrap());
+    }
+}
+
+#[sqlx::test]
+async fn orders_of_a_deleted_person_are_cancelled_and_no_others(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = App::of(&house, "orders").await;
+    let [ana, bo, eve] = [house.user(json!({})).await, house.user(json!({})).await, house.user(json!({})).await];
+    for (person, item) in [(ana, "teapot"), (bo, "kettle"), (eve, "cup")] {
+        orders.ask(&["place", &person.to_string(), item]).await.unwrap();
+    }
+    let listening = orders.run(&[]).await;
+    house.delete(&ana).await.ok();
+    let states = async |expected: &str| {
+        eventually("the orders", async || {
+            let list = orders.ask(&["list"]).await.unwrap();
+            let states: Vec<&str> = list.lines().map(|line| line.split('\t').nth(2).unwrap()).collect();
+            if states.join(" ") == expected { Ok(()) } else { Err(list) }
+        })
+        .await;
+    };
+    states("cancelled pending pending").await;
+    let refused = orders.ask(&["place", &ana.to_string(), "spoon"]).await.unwrap_err();
+    assert!(refused.contains("gone"), "{refused}");
+
+    // Who is deleted while nobody listens is heard of afterwards.
+    listening.leave().await;
+    house.delete(&bo).await.ok();
+    let listening = orders.run(&[]).await;
+    states("cancelled cancelled pending").await;
+    listening.leave().await;
+    orders.end().await;
+}
+
+#[sqlx::test]
+async fn an_attendee_list_shows_names_as_they_are_now(db: PgPool) {
+    let house = House::open(db).await;
+    let events = App::of(&house, "events").await;
+    let ana = house.user(json!({ "first_name": "Ana", "job_title": "Author" })).await;
+    let listening = events.run(&["--listen", "127.0.0.1:0"]).await;
+    let log = listening.log.lock().unwrap().clone();
+    let url = log.lines().find_map(|line| line.strip_prefix("events ready on ")).unwrap().to_owned();
+    let http = reqwest::Client::new();
+    let attended = http.put(format!("{url}/events/gala/attendees/{ana}")).send().await.unwrap();
+    assert_eq!(attended.status(), 204);
+    let stranger = http.put(format!("{url}/events/gala/attendees/{}", Uuid::new_v4())).send().await.unwrap();
+    assert_eq!(stranger.status(), 404);
+    let shows = async |expected: serde_json::Value| {
+        eventually("the list", async || {
+            let list = http.get(format!("{url}/events/gala/attendees")).send().await.unwrap();
+            let list: serde_json::Value = list.json().await.unwrap();
+            if list == expected { Ok(()) } else { Err(list) }
+        })
+        .await;
+    };
+    shows(json!([{ "name": "Ana", "job_title": "Author" }])).await;
+    // Nobody is woken for a field that is not shown; what is shown is fetched anew.
+    house.amend(&ana, json!({ "phone": "1234" })).await.ok();
+    house.amend(&ana, json!({ "job_title": "Editor" })).await.ok();
+    shows(json!([{ "name": "Ana", "job_title": "Editor" }])).await;
+    house.delete(&ana).await.ok();
+    shows(json!([])).await;
+    listening.leave().await;
+    events.end().await;
+}
+
+/// Waits until a mirror holds what the owner has, deletions included.
+pub async fn is_level(house: &House, mirror: &PgPool) {
+    eventually("the mirror to be equal to its owner", async || {
+        let (theirs, ours) = (rows(&house.db, "users").await, rows(mirror, "tidings_users").await);
+        let differing = theirs.iter().filter(|row| !ours.contains(row)).count();
+        if theirs == ours { Ok(()) } else { Err(format!("{differing} of {} differ, {} here", theirs.len(), ours.len())) }
+    })
+    .await;
+}
+
+async fn rows(db: &PgPool, table: &str) -> Vec<(Uuid, i64, Option<serde_json::Value>)> {
+    let all = format!("select id, version, profile::jsonb as profile from {table} order by id");
+    let rows = sqlx::query(sqlx::AssertSqlSafe(all)).fetch_all(db).await.unwrap();
+    rows.iter().map(|row| (row.get("id"), row.get("version"), row.get("profile"))).collect()
+}
+
+#[sqlx::test]
+async fn a_mirror_that_joins_under_load_has_everybody_and_misses_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 60).await;
+    house.delete(&users[0]).await.ok();
+    let load = Load::on(&house, &users[1..], 4);
+    load.goes_on(100).await;
+    let crm = App::of(&house, "crm").await;
+    let listening = crm.run(&[]).await;
+    load.goes_on(200).await;
+    load.end_well().await;
+    let newcomer = house.user(json!({ "city": "Riga" })).await;
+    let mirror = crm.database().await;
+    is_level(&house, &mirror).await;
+    assert_eq!(crm.ask(&["find", "city=Riga"]).await.unwrap(), format!("{newcomer}\t1"));
+    assert_eq!(crm.ask(&["verify"]).await.unwrap(), "0 missing, 0 stale, 0 ghosts");
+    listening.leave().await;
+    mirror.close().await;
+    crm.end().await;
+}
+
+#[sqlx::test]
+async fn a_mirror_finds_and_mends_what_was_falsified(db: PgPool) {
+    let house = House::open(db).await;
+    load::users(&house, 50).await;
+    let crm = App::of(&house, "crm").await;
+    crm.run(&[]).await.leave().await;
+    let mirror = crm.database().await;
+    is_level(&house, &mirror).await;
+    let falsify = "
+        delete from tidings_users where id in (select id from tidings_users order by id limit 3);
+        update tidings_users set version = version + 7 where id in (select id from tidings_users order by id desc limit 2);
+        update tidings_users set version = 0 where id in (select id from tidings_users order by id limit 1);
+        insert into tidings_users values (gen_random_uuid(), 1, '{}');
+    ";
+    sqlx::raw_sql(falsify).execute(&mirror).await.unwrap();
+    assert_eq!(crm.ask(&["verify", "--repair"]).await.unwrap(), "3 missing, 3 stale, 1 ghosts");
+    assert_eq!(crm.ask(&["verify"]).await.unwrap(), "0 missing, 0 stale, 0 ghosts");
+    is_level(&house, &mirror).await;
+    mirror.close().await;
+    crm.end().await;
+}

@@ -1,0 +1,200 @@
+//! Mirror: a consumer's copy in a database of its own, asked for by the library that Rust consumers use.
+
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::PgPool;
+use tidings_sdk::{
+    cache::Cache,
+    mirror::{Applied, CaughtUp, Mirror},
+    owner::{FetchError, Fetched, Latest, Owner},
+};
+use uuid::Uuid;
+
+use crate::{
+    house::House,
+    load::{self, Load},
+};
+
+fn owner(house: &House) -> Owner {
+    Owner::at(&house.service.url).unwrap()
+}
+
+/// A mirror of this House's users, in the same database: its tables have names of their own.
+async fn mirror(house: &House) -> Mirror {
+    let mirror = Mirror::new();
+    mirror.prepare(&house.db).await.unwrap();
+    mirror.prepare(&house.db).await.unwrap();
+    mirror
+}
+
+/// How many users differ from their copies, deletions included.
+async fn differing(db: &PgPool) -> i64 {
+    let differing = "
+        select count(*) from users full join tidings_users as copy using (id)
+         where users.version is distinct from copy.version
+            or users.profile::jsonb is distinct from copy.profile
+    ";
+    sqlx::query_scalar(differing).fetch_one(db).await.unwrap()
+}
+
+#[sqlx::test]
+async fn what_is_asked_for_is_answered_as_it_is(db: PgPool) {
+    let house = House::open(db).await;
+    let owner = owner(&house);
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    let latest = owner.latest(ana, 1).await.unwrap();
+    assert_eq!((latest.id(), latest.version()), (ana, 1));
+    assert_eq!(latest.living().unwrap().text("first_name"), Some("Ana"));
+    assert_eq!(owner.get(ana, 1, Some(1)).await.unwrap(), Fetched::Unchanged);
+    house.delete(&ana).await.ok();
+    assert!(matches!(owner.latest(ana, 2).await, Ok(Latest::Gone(tombstone)) if tombstone.version == 2));
+    let impatient = owner.patience(Duration::from_millis(200));
+    assert_eq!(impatient.latest(Uuid::new_v4(), 1).await, Err(FetchError::UnknownUser));
+}
+
+/// What is asked for at the same time is fetched together: far fewer requests than users, and everybody gets his own.
+#[sqlx::test]
+async fn many_are_fetched_in_few_requests(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let owner = owner(&house);
+    let users = load::users(&house, 200).await;
+    let before = requests(&house);
+    let latest = futures_util::future::try_join_all(users.iter().map(|user| owner.latest(*user, 1))).await.unwrap();
+    assert!(latest.iter().map(Latest::id).eq(users.iter().copied()));
+    let sent = requests(&house) - before;
+    assert!(sent <= 5, "{sent} requests for 200 users");
+}
+
+fn requests(house: &House) -> usize {
+    house.service.log().matches("answered").count()
+}
+
+/// Asked for a version that cannot be seen yet, the owner says so until it can.
+#[sqlx::test]
+async fn never_a_state_older_than_the_notice(db: PgPool) {
+    let house = House::open(db).await;
+    let owner = owner(&house);
+    let ana = house.user(json!({})).await;
+    let early = tokio::spawn({
+        let owner = owner.clone();
+        async move { owner.latest(ana, 2).await }
+    });
+    let impatient = owner.clone().patience(Duration::from_millis(200));
+    assert!(matches!(impatient.latest(ana, 2).await, Err(FetchError::NotYetVisible)));
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    assert_eq!(early.await.unwrap().unwrap().version(), 2);
+}
+
+#[sqlx::test]
+async fn a_mirror_catches_up_from_where_it_was(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let users = load::users(&house, 1_200).await;
+    house.delete(&users[0]).await.ok();
+    let first = mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert_eq!((first, differing(&house.db).await), (CaughtUp { told: 1_200, written: 1_200 }, 0));
+    house.amend(&users[1], json!({ "city": "Riga" })).await.ok();
+    house.delete(&users[2]).await.ok();
+    let second = mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert_eq!((second, differing(&house.db).await), (CaughtUp { told: 2, written: 2 }, 0));
+    // News that came by message in between is not fetched again.
+    house.amend(&users[3], json!({ "city": "Oslo" })).await.ok();
+    let told = owner.latest(users[3], 2).await.unwrap();
+    mirror.apply(&mut *house.db.acquire().await.unwrap(), &told).await.unwrap();
+    let third = mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert_eq!(third, CaughtUp { told: 1, written: 0 });
+}
+
+/// While everything moves, catching up again and again ends level as soon as it stands still.
+#[sqlx::test]
+async fn a_mirror_that_catches_up_under_load_skips_nobody(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let users = load::users(&house, 40).await;
+    let load = Load::on(&house, &users, 8);
+    for _ in 0..20 {
+        load.goes_on(20).await;
+        mirror.catch_up(&house.db, &owner).await.unwrap();
+    }
+    load.end_well().await;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert_eq!(differing(&house.db).await, 0);
+}
+
+#[sqlx::test]
+async fn a_mirror_never_takes_a_step_back(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let mut connection = house.db.acquire().await.unwrap();
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let first = owner.latest(ana, 1).await.unwrap();
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    let second = owner.latest(ana, 2).await.unwrap();
+    house.delete(&ana).await.ok();
+    let gone = owner.latest(ana, 3).await.unwrap();
+    assert_eq!(mirror.apply(&mut connection, &second).await.unwrap(), Applied::Written);
+    assert_eq!(mirror.apply(&mut connection, &first).await.unwrap(), Applied::Old);
+    assert_eq!(mirror.get(&mut connection, ana).await.unwrap().unwrap().profile["city"], "Oslo");
+    assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Written);
+    assert_eq!(mirror.apply(&mut connection, &second).await.unwrap(), Applied::Old, "nobody is brought back to life");
+    assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
+}
+
+/// What an application does not need it does not hold.
+#[sqlx::test]
+async fn a_mirror_of_some_fields_holds_no_others(db: PgPool) {
+    let house = House::open(db).await;
+    let owner = owner(&house);
+    let mirror = Mirror::of(["city".parse().unwrap()]);
+    mirror.prepare(&house.db).await.unwrap();
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Riga" })).await;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    let copy = mirror.get(&mut *house.db.acquire().await.unwrap(), ana).await.unwrap().unwrap();
+    assert_eq!(serde_json::Value::Object(copy.profile), json!({ "city": "Riga" }));
+}
+
+#[sqlx::test]
+async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let users = load::users(&house, 700).await;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
+    house.delete(&users[5]).await.ok();
+    let [missing, old, ahead, deleted] = [users[0], users[1], users[2], users[5]];
+    let invented = Uuid::new_v4();
+    for (falsify, user) in [
+        ("delete from tidings_users where id = $1", missing),
+        ("update tidings_users set version = 0 where id = $1", old),
+        // As after a restore of the owner from a backup.
+        ("update tidings_users set version = 9 where id = $1", ahead),
+        ("insert into tidings_users values ($1, 3, '{}')", invented),
+    ] {
+        sqlx::query(falsify).bind(user).execute(&house.db).await.unwrap();
+    }
+    let found = mirror.verify(&house.db, &owner).await.unwrap();
+    let sorted = |users: &[Uuid]| {
+        let mut users = users.to_vec();
+        users.sort_unstable();
+        users
+    };
+    assert_eq!(found.missing, [missing]);
+    assert_eq!(sorted(&found.stale), sorted(&[old, ahead]));
+    assert_eq!(sorted(&found.ghosts), sorted(&[deleted, invented]));
+    mirror.repair(&house.db, &owner, &found).await.unwrap();
+    assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
+    assert_eq!(differing(&house.db).await, 0);
+}
+
+#[sqlx::test]
+async fn a_cache_gives_out_nothing_older_than_the_last_notice(db: PgPool) {
+    let house = House::open(db).await;
+    let cache = Cache::new(owner(&house), 100);
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    assert_eq!(cache.get(ana).await.unwrap().version(), 1);
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    assert_eq!(cache.get(ana).await.unwrap().version(), 1, "nobody has told the cache yet");
+    cache.invalidate(ana, 2);
+    assert_eq!(cache.get(ana).await.unwrap().version(), 2);
+}
