@@ -116,7 +116,8 @@ impl Listening {
     /// Asks it to leave, which it must do well.
     pub async fn leave(mut self) {
         self.signal("-TERM").await;
-        let left = tokio::time::timeout(house::PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
+        let left =
+            tokio::time::timeout(house::PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
         assert!(left.success(), "{left}: {}", self.log.lock().unwrap());
     }
 }
@@ -189,7 +190,11 @@ pub async fn is_level(house: &House, mirror: &PgPool) {
     eventually("the mirror to be equal to its owner", async || {
         let (theirs, ours) = (rows(&house.db, "users").await, rows(mirror, "tidings_users").await);
         let differing = theirs.iter().filter(|row| !ours.contains(row)).count();
-        if theirs == ours { Ok(()) } else { Err(format!("{differing} of {} differ, {} here", theirs.len(), ours.len())) }
+        if theirs == ours {
+            Ok(())
+        } else {
+            Err(format!("{differing} of {} differ, {} here", theirs.len(), ours.len()))
+        }
     })
     .await;
 }

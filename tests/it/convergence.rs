@@ -45,7 +45,9 @@ async fn shuffled(notices: Vec<Notice>, channel: &Channel, exchange: &str) {
     for (_, notice) in messages {
         let (properties, body) = notice.to_message("urn:test");
         let (exchange, key) = (exchange.into(), notice.event.name().into());
-        confirms.push(channel.basic_publish(exchange, key, BasicPublishOptions::default(), &body, properties).await.unwrap());
+        confirms.push(
+            channel.basic_publish(exchange, key, BasicPublishOptions::default(), &body, properties).await.unwrap(),
+        );
     }
     for confirm in confirms {
         assert!(confirm.await.unwrap().is_ack());

@@ -8,9 +8,11 @@ mod load;
 mod proxy;
 mod sessions;
 
+mod applications;
 mod broker;
 mod command_line;
 mod consumers;
+mod convergence;
 mod hardship;
 mod messages;
 mod mirror;

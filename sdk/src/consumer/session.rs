@@ -1,0 +1,317 @@
+//! A session: one connection to the broker, from being bound to being lost.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures_util::StreamExt;
+use lapin::{
+    Channel, Connection, ConnectionProperties,
+    message::Delivery,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    types::FieldTable,
+    uri::AMQPUri,
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval_at, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Consumer, StartError,
+    attempt::{Arrival, Attempts, Report},
+    handler::{Dropped, Gap, Handler},
+    lanes::Lanes,
+    memory::Memory,
+    park::Parker,
+};
+use crate::{envelope::Notice, letter::Letter, topology};
+
+/// For the whole of connecting: lapin itself would wait for a silent peer for ever.
+pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// For a request on a channel, and for saying goodbye.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// For handlers that run when the connection is lost: their messages will come again, and one user is not handled twice at once.
+const LOSS_FAREWELL: Duration = Duration::from_secs(5);
+
+/// How a session ended.
+pub(super) enum Ended {
+    /// In order, as it was asked to.
+    Left,
+    /// The queue, or the exchange that it was bound to, is gone.
+    QueueLost,
+    /// By an answer that will be the same again, unless somebody changes something.
+    Refused(StartError),
+    Lost(String),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Left => f.write_str("left"),
+            Self::QueueLost => f.write_str("the queue, or the exchange before it, was deleted"),
+            Self::Refused(error) => error.fmt(f),
+            Self::Lost(why) => f.write_str(why),
+        }
+    }
+}
+
+impl From<topology::Error> for Ended {
+    fn from(error: topology::Error) -> Self {
+        match error {
+            topology::Error::Differs(_) | topology::Error::Missing(_) | topology::Error::Forbidden(_) => {
+                Self::Refused(error.into())
+            }
+            topology::Error::Silent | topology::Error::Broken(_) => Self::Lost(error.to_string()),
+        }
+    }
+}
+
+fn lost(error: lapin::Error) -> Ended {
+    Ended::Lost(error.to_string())
+}
+
+/// Connects, without lapin's own recovery: what was under way on a lost connection comes again.
+pub(super) async fn connect(uri: &AMQPUri, name: &str) -> Result<Connection, Ended> {
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    match timeout(CONNECT_DEADLINE, Connection::connect_uri(uri.clone(), properties)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) if is_login_refused(&error) => Err(Ended::Refused(StartError::Login)),
+        Ok(Err(_)) => Err(Ended::Lost("the broker cannot be reached".to_owned())),
+        Err(_) => Err(Ended::Lost(format!("the broker did not answer within {CONNECT_DEADLINE:?}"))),
+    }
+}
+
+fn is_login_refused(error: &lapin::Error) -> bool {
+    let lapin::ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    matches!(
+        error.kind(),
+        AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) | AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
+    )
+}
+
+pub(super) struct Session<'a> {
+    consumer: &'a Consumer,
+    connection: Connection,
+    channel: Channel,
+    lanes: Lanes<Arrival>,
+    jobs: JoinSet<Report>,
+}
+
+impl<'a> Session<'a> {
+    /// Connects, binds, and catches up, in this order: what is told from now on waits in the queue.
+    pub(super) async fn open(consumer: &'a Consumer, gap: &mut Gap, stop: &CancellationToken) -> Result<Self, Ended> {
+        let opened = stop.run_until_cancelled(Self::open_until_stopped(consumer, gap)).await;
+        opened.unwrap_or(Err(Ended::Left))
+    }
+
+    async fn open_until_stopped(consumer: &'a Consumer, gap: &mut Gap) -> Result<Self, Ended> {
+        let name = &consumer.subscription.name;
+        let connection = connect(&consumer.uri, name.as_str()).await?;
+        let looking = request(connection.create_channel()).await?;
+        match topology::depth(&looking, name.queue()).await {
+            Ok(_) => {}
+            Err(topology::Error::Missing(_)) if consumer.settings.declares => {
+                // New at the first start; later it was there, and somebody deleted it.
+                if *gap == Gap::Reconnected {
+                    *gap = Gap::QueueLost;
+                }
+            }
+            Err(error) => {
+                if *gap == Gap::Reconnected && matches!(error, topology::Error::Missing(_)) {
+                    *gap = Gap::QueueLost;
+                }
+                return Err(error.into());
+            }
+        }
+        let channel = request(connection.create_channel()).await?;
+        if consumer.settings.declares {
+            consumer.declare(&channel).await?;
+        }
+        let session = Self { consumer, connection, channel, lanes: Lanes::new(), jobs: JoinSet::new() };
+        if let Some(catch_up) = &consumer.catch_up {
+            tracing::info!(subscription = %name, ?gap, "catching up");
+            catch_up.run(*gap).await.map_err(|failure| {
+                tracing::debug!(?failure, "catching up failed");
+                Ended::Lost("catching up failed".to_owned())
+            })?;
+        }
+        *gap = Gap::Reconnected;
+        Ok(session)
+    }
+
+    /// Handles what comes in, until `stop` or the end of the connection.
+    pub(super) async fn run<H: Handler>(
+        &mut self,
+        handler: &Arc<H>,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let over = CancellationToken::new();
+        let attempts = Arc::new(self.attempts(handler.clone(), over.clone()));
+        let ended = match self.listen(&attempts, memory, stop).await {
+            Ok(()) => Ended::Left,
+            Err(ended) => ended,
+        };
+        let bound = if matches!(ended, Ended::Left) { self.consumer.settings.farewell } else { LOSS_FAREWELL };
+        self.finish(memory, bound, &over).await;
+        let _ = timeout(REQUEST_DEADLINE, self.connection.close(200, "bye".into())).await;
+        ended
+    }
+
+    fn attempts<H: Handler>(&self, handler: Arc<H>, over: CancellationToken) -> Attempts<H> {
+        let Consumer { uri, subscription, owner, settings, observer, .. } = self.consumer;
+        let parker = Parker::new(uri.clone(), subscription.name.clone(), settings.retry_delays.clone());
+        Attempts {
+            handler,
+            owner: owner.clone(),
+            parker: Arc::new(parker),
+            observer: observer.clone(),
+            deadline: settings.handler_deadline,
+            subscription: subscription.name.to_string(),
+            over,
+        }
+    }
+
+    async fn listen<H: Handler>(
+        &mut self,
+        attempts: &Arc<Attempts<H>>,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let settings = &self.consumer.settings;
+        let queue = self.consumer.subscription.name.queue();
+        request(self.channel.basic_qos(settings.prefetch, BasicQosOptions::default())).await?;
+        let consuming =
+            self.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
+        let mut news = request(consuming).await?;
+        self.consumer.observer.connected();
+        tracing::info!(subscription = queue, "listening");
+        let mut check = interval_at(Instant::now() + settings.check_every, settings.check_every);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.start_what_can_be(attempts, memory).await?;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(done) = self.jobs.join_next() => self.take(done, memory).await?,
+                delivery = news.next() => match delivery {
+                    Some(Ok(delivery)) => self.arrive(delivery, attempts).await?,
+                    Some(Err(error)) => return Err(lost(error)),
+                    // The connection stands, and nothing will come any more.
+                    None if self.connection.status().connected() => return Err(Ended::QueueLost),
+                    None => return Err(Ended::Lost("the connection to the broker is lost".to_owned())),
+                },
+                _ = check.tick() => self.check().await?,
+            }
+        }
+        // Nothing new from here on; what was handed out and not begun goes back when the channel closes.
+        request(self.channel.basic_cancel(news.tag(), BasicCancelOptions::default())).await
+    }
+
+    async fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) -> Result<(), Ended> {
+        let Ok(notice) = Notice::from_message(&delivery.properties, &delivery.data) else {
+            self.jobs.spawn(attempts.clone().malformed(delivery));
+            return Ok(());
+        };
+        let subscription = &self.consumer.subscription;
+        // What comes through its own exchange was meant for it: a further attempt, a backfill, a redrive.
+        let was_addressed = delivery.exchange.as_str() == subscription.name.as_str();
+        if !was_addressed && !subscription.wants(&notice.event) {
+            self.consumer.observer.dropped(Dropped::Unwanted);
+            return ack(&delivery).await;
+        }
+        let letter = Letter::read(delivery.properties.headers().as_ref());
+        let attempts = letter.map_or(0, |letter| letter.attempts);
+        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
+        Ok(())
+    }
+
+    /// Starts groups while there is room for more users.
+    async fn start_what_can_be<H: Handler>(
+        &mut self,
+        attempts: &Arc<Attempts<H>>,
+        memory: &Memory,
+    ) -> Result<(), Ended> {
+        while self.lanes.out() < self.consumer.settings.concurrency
+            && let Some((user, group)) = self.lanes.next()
+        {
+            let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
+            for arrival in old {
+                self.consumer.observer.dropped(Dropped::Old);
+                ack(&arrival.delivery).await?;
+            }
+            if news.is_empty() {
+                self.lanes.back(user);
+            } else {
+                self.jobs.spawn(attempts.clone().group(user, news));
+                self.consumer.observer.under_way(self.lanes.out());
+            }
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, done: Result<Report, tokio::task::JoinError>, memory: &mut Memory) -> Result<(), Ended> {
+        let Report { user, done, handled } = done.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))?;
+        self.lanes.back(user);
+        self.consumer.observer.under_way(self.lanes.out());
+        if let Some((version, event)) = handled {
+            memory.note(user, version, &event);
+        }
+        for delivery in done {
+            ack(&delivery).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets running handlers end, within a bound, and acknowledges what they did as long as somebody listens.
+    async fn finish(&mut self, memory: &mut Memory, bound: Duration, over: &CancellationToken) {
+        let end = Instant::now() + bound;
+        while let Ok(Some(done)) = timeout_at(end, self.jobs.join_next()).await {
+            // On a connection that is lost there is nobody to acknowledge to; that it was handled is remembered all the same.
+            let _ = self.take(done, memory).await;
+        }
+        over.cancel();
+        self.jobs.shutdown().await;
+    }
+
+    /// Nobody is told when an exchange or a binding is deleted.
+    async fn check(&self) -> Result<(), Ended> {
+        let channel = request(self.connection.create_channel()).await?;
+        if !topology::has_exchange(&channel, &self.consumer.source.exchange).await? {
+            return Err(Ended::QueueLost);
+        }
+        if self.consumer.settings.declares {
+            self.consumer.declare(&channel).await?;
+        }
+        request(channel.close(200, "bye".into())).await
+    }
+}
+
+impl Consumer {
+    async fn declare(&self, channel: &Channel) -> Result<(), Ended> {
+        Ok(topology::declare(channel, &self.source, &self.subscription, &self.settings.retry_delays).await?)
+    }
+}
+
+/// A backfill is for those who have lost what they held, whatever this process remembers.
+fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
+    let headers = arrival.delivery.properties.headers().as_ref();
+    let is_backfill = headers.is_some_and(|headers| headers.contains_key(topology::BACKFILL));
+    !is_backfill && memory.is_old(&arrival.notice)
+}
+
+async fn ack(delivery: &Delivery) -> Result<(), Ended> {
+    match delivery.acker.ack(BasicAckOptions::default()).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Ended::Lost("the channel to the broker is lost".to_owned())),
+        Err(error) => Err(lost(error)),
+    }
+}
+
+async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
+    match timeout(REQUEST_DEADLINE, request).await {
+        Ok(answer) => answer.map_err(lost),
+        Err(_) => Err(Ended::Lost(format!("the broker did not answer within {REQUEST_DEADLINE:?}"))),
+    }
+}
