@@ -8,9 +8,12 @@ mod load;
 mod proxy;
 mod sessions;
 
+mod batch;
 mod broker;
 mod command_line;
 mod consumers;
+mod digest;
+mod feed;
 mod hardship;
 mod messages;
 mod outbox;
