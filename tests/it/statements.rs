@@ -53,7 +53,7 @@ async fn plan(connection: &mut PgConnection, sql: &str, arguments: &str) -> Stri
     for command in [format!("prepare asked as {sql}"), "set plan_cache_mode = force_generic_plan".to_owned()] {
         sqlx::raw_sql(AssertSqlSafe(command)).execute(&mut *connection).await.unwrap();
     }
-    let explain = AssertSqlSafe(format!("explain (costs off) execute asked ({arguments})"));
+    let explain = AssertSqlSafe(format!("explain (costs off) execute asked{arguments}"));
     let lines = sqlx::raw_sql(explain).fetch_all(&mut *connection).await.unwrap();
     sqlx::raw_sql("deallocate asked").execute(connection).await.unwrap();
     lines.iter().map(|line| line.get::<String, _>(0) + "\n").collect()
@@ -65,10 +65,10 @@ const ID: &str = "'00000000-0000-0000-0000-000000000001'::uuid";
 #[sqlx::test]
 async fn users_are_found_by_key(db: PgPool) {
     let mut connection = session(&db, &users::BY_KEY).await;
-    let read = plan(&mut connection, users::READ, &format!("array[{ID}]")).await;
+    let read = plan(&mut connection, users::READ, &format!("(array[{ID}])")).await;
     assert!(read.contains("users_pkey"), "{read}");
     let arguments = format!(
-        "array[{ID}], array[1], array[2], array['{{}}'], array[{ID}], array['x'], array[{ID}], array[2], array['[]'], array['x']"
+        "(array[{ID}], array[1], array[2], array['{{}}'], array[{ID}], array['x'], array[{ID}], array[2], array['[]'], array['x'])"
     );
     let keep = plan(&mut connection, users::KEEP, &arguments).await;
     assert!(!keep.contains("Seq Scan"), "{keep}");
@@ -79,15 +79,15 @@ async fn users_are_found_by_key(db: PgPool) {
 #[sqlx::test]
 async fn the_feed_is_read_off_its_indexes(db: PgPool) {
     let mut connection = session(&db, &feed::IN_ORDER).await;
-    let page = plan(&mut connection, feed::PAGE, &format!("7, {ID}, 500")).await;
+    let page = plan(&mut connection, feed::PAGE, &format!("(7, {ID}, 500)")).await;
     let fenced = "AND (xid < pg_snapshot_xmin(pg_current_snapshot())))";
     let condition = page.lines().find(|line| line.contains("Index Cond: ((ROW(xid, user_id) > ROW(")).unwrap_or(&page);
     assert!(condition.ends_with(fenced), "{page}");
-    let bucket = plan(&mut connection, feed::BUCKET, &format!("256, {ID}, 512, 10001")).await;
+    let bucket = plan(&mut connection, feed::BUCKET, &format!("(256, {ID}, 512, 10001)")).await;
     assert!(bucket.contains("users_digest") && bucket.contains("Index Cond: ((ROW("), "{bucket}");
     for plan in [page, bucket, plan(&mut connection, feed::STRANGERS, "").await] {
         assert!(!plan.contains("Sort") && !plan.contains("Seq Scan") && !plan.contains("Filter"), "{plan}");
     }
-    let digest = plan(&mut connection, feed::DIGEST, &format!("{ID}, 20000, 256")).await;
+    let digest = plan(&mut connection, feed::DIGEST, &format!("({ID}, 20000, 256)")).await;
     assert!(digest.contains("Index Scan using users_living") && !digest.contains("Seq Scan"), "{digest}");
 }
