@@ -9,10 +9,13 @@ mod proxy;
 mod sessions;
 
 mod applications;
+mod batch;
 mod broker;
 mod command_line;
 mod consumers;
 mod convergence;
+mod digest;
+mod feed;
 mod hardship;
 mod messages;
 mod mirror;
