@@ -104,7 +104,7 @@ async fn a_consumer_that_was_away_during_fifty_thousand_changes_is_level_again(d
     let mirror = crm.database().await;
     is_level(&house, &mirror).await;
     let (took, users) = (began.elapsed(), 1_000);
-    println!("level again after 50,000 changes of {users} users: {took:.2?}");
+    eprintln!("level again after 50,000 changes of {users} users: {took:.2?}");
     listening.leave().await;
     mirror.close().await;
     crm.end().await;
