@@ -24,5 +24,6 @@ mod privacy;
 mod races;
 mod refusals;
 mod relay;
+mod sdk;
 mod statements;
 mod users;
