@@ -175,10 +175,12 @@ async fn a_change_that_is_rolled_back_leaves_the_feed_as_it_was(db: PgPool) {
 }
 
 #[sqlx::test]
-async fn under_load_a_poller_ends_with_what_the_table_has(db: PgPool) {
+async fn under_load_on_two_instances_a_poller_ends_with_what_the_table_has(db: PgPool) {
     let house = House::open(db).await;
     let all = users(&house, 40).await;
-    let load = Load::on(&house, &all[..30], 16);
+    // One instance commits one batch after the other; of two, either may be the later one.
+    let second = house.another(&["serve"]).await;
+    let (load, other_load) = (Load::on(&house, &all[..30], 8), Load::at(&second.url, &all[..30], 8));
     let mut poller = Poller::default();
     for doomed in &all[30..] {
         poller.poll(&house, 7).await;
@@ -188,6 +190,7 @@ async fn under_load_a_poller_ends_with_what_the_table_has(db: PgPool) {
         house.user(json!({ "first_name": "New" })).await;
     }
     load.end_well().await;
+    other_load.end_well().await;
     poller.catch_up(&house).await;
     let different: BTreeSet<_> = poller.told.iter().collect();
     assert_eq!(different.len(), poller.told.len(), "a version is told once");
