@@ -107,7 +107,8 @@ async fn a_full_pass_shows_every_user_once_the_living_and_the_deleted(db: PgPool
     assert_eq!(poller.told.len(), all.len(), "{:?}", poller.told);
     assert_eq!((poller.mirror[&all[2]], poller.mirror[&all[4]]), ((2, true), (2, false)));
 
-    let page = house.page("/v1/changes").await.ok();
+    assert_eq!(house.page("/v1/changes?limit=6").await.ok().body["more"], true);
+    let page = house.page("/v1/changes?limit=7").await.ok();
     assert_eq!(page.body["more"], false);
     let changes = page.body["changes"].as_array().unwrap();
     let of = |user: &Uuid| changes.iter().find(|change| id(&change["user_id"]) == *user).unwrap();
