@@ -5,6 +5,7 @@ use utoipa::OpenApi;
 
 use crate::{
     ops::{self, Ops},
+    subscriptions::{self, Subscriptions},
     users::{self, Users},
     web::{manners, method_not_allowed, route_not_found},
 };
@@ -21,6 +22,7 @@ use crate::{
     security(()),
     tags(
         (name = "users", description = "The master data"),
+        (name = "subscriptions", description = "Who listens to what"),
         (name = "operations", description = "For operators"),
     )
 )]
@@ -33,15 +35,17 @@ struct Api;
 pub fn openapi() -> anyhow::Result<String> {
     let mut api = Api::openapi();
     api.merge(users::routes().into_openapi());
+    api.merge(subscriptions::routes().into_openapi());
     api.merge(ops::routes().into_openapi());
     Ok(api.to_yaml()?)
 }
 
-/// Everything: the master data and the operator's questions.
-pub fn full(users: Users, ops: Ops) -> anyhow::Result<Router> {
+/// Everything: the master data, who listens to it, and the operator's questions.
+pub fn full(users: Users, subscriptions: Subscriptions, ops: Ops) -> anyhow::Result<Router> {
     let document = openapi()?;
     let served = get(|| async { ([(header::CONTENT_TYPE, "application/yaml")], document) });
     let app = Router::from(users::routes()).with_state(users).route("/openapi.yaml", served);
+    let app = app.merge(Router::from(subscriptions::routes()).with_state(subscriptions));
     Ok(with_manners(app.merge(Router::from(ops::routes()).with_state(ops))))
 }
 

@@ -13,6 +13,7 @@ use crate::{
     broker::{self, Broker},
     db::Db,
     profile::Schema,
+    subscriptions::Management,
     telemetry::LogFormat,
 };
 
@@ -100,6 +101,8 @@ pub struct Serve {
     /// JSON Schema file that decides what a profile may hold. Without it: a built-in one.
     #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
     pub profile_schema: Option<PathBuf>,
+    #[command(flatten)]
+    pub watching: Watching,
     /// Leave the relaying to `tidings relay` elsewhere; then no broker is needed here.
     #[arg(long, env = "TIDINGS_NO_RELAY")]
     pub no_relay: bool,
@@ -116,6 +119,8 @@ pub struct Relay {
     pub amqp: Amqp,
     #[command(flatten)]
     pub listen: Listen,
+    #[command(flatten)]
+    pub watching: Watching,
 }
 
 #[derive(Debug, Args)]
@@ -169,6 +174,8 @@ pub struct SubscriptionServers {
     pub database: Database,
     #[command(flatten)]
     pub amqp: Amqp,
+    #[command(flatten)]
+    pub api: ManagementApi,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -264,6 +271,34 @@ pub struct Amqp {
     pub routing_key_prefix: Option<String>,
 }
 
+/// The broker's management API, which is asked for what AMQP does not tell.
+#[derive(Debug, Args)]
+pub struct ManagementApi {
+    /// File that holds the URL of the broker's management API, http://USER:PASSWORD@HOST:15672. The URL itself is given by
+    /// TIDINGS_RABBITMQ_MANAGEMENT_URL only. Without either, unacknowledged messages and unregistered queues are not told.
+    #[arg(long, env = "TIDINGS_RABBITMQ_MANAGEMENT_URL_FILE", value_name = "FILE")]
+    pub rabbitmq_management_url_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Watching {
+    /// A subscription without a consumer for so long is told to be idle.
+    #[arg(long, env = "TIDINGS_SUBSCRIPTION_IDLE_AFTER", default_value = "7d", value_name = "DURATION")]
+    pub subscription_idle_after: String,
+    /// Between two looks at all subscriptions.
+    #[arg(long, env = "TIDINGS_SUBSCRIPTION_CHECK_EVERY", default_value = "10s", value_name = "DURATION")]
+    pub subscription_check_every: String,
+    #[command(flatten)]
+    pub api: ManagementApi,
+}
+
+/// How subscriptions are watched.
+#[derive(Debug, Clone, Copy)]
+pub struct Watched {
+    pub idle_after: Duration,
+    pub check_every: Duration,
+}
+
 /// Gathers what is wrong, so that the operator hears of everything at once.
 #[derive(Debug, Default)]
 pub struct Faults(Vec<String>);
@@ -315,6 +350,37 @@ impl Amqp {
     }
 }
 
+impl ManagementApi {
+    /// `None` when it is not set up.
+    pub fn open(&self, broker: &Broker, faults: &mut Faults) -> Option<Management> {
+        let (file, is_set) = (&self.rabbitmq_management_url_file, std::env::var_os(MANAGEMENT_URL).is_some());
+        if file.is_none() && !is_set {
+            return None;
+        }
+        let url = faults.note(MANAGEMENT_URL, secret(MANAGEMENT_URL, file.as_ref()))?;
+        faults.note(MANAGEMENT_URL, Management::new(&url, broker.vhost(), broker.exchange()))
+    }
+}
+
+const MANAGEMENT_URL: &str = "TIDINGS_RABBITMQ_MANAGEMENT_URL";
+
+impl Watching {
+    pub fn parse(&self, faults: &mut Faults) -> Option<Watched> {
+        let idle_after = faults.note("TIDINGS_SUBSCRIPTION_IDLE_AFTER", duration(&self.subscription_idle_after));
+        // The session that leads the watch ends when nothing was said on it for two minutes.
+        let in_time = duration(&self.subscription_check_every)
+            .and_then(|every| if every <= LONGEST_CHECK { Ok(every) } else { Err("expected at most 60s") });
+        let check_every = faults.note("TIDINGS_SUBSCRIPTION_CHECK_EVERY", in_time);
+        Some(Watched { idle_after: idle_after?, check_every: check_every? })
+    }
+
+    pub fn management(&self, broker: &Broker, faults: &mut Faults) -> Option<Management> {
+        self.api.open(broker, faults)
+    }
+}
+
+const LONGEST_CHECK: Duration = Duration::from_secs(60);
+
 impl Listen {
     pub fn parse(&self, faults: &mut Faults) -> Option<SocketAddr> {
         let address = self.address.parse().map_err(|_| "expected an IP address and a port, such as 127.0.0.1:8080");
@@ -360,10 +426,9 @@ pub fn unknown_settings() -> Vec<String> {
         commands.flat_map(|command| command.get_arguments().filter_map(|arg| arg.get_env())).collect();
     // Kubernetes describes a service called "tidings" to its pods in variables of these names.
     let kubernetes = |name: &str| ["TIDINGS_PORT", "TIDINGS_SERVICE_"].iter().any(|prefix| name.starts_with(prefix));
+    let known = |name: &str| name == MANAGEMENT_URL || known.contains(OsStr::new(name));
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    names
-        .filter(|name| name.starts_with("TIDINGS_") && !kubernetes(name) && !known.contains(OsStr::new(name)))
-        .collect()
+    names.filter(|name| name.starts_with("TIDINGS_") && !kubernetes(name) && !known(name)).collect()
 }
 
 /// A secret from its file, or else from the environment.

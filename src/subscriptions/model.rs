@@ -6,6 +6,10 @@ use serde::Serialize;
 use tidings_sdk::subscription::{Subscription, SubscriptionName};
 use time::OffsetDateTime;
 
+use super::desk::Look;
+
+/// A busy queue is written down as such once in this time, not at every look.
+const ACTIVITY_GRAIN: Duration = Duration::from_secs(60);
 /// An expiry is told at least this long before it happens, or half the time to it when that is shorter.
 const LONGEST_NOTICE: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -99,6 +103,31 @@ impl Registered {
     /// Whether nobody has listened for `idle_after`.
     pub fn is_idle(&self, idle_after: Duration) -> bool {
         self.seen.unattended_since.is_some_and(|since| self.as_of >= since + idle_after)
+    }
+
+    /// Takes in a look at its queue; `moved` when it differs from the look before.
+    pub fn saw(&mut self, look: Look, moved: bool) {
+        let Some(depth) = look.work else { return };
+        let (now, seen) = (self.as_of, &mut self.seen);
+        match (depth.consumers > 0, seen.unattended_since) {
+            (true, Some(_)) => (seen.unattended_since, seen.consumer_seen_at) = (None, Some(now)),
+            (false, None) => (seen.unattended_since, seen.consumer_seen_at) = (Some(now), Some(now)),
+            _ => {}
+        }
+        seen.waiting_since = (depth.ready > 0).then(|| seen.waiting_since.unwrap_or(now));
+        if moved && seen.last_activity_at.is_none_or(|last| now - last >= ACTIVITY_GRAIN) {
+            seen.last_activity_at = Some(now);
+        }
+    }
+
+    /// Notes that its coming expiry is told now, if it is time, or that a consumer has called it off.
+    pub fn warn_of_expiry(&mut self) {
+        let warns_at = self.warns_of_expiry_at();
+        if warns_at.is_none() {
+            self.seen.expiry_warned_at = None;
+        } else if self.seen.expiry_warned_at.is_none() && warns_at.is_some_and(|at| at <= self.as_of) {
+            self.seen.expiry_warned_at = Some(self.as_of);
+        }
     }
 
     /// When its owner is to be told that it will be deleted, if nobody listens until then.

@@ -70,7 +70,47 @@ pub const LOCK: &str = "
 select pg_advisory_lock($1, hashtext($2))
 ";
 
-/// Space of those locks among the advisory locks of a database: \"subs\" in ASCII.
+pub const UNLOCK: &str = "
+select pg_advisory_unlock($1, hashtext($2))
+";
+
+/// What the watch has seen, of the registrations that it looked at.
+pub const OBSERVE: &str = "
+update subscriptions
+   set unattended_since = seen.unattended_since,
+       consumer_seen_at = seen.consumer_seen_at,
+       waiting_since = seen.waiting_since,
+       last_activity_at = seen.last_activity_at,
+       expiry_warned_at = seen.expiry_warned_at
+  from unnest($1::text[], $2::bigint[], $3::timestamptz[], $4::timestamptz[], $5::timestamptz[], $6::timestamptz[], $7::timestamptz[])
+    as seen (name, revision, unattended_since, consumer_seen_at, waiting_since, last_activity_at, expiry_warned_at)
+ where subscriptions.name = seen.name and subscriptions.revision = seen.revision
+";
+
+/// A queue that the broker had is gone. A loss that was not made good goes on since it began.
+pub const MARK_LOST: &str = "
+update subscriptions
+   set lost_at = now(),
+       missing_since = case
+         when lost_at is not null and (recovered_at is null or recovered_at < lost_at) then missing_since
+         else greatest($2, updated_at)
+       end,
+       declared_revision = 0
+ where name = $1 and declared_revision > 0
+returning missing_since
+";
+
+/// When the watch last looked at all queues; nothing before the first time.
+pub const LAST_LOOK: &str = "
+select looked_at from subscriptions_looked_at
+";
+
+pub const LOOKED: &str = "
+insert into subscriptions_looked_at (looked_at) values ($1)
+on conflict (only_row) do update set looked_at = excluded.looked_at
+";
+
+/// Space of those locks among the advisory locks of a database: "subs" in ASCII.
 const LOCK_SPACE: i32 = 0x73_75_62_73;
 
 pub async fn lock(connection: &mut PgConnection, name: &SubscriptionName) -> sqlx::Result<()> {
@@ -127,6 +167,43 @@ pub async fn take_back(connection: &mut PgConnection, before: &Registered, revis
 pub async fn forget(connection: &mut PgConnection, name: &SubscriptionName, revision: i64) -> sqlx::Result<bool> {
     let forgotten = sqlx::query(FORGET).bind(name.as_str()).bind(revision).execute(connection).await?;
     Ok(forgotten.rows_affected() == 1)
+}
+
+pub async fn unlock(connection: &mut PgConnection, name: &SubscriptionName) -> sqlx::Result<()> {
+    sqlx::query(UNLOCK).bind(LOCK_SPACE).bind(name.as_str()).execute(connection).await.map(drop)
+}
+
+/// Since when news may be missing; `None` when the broker was not known to have it.
+pub async fn mark_lost(
+    connection: &mut PgConnection,
+    name: &SubscriptionName,
+    last_seen_at: Option<OffsetDateTime>,
+) -> sqlx::Result<Option<OffsetDateTime>> {
+    sqlx::query_scalar(MARK_LOST).bind(name.as_str()).bind(last_seen_at).fetch_optional(connection).await
+}
+
+pub async fn last_look(connection: &mut PgConnection) -> sqlx::Result<Option<OffsetDateTime>> {
+    sqlx::query_scalar(LAST_LOOK).fetch_optional(connection).await
+}
+
+pub async fn looked(connection: &mut PgConnection, at: OffsetDateTime) -> sqlx::Result<()> {
+    sqlx::query(LOOKED).bind(at).execute(connection).await.map(drop)
+}
+
+/// Keeps what the watch has seen.
+pub async fn observe(connection: &mut PgConnection, rows: &[Registered]) -> sqlx::Result<()> {
+    let times = |of: fn(&Seen) -> Option<OffsetDateTime>| rows.iter().map(|row| of(&row.seen)).collect::<Vec<_>>();
+    sqlx::query(OBSERVE)
+        .bind(rows.iter().map(|row| row.name().to_string()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.revision).collect::<Vec<_>>())
+        .bind(times(|seen| seen.unattended_since))
+        .bind(times(|seen| seen.consumer_seen_at))
+        .bind(times(|seen| seen.waiting_since))
+        .bind(times(|seen| seen.last_activity_at))
+        .bind(times(|seen| seen.expiry_warned_at))
+        .execute(connection)
+        .await
+        .map(drop)
 }
 
 fn texts<T: ToString>(names: &BTreeSet<T>) -> Vec<String> {

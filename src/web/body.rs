@@ -7,6 +7,7 @@ use axum::{
     extract::{FromRequest, Request},
     http::{HeaderMap, HeaderName, StatusCode, header},
 };
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
@@ -42,6 +43,26 @@ impl<S: Sync> FromRequest<S> for Patch {
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), MERGE_PATCH, HeaderName::from_static("accept-patch"))?;
         Ok(Self(profile(&read(request).await?)?))
+    }
+}
+
+/// An `application/json` body of a known shape.
+pub struct Body<T>(pub T);
+
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        check_media_type(request.headers(), JSON, header::ACCEPT)?;
+        let document = parse(&read(request).await?)?;
+        let typed = serde_json::from_value(document);
+        typed.map(Self).map_err(|error| {
+            // What is wrong, without the part that serde quotes.
+            let error = error.to_string();
+            let rule =
+                error.split_once(", expected").map_or(error.clone(), |(_, expected)| format!("expected{expected}"));
+            unprocessable("body_invalid", vec![Fault::new("", "type", rule)])
+        })
     }
 }
 
@@ -87,15 +108,18 @@ fn is_too_large(error: &axum::Error) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>())
 }
 
-/// The object under `profile`, which is all that a body holds.
-fn profile(body: &[u8]) -> Result<Map<String, Value>, Problem> {
-    let document = json::parse(body).map_err(|rejected| match rejected {
+fn parse(body: &[u8]) -> Result<Value, Problem> {
+    json::parse(body).map_err(|rejected| match rejected {
         Rejected::Malformed { line, column } => {
             Problem::bad_request("malformed_json", format!("the body is not JSON: see line {line}, column {column}"))
         }
         Rejected::Faulty(faults) => unprocessable("unacceptable_json", faults),
-    })?;
-    let Value::Object(mut members) = document else {
+    })
+}
+
+/// The object under `profile`, which is all that a body holds.
+fn profile(body: &[u8]) -> Result<Map<String, Value>, Problem> {
+    let Value::Object(mut members) = parse(body)? else {
         return Err(unprocessable(
             "body_invalid",
             vec![Fault::new("", "type", "must be an object with a member \"profile\"")],

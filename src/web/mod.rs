@@ -10,7 +10,7 @@ mod params;
 mod problem;
 mod server;
 
-pub use body::{Document, Patch};
+pub use body::{Body, Document, Patch};
 pub use etag::{IfNoneMatch, Precondition, etag};
 pub use manners::{Trace, manners, method_not_allowed, route_not_found};
 pub use params::{Id, Params, cursor, read_cursor};
