@@ -22,7 +22,7 @@ pub use management::Management;
 pub use model::{Registered, Registration, Seen, State};
 pub use registrar::{Put, Registrar};
 pub use status::Status;
-pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, TAKE_BACK, UNLOCK};
+pub use store::{FIND, FORGET, LAST_LOOK, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, TAKE_BACK, UNLOCK};
 pub use view::{Listing, View};
 pub use watch::{TRY_LEAD, Watch};
 

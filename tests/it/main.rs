@@ -19,4 +19,5 @@ mod races;
 mod refusals;
 mod relay;
 mod statements;
+mod subscriptions;
 mod users;
