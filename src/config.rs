@@ -163,6 +163,8 @@ pub enum SubscriptionAction {
     List(SubscriptionList),
     /// One subscription.
     Show(SubscriptionShow),
+    /// Say that a subscriber whose queue was lost has been brought up to date.
+    Recovered(SubscriptionRecovered),
     /// Delete a subscription, with its queue and what lies in it.
     Delete(SubscriptionDelete),
 }
@@ -216,6 +218,15 @@ pub struct SubscriptionList {
 
 #[derive(Debug, Args)]
 pub struct SubscriptionShow {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct SubscriptionRecovered {
     /// Name of the subscription.
     #[arg(value_name = "NAME")]
     pub name: String,

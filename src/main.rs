@@ -41,7 +41,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Relay(settings) => roles::relay(settings, faults).await,
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,
-        Command::Subscription(subscription) => subscriptions::command::run(subscription.action, faults).await,
+        Command::Subscription(subscription) => Box::pin(subscriptions::command::run(subscription.action, faults)).await,
         Command::Openapi => openapi(faults),
         Command::Healthcheck(settings) => healthcheck(&settings, faults),
     }

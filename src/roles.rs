@@ -59,7 +59,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let schema = Arc::new(schema);
     let users = Users::open(&db, queries.clone(), schema.clone(), bell, &keeping);
     let subscriptions = Subscriptions::new(&db, queries.clone(), schema, desk, management, watching.idle_after);
-    let app = app::full(users, subscriptions, Ops::new(queries.clone(), status))?;
+    let app = app::full(users, subscriptions.clone(), Ops::new(queries.clone(), status))?;
 
     announce(&listener)?;
     web::serve(listener, app, stop).await;
@@ -67,6 +67,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
+    subscriptions.close().await;
     queries.close().await;
     ensure!(kept && told, "a role fell, see the log");
     Ok(())

@@ -29,7 +29,7 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
         SubscriptionAction::Put(put) => register(put, faults).await,
         SubscriptionAction::List(list) => {
             let (_, subscriptions) = open(None, &list.servers, None, faults)?;
-            let listing = subscriptions.view_all().await.map_err(explained)?;
+            let listing = ended(&subscriptions, subscriptions.view_all()).await?;
             if list.servers.json {
                 return print_json(&listing);
             }
@@ -38,11 +38,17 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
         }
         SubscriptionAction::Show(show) => {
             let (name, subscriptions) = open(Some(&show.name), &show.servers, None, faults)?;
-            print(&subscriptions.view(&named(name)).await.map_err(explained)?, show.servers.json)
+            print(&ended(&subscriptions, subscriptions.view(&named(name))).await?, show.servers.json)
+        }
+        SubscriptionAction::Recovered(recovered) => {
+            let (name, subscriptions) = open(Some(&recovered.name), &recovered.servers, None, faults)?;
+            ended(&subscriptions, subscriptions.recovered(&named(name))).await?;
+            eprintln!("{} misses nothing any more", recovered.name);
+            Ok(())
         }
         SubscriptionAction::Delete(delete) => {
             let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, faults)?;
-            subscriptions.delete(named(name), delete.discard_waiting).await.map_err(explained)?;
+            ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting)).await?;
             eprintln!("{} is deleted", delete.name);
             Ok(())
         }
@@ -56,11 +62,23 @@ async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()
     let name = named(name);
     let wish =
         Wish { routing_keys: put.keys, fields: put.fields, owner: put.owner, purpose: put.purpose, expires_after };
-    match subscriptions.put(name.clone(), wish).await.map_err(explained)? {
+    let done = async {
+        let put = subscriptions.put(name.clone(), wish).await?;
+        Ok((put, subscriptions.view(&name).await?))
+    };
+    let (done, view) = ended(&subscriptions, done).await?;
+    match done {
         Put::Created => eprintln!("{name} is registered and declared: its queue misses nothing from now on"),
         Put::Changed => eprintln!("{name} is registered and declared as asked for now"),
     }
-    print(&subscriptions.view(&name).await.map_err(explained)?, put.servers.json)
+    print(&view, put.servers.json)
+}
+
+/// What came of a verb, with the connection to the broker ended in order.
+async fn ended<T>(subscriptions: &Subscriptions, verb: impl Future<Output = Result<T, Error>>) -> anyhow::Result<T> {
+    let outcome = verb.await;
+    subscriptions.close().await;
+    outcome.map_err(explained)
 }
 
 /// The registry, and the name if there is one to parse. All faults of the settings are told at once.

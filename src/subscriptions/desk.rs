@@ -84,6 +84,9 @@ impl Desk {
 
     /// Looks at queues, in the order of their names.
     pub async fn look(&self, names: &[&SubscriptionName]) -> Result<Vec<Look>, Trouble> {
+        if names.is_empty() {
+            return Ok(vec![]);
+        }
         let mut channel = self.channel().await?;
         let mut looks = Vec::with_capacity(names.len());
         for name in names {

@@ -22,7 +22,7 @@ pub use management::Management;
 pub use model::{Registered, Registration, Seen, State};
 pub use registrar::{Put, Registrar};
 pub use status::Status;
-pub use store::{FIND, FORGET, LAST_LOOK, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, TAKE_BACK, UNLOCK};
+pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, TAKE_BACK, UNLOCK};
 pub use view::{Listing, View};
 pub use watch::{TRY_LEAD, Watch};
 
@@ -158,6 +158,20 @@ impl Subscriptions {
     pub async fn delete(&self, name: SubscriptionName, discard: bool) -> Result<(), Error> {
         let registrar = self.registrar()?;
         to_its_end(async move { registrar.delete(name, discard).await }).await
+    }
+
+    /// Ends a loss: its subscriber was brought up to date.
+    pub async fn recovered(&self, name: &SubscriptionName) -> Result<(), Error> {
+        let (queries, name) = (self.queries.clone(), name.clone());
+        let known = db::ask(async move { store::recovered(&queries, &name).await }).await?;
+        if known { Ok(()) } else { Err(Error::NotFound) }
+    }
+
+    /// Ends the connection to the broker in order.
+    pub async fn close(&self) {
+        if let Some(registrar) = &self.registrar {
+            registrar.desk().close().await;
+        }
     }
 
     /// All that is known of one subscription.

@@ -13,7 +13,7 @@ use tokio::{sync::Semaphore, time::timeout};
 use super::{
     Error, Waiting,
     desk::{self, Desk},
-    model::{Registered, Registration},
+    model::{Registered, Registration, rfc3339},
     store,
 };
 use crate::db::{Db, Line};
@@ -64,8 +64,14 @@ impl Registrar {
         if let Some(before) = before.as_ref().filter(|before| before.registration.owner != wish.owner) {
             return Err(Error::Taken(before.registration.owner.clone()));
         }
+        // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
+        let noted = match &before {
+            Some(before) => self.note_loss(line, before).await,
+            None => Ok(()),
+        };
         let revision = line.run_in_session(async |db| store::put(db, wish).await).await?.ok_or(Error::Full)?;
         let now = find(line, name).await?.ok_or(Error::NotFound)?;
+        noted?;
         match self.desk.declare(&wish.subscription, &now.bound).await {
             Ok(()) => {
                 line.run_in_session(async |db| store::mark_declared(db, name, revision).await).await?;
@@ -79,31 +85,29 @@ impl Registrar {
         }
     }
 
-    /// Declares what is registered, on a line that is somebody's own. False when it is not registered any more.
-    pub async fn declare_again(&self, line: &mut Line, name: &SubscriptionName) -> Result<bool, Error> {
+    /// Declares what is registered, on a line that is somebody's own. What is registered then; `None` when it is not any more.
+    pub async fn declare_again(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
         self.locked(line, name, async |line| {
-            let Some(row) = find(line, name).await? else { return Ok(false) };
+            let Some(row) = find(line, name).await? else { return Ok(None) };
+            self.note_loss(line, &row).await?;
             self.desk.declare(&row.registration.subscription, &row.bound).await.map_err(Error::Undeclared)?;
-            Ok(line.run_in_session(async |db| store::mark_declared(db, name, row.revision).await).await?)
+            line.run_in_session(async |db| store::mark_declared(db, name, row.revision).await).await?;
+            find(line, name).await
         })
         .await
     }
 
-    /// Notes that a queue is gone, if it still is. Since when news may be missing; `None` when it is there, or not registered.
-    pub async fn lost(
-        &self,
-        line: &mut Line,
-        name: &SubscriptionName,
-        last_seen_at: Option<OffsetDateTime>,
-    ) -> Result<Option<OffsetDateTime>, Error> {
-        self.locked(line, name, async |line| {
-            let looks = self.desk.look(&[name]).await?;
-            if looks.iter().any(|look| look.work.is_some()) {
-                return Ok(None);
-            }
-            Ok(line.run_in_session(async |db| store::mark_lost(db, name, last_seen_at).await).await?)
-        })
-        .await
+    /// Notes that a queue that the broker had is gone.
+    async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<(), Error> {
+        let looks = self.desk.look(&[row.name()]).await.map_err(Error::Undeclared)?;
+        if row.declared_revision == 0 || looks.iter().any(|look| look.work.is_some()) {
+            return Ok(());
+        }
+        let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
+        if let Some(last_seen_at) = lost {
+            on_queue_lost(row.name(), last_seen_at);
+        }
+        Ok(())
     }
 
     /// Deletes a subscription; when messages wait in it, only if they may be `discarded`.
@@ -178,6 +182,17 @@ impl Registrar {
         drop(line.run_in_session(async |db| store::unlock(db, name).await).await);
         outcome
     }
+}
+
+/// A queue that was declared is gone, and news told since `last_seen_at` will be missing from the one that takes its place. Here its
+/// subscriber is to be brought up to date, by a backfill, and [`super::Subscriptions::recovered`] to be called when that is done; for
+/// now the loss is recorded, and [`Registered::is_lost`] says so.
+fn on_queue_lost(name: &SubscriptionName, last_seen_at: OffsetDateTime) {
+    tracing::warn!(
+        subscription = %name,
+        last_seen_at = rfc3339(last_seen_at),
+        "its queue was deleted at the broker: declaring it again; news told in between is missing"
+    );
 }
 
 async fn find(line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {

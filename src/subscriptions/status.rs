@@ -7,7 +7,7 @@ use std::{
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    metrics::{family::Family, gauge::Gauge},
     registry::Registry,
 };
 use time::OffsetDateTime;
@@ -37,7 +37,6 @@ pub struct Status {
     queue_lost: ByName,
     /// Who has figures.
     shown: Arc<Mutex<Vec<NameLabel>>>,
-    losses: Counter,
 }
 
 impl Status {
@@ -58,11 +57,6 @@ impl Status {
         ] {
             registry.register(name, help, gauge.clone());
         }
-        registry.register(
-            "subscription_queues_lost",
-            "Times that this instance found a queue gone",
-            self.losses.clone(),
-        );
         registry.register(
             "subscription_waiting_seconds",
             "Since when the queue was not seen empty; 0 when it is empty",
@@ -114,10 +108,6 @@ impl Status {
         self.watching.set(0);
         let gone = std::mem::take(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner));
         gone.iter().for_each(|label| self.forget(label));
-    }
-
-    pub(super) fn count_loss(&self) {
-        self.losses.inc();
     }
 }
 

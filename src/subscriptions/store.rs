@@ -38,8 +38,6 @@ on conflict (name) do update
        bound_fields = array(select distinct unnest(held.bound_fields || excluded.fields)),
        revision = held.revision + 1,
        updated_at = now(),
-       -- Who registers anew knows of the loss.
-       recovered_at = case when held.lost_at is not null then now() end,
        -- Counted anew from a new wish.
        expiry_warned_at = null
  where held.owner = excluded.owner
@@ -93,18 +91,21 @@ update subscriptions
    set lost_at = now(),
        missing_since = case
          when lost_at is not null and (recovered_at is null or recovered_at < lost_at) then missing_since
-         else greatest($2, updated_at)
+         else greatest((select looked_at from subscriptions_looked_at), updated_at)
        end,
        declared_revision = 0
  where name = $1 and declared_revision > 0
 returning missing_since
 ";
 
-/// When the watch last looked at all queues; nothing before the first time.
-pub const LAST_LOOK: &str = "
-select looked_at from subscriptions_looked_at
+/// What was lost was made good.
+pub const RECOVERED: &str = "
+update subscriptions
+   set recovered_at = now()
+ where name = $1
 ";
 
+/// When the watch has looked at all queues.
 pub const LOOKED: &str = "
 insert into subscriptions_looked_at (looked_at) values ($1)
 on conflict (only_row) do update set looked_at = excluded.looked_at
@@ -174,16 +175,13 @@ pub async fn unlock(connection: &mut PgConnection, name: &SubscriptionName) -> s
 }
 
 /// Since when news may be missing; `None` when the broker was not known to have it.
-pub async fn mark_lost(
-    connection: &mut PgConnection,
-    name: &SubscriptionName,
-    last_seen_at: Option<OffsetDateTime>,
-) -> sqlx::Result<Option<OffsetDateTime>> {
-    sqlx::query_scalar(MARK_LOST).bind(name.as_str()).bind(last_seen_at).fetch_optional(connection).await
+pub async fn mark_lost(connection: &mut PgConnection, name: &SubscriptionName) -> sqlx::Result<Option<OffsetDateTime>> {
+    sqlx::query_scalar(MARK_LOST).bind(name.as_str()).fetch_optional(connection).await
 }
 
-pub async fn last_look(connection: &mut PgConnection) -> sqlx::Result<Option<OffsetDateTime>> {
-    sqlx::query_scalar(LAST_LOOK).fetch_optional(connection).await
+/// False when it is not registered.
+pub async fn recovered<'e>(on: impl sqlx::PgExecutor<'e>, name: &SubscriptionName) -> sqlx::Result<bool> {
+    Ok(sqlx::query(RECOVERED).bind(name.as_str()).execute(on).await?.rows_affected() == 1)
 }
 
 pub async fn looked(connection: &mut PgConnection, at: OffsetDateTime) -> sqlx::Result<()> {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Error, Status,
     desk::{Desk, Look},
-    model::Registered,
+    model::{Registered, rfc3339},
     registrar::Registrar,
     store,
 };
@@ -56,7 +56,6 @@ struct Memory {
     refused: HashSet<SubscriptionName>,
     broker_is_away: bool,
     count: u32,
-    last_look: Option<OffsetDateTime>,
 }
 
 impl Watch {
@@ -87,7 +86,6 @@ impl Watch {
             return Ok(());
         }
         tracing::debug!("this watch leads");
-        self.memory.last_look = line.run_in_session(async |db| store::last_look(db).await).await?;
         let mut pace = interval(self.check_every);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while stop.run_until_cancelled(pace.tick()).await.is_some() {
@@ -122,6 +120,7 @@ impl Watch {
     /// The step: one look at everything, and what follows from it.
     async fn look(&mut self, line: &mut Line) -> Result<(), Error> {
         let before = line.run_in_session(async |db| store::find(db, None).await).await?;
+        let began_at = before.first().map(|row| row.as_of);
         let names: Vec<&SubscriptionName> = before.iter().map(Registered::name).collect();
         let looks = self.registrar.desk().look(&names).await?;
         let mut rows: Vec<(Registered, Look)> = before.into_iter().zip(looks).collect();
@@ -130,10 +129,8 @@ impl Watch {
         self.tell_idle(&rows);
         self.expire(line, &rows).await?;
         self.status.show(&rows, self.idle_after);
-        if let Some((row, _)) = rows.first() {
-            let looked_at = row.as_of;
-            line.run_in_session(async |db| store::looked(db, looked_at).await).await?;
-            self.memory.last_look = Some(looked_at);
+        if let Some(began_at) = began_at {
+            line.run_in_session(async |db| store::looked(db, began_at).await).await?;
         }
         self.memory.looks = rows.into_iter().map(|(row, look)| (row.name().clone(), look)).collect();
         Ok(())
@@ -163,23 +160,9 @@ impl Watch {
         let all = self.memory.count.is_multiple_of(DECLARE_ALL_EVERY);
         self.memory.count = self.memory.count.wrapping_add(1);
         for (row, look) in rows {
-            if look.work.is_none() && row.declared_revision > 0 {
-                self.lost(line, row).await?;
-            }
             if all || look.work.is_none() || look.dead.is_none() || !row.is_declared() {
                 self.declare_one(line, row).await?;
             }
-        }
-        Ok(())
-    }
-
-    async fn lost(&mut self, line: &mut Line, row: &mut Registered) -> Result<(), Error> {
-        let last_seen_at = self.memory.last_look;
-        if let Some(since) = self.registrar.lost(line, row.name(), last_seen_at).await? {
-            row.declared_revision = 0;
-            (row.seen.lost_at, row.seen.missing_since) = (Some(row.as_of), Some(since));
-            self.status.count_loss();
-            on_queue_lost(row.name(), since);
         }
         Ok(())
     }
@@ -189,8 +172,8 @@ impl Watch {
         let name = row.name().clone();
         let was_declared = row.is_declared();
         match self.registrar.declare_again(line, &name).await {
-            Ok(true) => {
-                row.declared_revision = row.revision;
+            Ok(Some(now)) => {
+                *row = now;
                 self.memory.refused.remove(&name);
                 if !was_declared {
                     tracing::info!(subscription = %name, "declared");
@@ -198,7 +181,7 @@ impl Watch {
                 Ok(())
             }
             // Not registered any more, or being changed by somebody who will declare it.
-            Ok(false) | Err(Error::Busy) => Ok(()),
+            Ok(None) | Err(Error::Busy) => Ok(()),
             Err(Error::Undeclared(trouble)) if !trouble.is_away() => {
                 if self.memory.refused.insert(name.clone()) {
                     let trouble = anyhow::Error::from(trouble);
@@ -242,16 +225,6 @@ impl Watch {
     }
 }
 
-/// A queue that was declared is gone, and news told since `last_seen_at` may be missing from the one that takes its place. Here its
-/// subscriber is to be brought up to date, by a backfill; for now it is recorded, and [`Registered::is_lost`] says so.
-fn on_queue_lost(name: &SubscriptionName, last_seen_at: OffsetDateTime) {
-    tracing::warn!(
-        subscription = %name,
-        last_seen_at = rfc3339(last_seen_at),
-        "its queue was deleted at the broker: declaring it again; news told in between is missing"
-    );
-}
-
 fn tell_expiry(row: &Registered, told_before: Option<OffsetDateTime>) {
     let owner = &row.registration.owner;
     match (told_before, row.expires_at()) {
@@ -262,10 +235,6 @@ fn tell_expiry(row: &Registered, told_before: Option<OffsetDateTime>) {
         (Some(_), None) => tracing::info!(subscription = %row.name(), owner, "no longer expiring: a consumer is there"),
         _ => {}
     }
-}
-
-fn rfc3339(at: OffsetDateTime) -> String {
-    at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
 }
 
 /// Waits until no other watch leads. False when `stop` came first.

@@ -23,7 +23,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (subscriptions::TAKE_BACK, 0),
         (subscriptions::FORGET, 0),
         (subscriptions::OBSERVE, 0),
-        (subscriptions::LAST_LOOK, 1),
+        (subscriptions::RECOVERED, 0),
         (subscriptions::LOOKED, 0),
         (subscriptions::LOCK, 1),
         (subscriptions::UNLOCK, 1),
