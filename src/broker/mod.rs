@@ -18,7 +18,7 @@ use lapin::{
     uri::AMQPUri,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tidings_sdk::envelope::Event;
+use tidings_sdk::{envelope::Event, topology::Source};
 use tokio::time::timeout;
 
 /// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
@@ -96,6 +96,16 @@ impl Broker {
         }
     }
 
+    /// Its namespace at the broker.
+    pub fn vhost(&self) -> &str {
+        &self.uri.vhost
+    }
+
+    /// What subscriptions are bound to.
+    pub fn topology(&self) -> Source {
+        Source { exchange: self.exchange.clone(), prefix: self.prefix.clone() }
+    }
+
     /// CloudEvents source: which owner of master data speaks.
     fn source(&self) -> String {
         let name: String = self
@@ -144,6 +154,12 @@ impl Broker {
 fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
     let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
     matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if *error.kind() == AMQPErrorKind::Soft(expected))
+}
+
+/// Whether the broker answered that it will not, as opposed to not answering.
+pub fn is_refusal(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
+    matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
 }
 
 /// A request of the set-up, within its deadline.

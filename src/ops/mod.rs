@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    db, outbox, relay,
+    db, outbox, relay, subscriptions,
     web::{Problem, ProblemBody, Refusals},
 };
 
@@ -42,7 +42,8 @@ struct Metrics {
 }
 
 impl Ops {
-    pub fn new(queries: PgPool, relay: Option<relay::Status>) -> Self {
+    /// `telling`: the relay and the watch of an instance that has a broker.
+    pub fn new(queries: PgPool, telling: Option<(relay::Status, subscriptions::Status)>) -> Self {
         let (pending, oldest_seconds) = (Gauge::default(), Gauge::<f64, AtomicU64>::default());
         let mut registry = Registry::with_prefix("tidings");
         registry.register(
@@ -55,9 +56,11 @@ impl Ops {
             "Age of the oldest such event; 0 when there is none; -1 when the database does not answer",
             oldest_seconds.clone(),
         );
-        if let Some(status) = &relay {
-            status.register(&mut registry);
-        }
+        let relay = telling.map(|(relay, watch)| {
+            relay.register(&mut registry);
+            watch.register(&mut registry);
+            relay
+        });
         Self { queries, relay, metrics: Arc::new(Metrics { registry, pending, oldest_seconds }) }
     }
 

@@ -26,4 +26,5 @@ mod refusals;
 mod relay;
 mod sdk;
 mod statements;
+mod subscriptions;
 mod users;

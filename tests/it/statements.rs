@@ -1,7 +1,7 @@
 //! Statements: every SQL constant is good SQL on the migrated schema, and finds its way by index.
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Postgres, Row, SqlSafeStr, Statement, pool::PoolConnection};
-use tidings::{feed, outbox, relay, users};
+use tidings::{feed, outbox, relay, subscriptions, users};
 
 #[sqlx::test]
 async fn every_statement_can_be_prepared(db: PgPool) {
@@ -22,6 +22,18 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (outbox::LAG, 2),
         (outbox::LAST_ID, 1),
         (relay::TRY_LEAD, 1),
+        (subscriptions::FIND, 21),
+        (subscriptions::PUT, 1),
+        (subscriptions::MARK_DECLARED, 0),
+        (subscriptions::MARK_LOST, 1),
+        (subscriptions::TAKE_BACK, 0),
+        (subscriptions::FORGET, 0),
+        (subscriptions::OBSERVE, 0),
+        (subscriptions::RECOVERED, 0),
+        (subscriptions::LOOKED, 0),
+        (subscriptions::LOCK, 1),
+        (subscriptions::UNLOCK, 1),
+        (subscriptions::TRY_LEAD, 1),
     ];
     let mut connection = db.acquire().await.unwrap();
     for (sql, columns) in statements {
