@@ -4,6 +4,7 @@ use axum::{Router, http::header, middleware, routing::get};
 use utoipa::OpenApi;
 
 use crate::{
+    feed::{self, Feed},
     ops::{self, Ops},
     users::{self, Users},
     web::{manners, method_not_allowed, route_not_found},
@@ -21,6 +22,7 @@ use crate::{
     security(()),
     tags(
         (name = "users", description = "The master data"),
+        (name = "reconciling", description = "For those who keep a copy: what changed, and whether it is the same"),
         (name = "operations", description = "For operators"),
     )
 )]
@@ -33,15 +35,17 @@ struct Api;
 pub fn openapi() -> anyhow::Result<String> {
     let mut api = Api::openapi();
     api.merge(users::routes().into_openapi());
+    api.merge(feed::routes().into_openapi());
     api.merge(ops::routes().into_openapi());
     Ok(api.to_yaml()?)
 }
 
-/// Everything: the master data and the operator's questions.
-pub fn full(users: Users, ops: Ops) -> anyhow::Result<Router> {
+/// Everything: the master data, its feed, and the operator's questions.
+pub fn full(users: Users, feed: Feed, ops: Ops) -> anyhow::Result<Router> {
     let document = openapi()?;
     let served = get(|| async { ([(header::CONTENT_TYPE, "application/yaml")], document) });
     let app = Router::from(users::routes()).with_state(users).route("/openapi.yaml", served);
+    let app = app.merge(Router::from(feed::routes()).with_state(feed));
     Ok(with_manners(app.merge(Router::from(ops::routes()).with_state(ops))))
 }
 

@@ -115,13 +115,13 @@ impl Db {
         Line { options, connection: None }
     }
 
-    /// A small pool for queries outside the hot paths (list, health, metrics), each in a task of its own.
-    pub fn pool(&self) -> PgPool {
+    /// A small pool for queries outside the hot paths (list, health, metrics), each in a task of its own; `settings` as for a line.
+    pub fn pool<const N: usize>(&self, purpose: &str, settings: [(&str, &str); N]) -> PgPool {
         PgPoolOptions::new()
             .max_connections(4)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
-            .connect_lazy_with(self.options.clone().application_name("tidings queries"))
+            .connect_lazy_with(self.options.clone().application_name(&format!("tidings {purpose}")).options(settings))
     }
 
     /// Options for a session that sqlx manages itself (LISTEN).
@@ -134,14 +134,19 @@ impl Db {
 
     /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
     pub async fn migrate(&self) -> anyhow::Result<()> {
-        let options = self.options.clone().application_name("tidings migrate").options([
-            ("statement_timeout", "0"),
-            // A migration that waits for a lock holds up every statement behind it.
-            ("lock_timeout", "5s"),
-        ]);
-        let mut connection = connect(&options).await?;
+        let mut connection = self.maintenance("migrate").await?;
         MIGRATIONS.run(&mut connection).await.context("the migrations did not complete")?;
         Ok(connection.close().await?)
+    }
+
+    /// A connection for work on the whole database, which takes as long as it takes.
+    pub async fn maintenance(&self, purpose: &str) -> Result<PgConnection, Trouble> {
+        let options = self.options.clone().application_name(&format!("tidings {purpose}")).options([
+            ("statement_timeout", "0"),
+            // Who waits for a lock on a table holds up every statement behind it.
+            ("lock_timeout", "5s"),
+        ]);
+        connect(&options).await
     }
 
     /// Refuses a database that forgets what it acknowledged.

@@ -7,6 +7,7 @@ pub mod app;
 pub mod broker;
 pub mod config;
 pub mod db;
+pub mod feed;
 pub mod json;
 pub mod lifecycle;
 pub mod ops;

@@ -18,6 +18,7 @@ use crate::{
     broker::Broker,
     config,
     db::{Db, Trouble},
+    feed::{self, Feed},
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
@@ -48,12 +49,13 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     found?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
-    let (bell, queries) = (Bell::default(), db.pool());
+    let (bell, queries) = (Bell::default(), db.pool("queries", []));
     let telling_stop = CancellationToken::new();
     let status = broker.map(|broker| tell(&telling, &db, broker, &bell, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
     let users = Users::open(&db, queries.clone(), Arc::new(schema), bell, &keeping);
-    let app = app::full(users, Ops::new(queries.clone(), status))?;
+    let feed = Feed::open(&db);
+    let app = app::full(users, feed.clone(), Ops::new(queries.clone(), status))?;
 
     announce(&listener)?;
     web::serve(listener, app, stop).await;
@@ -61,6 +63,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
+    feed.close().await;
     queries.close().await;
     ensure!(kept && told, "a role fell, see the log");
     Ok(())
@@ -90,7 +93,7 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     found?;
     let telling = Roles::new(stop.clone());
     let status = tell(&telling, &db, broker, &Bell::default(), &stop);
-    let queries = db.pool();
+    let queries = db.pool("queries", []);
     let app = app::ops_only(Ops::new(queries.clone(), Some(status)));
 
     announce(&listener)?;
@@ -125,7 +128,14 @@ async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
         tracing::warn!(tries_left, "waiting for the database: {trouble}");
         sleep(Duration::from_secs(1)).await;
     }
-    if migrate { db.migrate().await } else { Ok(()) }
+    if migrate { bring_up_to_date(db).await } else { Ok(()) }
+}
+
+/// The schema as this binary wants it, and the data as its database wants it.
+pub async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
+    db.migrate().await?;
+    feed::restamp(db).await?;
+    Ok(())
 }
 
 /// The ready line: where, on stdout, for people and for scripts that wait for it.

@@ -3,6 +3,7 @@
 //! Promise: one definition of the wire contract; the service publishes with it, a consumer reads with it.
 //! Not here, on purpose: HTTP, SQL, and any place in a message for a user's data.
 
+pub mod digest;
 pub mod envelope;
 pub mod letter;
 pub mod subscription;

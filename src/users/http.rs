@@ -1,5 +1,7 @@
 //! The face of the master data: `/v1/users`.
 
+use std::collections::HashSet;
+
 use axum::{
     Json,
     extract::State,
@@ -7,21 +9,27 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
-use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    Change, Changed, Error, Record, Refusal, Tombstone, User, UserId, Users, Verb, reader::ReadError,
+    Change, Changed, Error, Record, Refusal, Tombstone, User, UserId, Users, Verb, Version, reader::ReadError,
     writer::WriteError,
 };
-use crate::web::{
-    Document, Id, IfNoneMatch, Params, Patch, Precondition, Problem, ProblemBody, Refusals, Trace, cursor, etag,
-    read_cursor,
+use crate::{
+    json::Fault,
+    web::{
+        Body, BodyRefusals, Document, Id, IfNoneMatch, Params, Patch, Precondition, Problem, ProblemBody, Refusals,
+        Trace, body_invalid, cursor, etag, read_cursor,
+    },
 };
 
 pub fn routes() -> OpenApiRouter<Users> {
-    OpenApiRouter::new().routes(routes!(create, list)).routes(routes!(get, amend, replace, delete))
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(get_many))
+        .routes(routes!(get, amend, replace, delete))
 }
 
 /// A body that carries a profile.
@@ -38,21 +46,6 @@ struct ProfileDocument {
 struct ProfilePatch {
     #[schema(example = json!({ "job_title": "Editor", "nickname": null }))]
     profile: std::collections::HashMap<String, serde_json::Value>,
-}
-
-/// Refusals of a request body.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum BodyRefusals {
-    /// `payload_too_large`: the body has more than 64 KiB.
-    #[response(status = 413, content_type = "application/problem+json")]
-    TooLarge(ProblemBody),
-    /// `unsupported_media_type`; `Accept` or `Accept-Patch` names the right one.
-    #[response(status = 415, content_type = "application/problem+json")]
-    UnsupportedMediaType(ProblemBody),
-    /// `unacceptable_json`, `body_invalid` or `profile_invalid`; `errors` has a JSON pointer per fault.
-    #[response(status = 422, content_type = "application/problem+json")]
-    Unprocessable(ProblemBody),
 }
 
 /// Refusals of a conditional request.
@@ -123,6 +116,22 @@ async fn get(
         Some(Record::Living(user)) if held.holds(user.version) => Ok(not_modified(user.version)),
         Some(Record::Living(user)) => Ok(Versioned(user).into_response()),
     }
+}
+
+/// Many users, as of now.
+///
+/// One result per id, in order of first mention. For consumers that handle many messages at once.
+#[utoipa::path(post, path = "/v1/users:batchGet", tag = "users", operation_id = "batchGetUsers", request_body = Ids,
+    responses((status = 200, description = "What is kept under each id", body = Results), BodyRefusals, Refusals))]
+async fn get_many(
+    State(users): State<Users>,
+    Params(NoParams {}): Params<NoParams>,
+    Body(asked): Body<Ids>,
+) -> Result<Json<Results>, Problem> {
+    let ids = asked.parse().map_err(body_invalid)?;
+    let records = users.get_many(&ids).await?;
+    let results = ids.into_iter().zip(records).map(|(id, record)| Found::new(id, record)).collect();
+    Ok(Json(Results { results }))
 }
 
 /// Amend a user by a JSON merge patch (RFC 7396).
@@ -239,6 +248,74 @@ struct PageAfter {
     /// `next` of the page before.
     #[param(required = false)]
     after: Option<String>,
+}
+
+/// Whom to look up.
+#[derive(Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Ids {
+    /// Who is named more than once is answered once.
+    #[schema(value_type = Vec<UserId>, min_items = 1, max_items = 500)]
+    ids: Vec<String>,
+}
+
+impl Ids {
+    /// Each id once, in order of first mention; or what is wrong with all of them.
+    fn parse(&self) -> Result<Vec<UserId>, Vec<Fault>> {
+        if !(1..=MAX_IDS).contains(&self.ids.len()) {
+            return Err(vec![Fault::new("/ids", "length", format!("must be 1 to {MAX_IDS} ids"))]);
+        }
+        let (mut ids, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
+        for (place, text) in self.ids.iter().enumerate() {
+            match Id::from_text(text) {
+                Some(Id(id)) if mentioned.insert(id) => ids.push(UserId(id)),
+                Some(_) => {}
+                None => faults.push(Fault::new(format!("/ids/{place}"), "format", "must be a UUID")),
+            }
+        }
+        if faults.is_empty() { Ok(ids) } else { Err(faults) }
+    }
+}
+
+const MAX_IDS: usize = 500;
+
+/// What was found, in order of first mention.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Results {
+    results: Vec<Found>,
+}
+
+/// What is kept under an id.
+#[derive(Serialize, utoipa::ToSchema)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Found {
+    Found {
+        id: UserId,
+        user: User,
+    },
+    /// Deleted.
+    Gone {
+        id: UserId,
+        /// The version that the deletion made.
+        #[schema(value_type = i64, minimum = 1, example = 5)]
+        version: Version,
+        #[serde(with = "time::serde::rfc3339")]
+        deleted_at: OffsetDateTime,
+    },
+    /// Nobody ever had this id.
+    Missing {
+        id: UserId,
+    },
+}
+
+impl Found {
+    fn new(id: UserId, record: Option<Record>) -> Self {
+        match record {
+            Some(Record::Living(user)) => Self::Found { id, user },
+            Some(Record::Deleted(Tombstone { version, deleted_at, .. })) => Self::Gone { id, version, deleted_at },
+            None => Self::Missing { id },
+        }
+    }
 }
 
 /// A page of users.

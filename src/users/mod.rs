@@ -36,6 +36,8 @@ use writer::{Answer, WriteError, Writer};
 pub struct Users {
     schema: Arc<Schema>,
     reader: Reader,
+    /// For many at once, on a line of its own: however many wait there, one user is read, and changed, without delay.
+    batches: Reader,
     writer: Writer,
     queries: PgPool,
 }
@@ -57,10 +59,12 @@ impl Users {
     /// Starts the writer and the reader on `roles`.
     pub fn open(db: &Db, queries: PgPool, schema: Arc<Schema>, bell: Bell, roles: &Roles) -> Self {
         let (reader, reading) = Reader::new(db.line("reader", BY_KEY));
+        let (batches, batching) = Reader::new(db.line("batch reader", BY_KEY));
         let (writer, writing) = Writer::new(db.line("writer", BY_KEY), schema.clone(), bell);
         roles.spawn("reader", reading);
+        roles.spawn("batch reader", batching);
         roles.spawn("writer", writing);
-        Self { schema, reader, writer, queries }
+        Self { schema, reader, batches, writer, queries }
     }
 
     /// A profile of these fields, if the deployment's schema admits it.
@@ -71,6 +75,11 @@ impl Users {
     /// The latest state of a user; `None` for an id that nobody ever had.
     pub async fn get(&self, id: UserId) -> Result<Option<Record>, Error> {
         Ok(self.reader.read(id).await?)
+    }
+
+    /// The latest state of each of these users, in their order.
+    pub async fn get_many(&self, ids: &[UserId]) -> Result<Vec<Option<Record>>, Error> {
+        Ok(self.batches.read_many(ids).await?)
     }
 
     /// Up to `limit` living users in order of id, past `after`.

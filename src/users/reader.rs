@@ -51,6 +51,22 @@ impl Reader {
         self.queue.try_send((id, answer)).map_err(|_| ReadError::Overloaded)?;
         heard.await.map_err(|_| ReadError::Overloaded)?
     }
+
+    /// The latest state of each of these users, in their order. All of them get a place in the queue, or none.
+    pub async fn read_many(&self, ids: &[UserId]) -> Result<Vec<Option<Record>>, ReadError> {
+        let places = self.queue.try_reserve_many(ids.len()).map_err(|_| ReadError::Overloaded)?;
+        let ask = |(place, id): (mpsc::Permit<'_, _>, &UserId)| {
+            let (answer, heard) = oneshot::channel();
+            place.send((*id, answer));
+            heard
+        };
+        let waiting: Vec<oneshot::Receiver<Answer>> = places.zip(ids).map(ask).collect();
+        let mut records = Vec::with_capacity(ids.len());
+        for heard in waiting {
+            records.push(heard.await.map_err(|_| ReadError::Overloaded)??);
+        }
+        Ok(records)
+    }
 }
 
 async fn run(mut line: Line, mut queue: mpsc::Receiver<(UserId, oneshot::Sender<Answer>)>) {

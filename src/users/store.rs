@@ -13,9 +13,9 @@ use crate::profile::Profile;
 
 /// Keeps and tells in one breath: the users of a batch and the events of all their changes, in one statement.
 ///
-/// This is the only statement that writes `users`, and the only one that adds to `outbox`. A user is written if the version
-/// that its changes were planned on still holds, and only then are its events added. Each user stands once in the batch, in
-/// order of id, so that two instances lock the same rows in the same order.
+/// This is the only statement that writes `users`, and the only one that adds to `outbox` and `changes`. A user is written if the
+/// version that its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced.
+/// Each user stands once in the batch, in order of id, so that two instances lock the same rows in the same order.
 pub const KEEP: &str = "
 with change as (
   select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[])
@@ -39,17 +39,30 @@ changed as (
          profile = change.profile::json,
          created_at = case when change.profile is not null then users.created_at end,
          updated_at = case when change.profile is not null then now() end,
-         deleted_at = case when change.profile is null then now() end
+         deleted_at = case when change.profile is null then now() end,
+         changed_xid = pg_current_xact_id()
     from change
+    -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
+    join users before on before.id = change.user_id
    where users.id = change.user_id
      and users.version = change.seen
      and users.deleted_at is null
-  returning users.id
+  returning users.id, before.changed_xid as replaced_xid
 ),
 kept as (
   select id from created
   union all
   select id from changed
+),
+noted as (
+  insert into changes (xid, user_id)
+  select pg_current_xact_id(), id from kept
+),
+replaced as (
+  delete from changes
+   using changed
+   where changes.xid = changed.replaced_xid
+     and changes.user_id = changed.id
 ),
 told as (
   insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)

@@ -1,4 +1,4 @@
-//! Request bodies: a profile, or a patch of one, inside `{"profile": {..}}`.
+//! Request bodies: an object of a type of ours; or a profile, or a patch of one, inside `{"profile": {..}}`.
 
 use std::time::Duration;
 
@@ -7,10 +7,11 @@ use axum::{
     extract::{FromRequest, Request},
     http::{HeaderMap, HeaderName, StatusCode, header},
 };
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
-use super::Problem;
+use super::{Problem, ProblemBody, typed::typed};
 use crate::json::{self, Fault, Rejected, step};
 
 const LIMIT_BYTES: usize = 64 * 1024;
@@ -19,13 +20,26 @@ const DEADLINE: Duration = Duration::from_secs(15);
 const JSON: &str = "application/json";
 const MERGE_PATCH: &str = "application/merge-patch+json";
 
-// Neither of the two has a Debug: what holds values must not find its way into a log.
+// None of these has a Debug: what holds values must not find its way into a log.
+
+/// The object in an `application/json` body. Let `T` deny unknown fields: a misspelt member must not be silently without effect.
+pub struct Body<T>(pub T);
 
 /// The profile in an `application/json` body.
 pub struct Document(pub Map<String, Value>);
 
 /// The patch of a profile in an `application/merge-patch+json` body (RFC 7396).
 pub struct Patch(pub Map<String, Value>);
+
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        check_media_type(request.headers(), JSON, header::ACCEPT)?;
+        let members = object(&read(request).await?, "must be an object")?;
+        typed(Value::Object(members)).map(Self).map_err(|fault| body_invalid(vec![fault]))
+    }
+}
 
 impl<S: Sync> FromRequest<S> for Document {
     type Rejection = Problem;
@@ -87,20 +101,22 @@ fn is_too_large(error: &axum::Error) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>())
 }
 
+/// The object that a body is.
+fn object(body: &[u8], otherwise: &str) -> Result<Map<String, Value>, Problem> {
+    match json::parse(body) {
+        Ok(Value::Object(members)) => Ok(members),
+        Ok(_) => Err(body_invalid(vec![Fault::new("", "type", otherwise)])),
+        Err(Rejected::Malformed { line, column }) => Err(Problem::bad_request(
+            "malformed_json",
+            format!("the body is not JSON: see line {line}, column {column}"),
+        )),
+        Err(Rejected::Faulty(faults)) => Err(unprocessable("unacceptable_json", faults)),
+    }
+}
+
 /// The object under `profile`, which is all that a body holds.
 fn profile(body: &[u8]) -> Result<Map<String, Value>, Problem> {
-    let document = json::parse(body).map_err(|rejected| match rejected {
-        Rejected::Malformed { line, column } => {
-            Problem::bad_request("malformed_json", format!("the body is not JSON: see line {line}, column {column}"))
-        }
-        Rejected::Faulty(faults) => unprocessable("unacceptable_json", faults),
-    })?;
-    let Value::Object(mut members) = document else {
-        return Err(unprocessable(
-            "body_invalid",
-            vec![Fault::new("", "type", "must be an object with a member \"profile\"")],
-        ));
-    };
+    let mut members = object(body, "must be an object with a member \"profile\"")?;
     let profile = members.remove("profile");
     let mut faults: Vec<Fault> = members
         .keys()
@@ -112,7 +128,12 @@ fn profile(body: &[u8]) -> Result<Map<String, Value>, Problem> {
         Some(_) => faults.push(Fault::new("/profile", "type", "must be an object")),
         None => faults.push(Fault::new("/profile", "required", "must be present")),
     }
-    Err(unprocessable("body_invalid", faults))
+    Err(body_invalid(faults))
+}
+
+/// The body is JSON, and not what the route takes.
+pub fn body_invalid(faults: Vec<Fault>) -> Problem {
+    unprocessable("body_invalid", faults)
 }
 
 fn unprocessable(code: &'static str, faults: Vec<Fault>) -> Problem {
@@ -123,6 +144,20 @@ fn unprocessable(code: &'static str, faults: Vec<Fault>) -> Problem {
         format!("the body cannot be taken: {places} to mend, see errors"),
     )
     .with_errors(faults)
+}
+
+/// Refusals of a request body.
+#[derive(utoipa::IntoResponses)]
+pub enum BodyRefusals {
+    /// `payload_too_large`: the body has more than 64 KiB.
+    #[response(status = 413, content_type = "application/problem+json")]
+    TooLarge(ProblemBody),
+    /// `unsupported_media_type`; `Accept` or `Accept-Patch` names the right one.
+    #[response(status = 415, content_type = "application/problem+json")]
+    UnsupportedMediaType(ProblemBody),
+    /// `unacceptable_json`, `body_invalid` or `profile_invalid`; `errors` has a JSON pointer per fault.
+    #[response(status = 422, content_type = "application/problem+json")]
+    Unprocessable(ProblemBody),
 }
 
 #[cfg(test)]

@@ -22,10 +22,14 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
             Problem::bad_request("invalid_user_id", "a user id is a UUID such as 0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a")
         };
         let Path(text) = Path::<String>::from_request_parts(parts, state).await.map_err(|_| invalid())?;
-        // One spelling per user: neither braces, URNs nor bare hex.
-        let id: Uuid =
-            Some(text).filter(|text| text.len() == 36).and_then(|text| text.parse().ok()).ok_or_else(invalid)?;
-        if id.is_nil() { Err(invalid()) } else { Ok(Self(id)) }
+        Self::from_text(&text).ok_or_else(invalid)
+    }
+}
+
+impl Id {
+    /// One spelling per user: neither braces, URNs nor bare hex.
+    pub fn from_text(text: &str) -> Option<Self> {
+        Some(text).filter(|text| text.len() == 36)?.parse().ok().filter(|id: &Uuid| !id.is_nil()).map(Self)
     }
 }
 
@@ -50,9 +54,10 @@ pub fn cursor(last: Uuid) -> String {
 }
 
 pub fn read_cursor(text: &str) -> Result<Uuid, Problem> {
-    URL_SAFE_NO_PAD
-        .decode(text)
-        .ok()
-        .and_then(|bytes| Uuid::from_slice(&bytes).ok())
-        .ok_or_else(|| Problem::bad_request("invalid_cursor", "send back the \"next\" of an earlier page as it was"))
+    URL_SAFE_NO_PAD.decode(text).ok().and_then(|bytes| Uuid::from_slice(&bytes).ok()).ok_or_else(invalid_cursor)
+}
+
+/// What was sent as a cursor is none.
+pub fn invalid_cursor() -> Problem {
+    Problem::bad_request("invalid_cursor", "send back the \"next\" of an earlier page as it was")
 }

@@ -142,7 +142,8 @@ fn title(status: StatusCode) -> String {
 /// The refusals that any route may answer with, for the OpenAPI document.
 #[derive(utoipa::IntoResponses)]
 pub enum Refusals {
-    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_query`, `invalid_header`, `invalid_cursor`.
+    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_bucket`, `invalid_query`,
+    /// `invalid_header`, `invalid_cursor`.
     #[response(status = 400, content_type = "application/problem+json")]
     BadRequest(ProblemBody),
     /// `method_not_allowed`; `Allow` names the methods there are.

@@ -1,0 +1,212 @@
+//! The face of the feed: `/v1/changes` and `/v1/digest`.
+
+use axum::{
+    Json,
+    extract::{FromRequestParts, Path, State as Of},
+    http::{StatusCode, request::Parts},
+};
+use serde::{Deserialize, Serialize};
+use tidings_sdk::digest::{self, Digest, MAX_BUCKETS};
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Change, Entry, Error, Feed, cursor::Cursor};
+use crate::web::{Params, Problem, ProblemBody, Refusals, cursor, invalid_cursor, read_cursor};
+
+pub fn routes() -> OpenApiRouter<Feed> {
+    OpenApiRouter::new().routes(routes!(changes)).routes(routes!(compare)).routes(routes!(list_bucket))
+}
+
+/// The users that changed since a cursor, each with its latest version, deletions included.
+///
+/// Without a cursor: all users there ever were. Keep `next`, and come back with it for what changes later. A page may lag behind a
+/// transaction that is still open, and never skips it.
+#[utoipa::path(get, path = "/v1/changes", tag = "reconciling", operation_id = "listChanges", params(PageAfter),
+    responses(
+        (status = 200, description = "A page of changes", body = Changes),
+        (status = 410, description = "`cursor_expired`: the database was restored, or another took over. Begin again without a cursor.",
+         body = ProblemBody, content_type = "application/problem+json"),
+        Refusals,
+    ))]
+async fn changes(Of(feed): Of<Feed>, Params(page): Params<PageAfter>) -> Result<Json<Changes>, Problem> {
+    let limit = limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
+    let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
+    let page = feed.changes(after, limit).await?;
+    Ok(Json(Changes { changes: page.changes, next: page.next.to_text(), more: page.more }))
+}
+
+/// What the living users come to, bucket by bucket.
+///
+/// An entry's hash is the first 8 bytes of SHA-256 over the 16 bytes of the user's id and its version as 8 bytes, big endian; a
+/// bucket's hash is the XOR of its entries. A user's bucket is the top bits of the first 2 bytes of SHA-256 over the 16 bytes of the id.
+/// Changes go on meanwhile: a difference is a question, not yet a fault. One digest at a time per instance.
+#[utoipa::path(get, path = "/v1/digest", tag = "reconciling", operation_id = "digest", params(Spread),
+    responses((status = 200, description = "Count and hash of each bucket that has users", body = Digests), Refusals))]
+async fn compare(Of(feed): Of<Feed>, Params(spread): Params<Spread>) -> Result<Json<Digests>, Problem> {
+    let buckets = buckets(spread.buckets)?;
+    let digests: Vec<BucketDigest> = feed.digest(buckets).await?.into_iter().map(BucketDigest::from).collect();
+    let count = digests.iter().map(|digest| digest.count).sum();
+    Ok(Json(Digests { buckets, count, digests }))
+}
+
+/// The living users of one bucket, with their versions.
+#[utoipa::path(get, path = "/v1/digest/{bucket}", tag = "reconciling", operation_id = "listBucket",
+    params(("bucket" = u32, Path, description = "The bucket", minimum = 0, maximum = 65535, example = 4), BucketAfter),
+    responses((status = 200, description = "A page of the bucket's users", body = Bucket), Refusals))]
+async fn list_bucket(
+    Of(feed): Of<Feed>,
+    Number(bucket): Number,
+    Params(page): Params<BucketAfter>,
+) -> Result<Json<Bucket>, Problem> {
+    let buckets = buckets(page.buckets)?;
+    if bucket >= buckets {
+        return Err(invalid_bucket());
+    }
+    let limit = limit(page.limit, MAX_BUCKET_PAGE, MAX_BUCKET_PAGE)?;
+    let after = page.after.as_deref().map(read_cursor).transpose()?;
+    if after.is_some_and(|id| digest::bucket(id, buckets) != bucket) {
+        return Err(invalid_cursor());
+    }
+    // One more than asked for tells whether there is a next page.
+    let mut users = feed.bucket(bucket, buckets, after, limit as i64 + 1).await?;
+    let is_last = users.len() <= limit;
+    users.truncate(limit);
+    let next = users.last().filter(|_| !is_last).map(|user| cursor(user.id));
+    Ok(Json(Bucket { users, next }))
+}
+
+const DEFAULT_PAGE: usize = 500;
+const MAX_PAGE: usize = 1_000;
+const MAX_BUCKET_PAGE: usize = 10_000;
+const DEFAULT_BUCKETS: u32 = 256;
+
+fn limit(asked: Option<usize>, default: usize, max: usize) -> Result<usize, Problem> {
+    match asked.unwrap_or(default) {
+        limit if (1..=max).contains(&limit) => Ok(limit),
+        _ => Err(Problem::bad_request("invalid_query", format!("limit is a number from 1 to {max}"))),
+    }
+}
+
+fn buckets(asked: Option<u32>) -> Result<u32, Problem> {
+    match asked.unwrap_or(DEFAULT_BUCKETS) {
+        buckets if buckets.is_power_of_two() && buckets <= MAX_BUCKETS => Ok(buckets),
+        _ => Err(Problem::bad_request("invalid_query", format!("buckets is a power of two from 1 to {MAX_BUCKETS}"))),
+    }
+}
+
+fn invalid_bucket() -> Problem {
+    Problem::bad_request("invalid_bucket", "a bucket is a number from 0 to one less than there are buckets")
+}
+
+/// A bucket's number in the path.
+struct Number(u32);
+
+impl<S: Send + Sync> FromRequestParts<S> for Number {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        Path::from_request_parts(parts, state).await.map(|Path(number)| Self(number)).map_err(|_| invalid_bucket())
+    }
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct PageAfter {
+    /// Changes in a page.
+    #[param(minimum = 1, maximum = 1000, default = 500, required = false)]
+    limit: Option<usize>,
+    /// `next` of an earlier page; none for a full pass.
+    #[param(required = false)]
+    after: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Spread {
+    /// Among how many buckets to spread the users: a power of two.
+    #[param(minimum = 1, maximum = 65536, default = 256, required = false)]
+    buckets: Option<u32>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct BucketAfter {
+    /// Among how many buckets the users are spread: a power of two.
+    #[param(minimum = 1, maximum = 65536, default = 256, required = false)]
+    buckets: Option<u32>,
+    /// Users in a page.
+    #[param(minimum = 1, maximum = 10000, default = 10000, required = false)]
+    limit: Option<usize>,
+    /// `next` of the page before.
+    #[param(required = false)]
+    after: Option<String>,
+}
+
+/// A page of changes.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Changes {
+    changes: Vec<Change>,
+    /// For what comes after; always there. Keep it, and poll with it later.
+    next: String,
+    /// Whether another page is there now.
+    more: bool,
+}
+
+/// What the living users come to.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Digests {
+    /// Among how many buckets the users are spread.
+    #[schema(example = 256)]
+    buckets: u32,
+    /// Users in all of them.
+    #[schema(example = 1)]
+    count: u64,
+    /// In order of the bucket; those without users are left out.
+    digests: Vec<BucketDigest>,
+}
+
+#[derive(Serialize, utoipa::ToSchema)]
+struct BucketDigest {
+    #[schema(example = 4)]
+    bucket: u32,
+    #[schema(minimum = 1, example = 1)]
+    count: u64,
+    /// 16 hex digits.
+    #[schema(example = "aa665fab35e92c5f")]
+    hash: String,
+}
+
+impl From<(u32, Digest)> for BucketDigest {
+    fn from((bucket, Digest { count, hash }): (u32, Digest)) -> Self {
+        Self { bucket, count, hash: format!("{hash:016x}") }
+    }
+}
+
+/// A page of a bucket.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Bucket {
+    users: Vec<Entry>,
+    /// For the page after this one; null on the last page.
+    #[schema(required = true)]
+    next: Option<String>,
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Expired => Self::new(
+                StatusCode::GONE,
+                "cursor_expired",
+                "the database was restored or another took over since; begin a full pass, without a cursor",
+            ),
+            Error::Overloaded => Self::unavailable("overloaded", "another digest is under way"),
+            Error::Query(trouble) => {
+                tracing::warn!("a query failed: {}", trouble.report());
+                Self::unavailable("database_unavailable", "the database does not answer")
+            }
+        }
+    }
+}

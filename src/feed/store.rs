@@ -1,0 +1,171 @@
+//! The SQL of the feed, and all of it; the entries in `changes` are written together with the users (`users::store`).
+
+use sqlx::{PgConnection, PgPool};
+use tidings_sdk::digest::{Digest, MAX_BUCKETS};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{
+    Change, Entry, State,
+    cursor::{Epoch, Place},
+};
+use crate::users::UserId;
+
+/// The session settings that suit these statements: each walks an index from a place on, whatever the statistics say, and so costs
+/// what its page costs, in a table of any size.
+pub const IN_ORDER: [(&str, &str); 5] = [
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("jit", "off"),
+];
+
+/// Which history of which database this is, and the first transaction that it does not know of yet.
+pub const EPOCH: &str = "
+select system_identifier,
+       -- Not the control file's: that one is behind for a while after a promotion.
+       ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int as timeline,
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_xid
+  from pg_control_system()
+";
+
+/// The latest version of each user past a place, in order of the transactions that made them.
+pub const PAGE: &str = "
+select changes.xid::text::bigint as xid,
+       users.id,
+       users.version,
+       users.deleted_at is null as is_living,
+       coalesce(users.deleted_at, users.updated_at) as at
+  from changes
+  join users on users.id = changes.user_id
+ where (changes.xid, changes.user_id) > ($1::bigint::text::xid8, $2::uuid)
+   -- Below the oldest transaction that is still open nothing can come any more. What is past it waits, even if committed.
+   and changes.xid < pg_snapshot_xmin(pg_current_snapshot())
+ order by changes.xid, changes.user_id
+ limit $3
+";
+
+/// What the next users in order of id come to, by bucket.
+pub const DIGEST: &str = "
+with chunk as materialized (
+  select id, version
+    from users
+   where deleted_at is null
+     and id > $1
+   order by id
+   limit $2
+)
+select ((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)) / $3 as bucket,
+       count(*) as count,
+       bit_xor(('x' || encode(substr(sha256(uuid_send(id) || int8send(version)), 1, 8), 'hex'))::bit(64)::bigint) as hash,
+       (select id from chunk order by id desc limit 1) as last
+  from chunk
+ group by bucket
+";
+
+/// The users of a bucket, which is a range of the index `users_digest`.
+pub const BUCKET: &str = "
+select id, version
+  from users
+ where deleted_at is null
+   and (((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)), id) > ($1::int, $2::uuid)
+   and ((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)) < $3
+ order by ((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)), id
+ limit $4
+";
+
+/// Whether there are entries of transactions that are yet to come.
+pub const STRANGERS: &str = "
+select exists (select from changes where xid >= pg_snapshot_xmax(pg_current_snapshot()))
+";
+
+/// Gives them this transaction. Nobody may write users meanwhile.
+pub const RESTAMP: &str = "
+with strangers as (
+  delete from changes
+   where xid >= pg_snapshot_xmax(pg_current_snapshot())
+  returning user_id
+),
+stamped as (
+  update users
+     set changed_xid = pg_current_xact_id()
+    from strangers
+   where users.id = strangers.user_id
+  returning users.id
+)
+insert into changes (xid, user_id)
+select pg_current_xact_id(), id
+  from stamped
+";
+
+/// Users in one statement of a digest: a tenth of a second, far from any deadline.
+const CHUNK: i64 = 20_000;
+
+/// The database as it is now.
+pub struct Now {
+    pub epoch: Epoch,
+    pub next_xid: i64,
+}
+
+pub async fn epoch(connection: &mut PgConnection) -> sqlx::Result<Now> {
+    let (system, timeline, next_xid) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    Ok(Now { epoch: Epoch { system, timeline }, next_xid })
+}
+
+pub async fn page(connection: &mut PgConnection, after: Place, limit: usize) -> sqlx::Result<Vec<(Place, Change)>> {
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let rows: Vec<ChangeRow> =
+        sqlx::query_as(PAGE).bind(after.xid).bind(after.user).bind(limit).fetch_all(connection).await?;
+    Ok(rows.into_iter().map(ChangeRow::into_change).collect())
+}
+
+/// A part of a digest, and where the next one begins; `None` after the last.
+pub struct Chunk {
+    pub digests: Vec<(u32, Digest)>,
+    pub next: Option<Uuid>,
+}
+
+pub async fn digest(pool: &PgPool, after: Uuid, buckets: u32) -> sqlx::Result<Chunk> {
+    let width = (MAX_BUCKETS / buckets) as i32;
+    let rows: Vec<(i32, i64, i64, Uuid)> =
+        sqlx::query_as(DIGEST).bind(after).bind(CHUNK).bind(width).fetch_all(pool).await?;
+    let users: i64 = rows.iter().map(|(_, count, ..)| count).sum();
+    let next = rows.first().filter(|_| users == CHUNK).map(|(.., last)| *last);
+    // Signs are the database's way of writing the same bits.
+    let digest = |(bucket, count, hash, _): (i32, i64, i64, Uuid)| {
+        (bucket.cast_unsigned(), Digest { count: count.cast_unsigned(), hash: hash.cast_unsigned() })
+    };
+    Ok(Chunk { digests: rows.into_iter().map(digest).collect(), next })
+}
+
+pub async fn bucket(pool: &PgPool, (place, id): (u32, Uuid), end: u32, limit: i64) -> sqlx::Result<Vec<Entry>> {
+    sqlx::query_as(BUCKET).bind(place.cast_signed()).bind(id).bind(end.cast_signed()).bind(limit).fetch_all(pool).await
+}
+
+pub async fn has_strangers(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar(STRANGERS).fetch_one(connection).await
+}
+
+/// To be called in a transaction.
+pub async fn restamp(connection: &mut PgConnection) -> sqlx::Result<u64> {
+    sqlx::query("lock table users in share row exclusive mode").execute(&mut *connection).await?;
+    Ok(sqlx::query(RESTAMP).execute(connection).await?.rows_affected())
+}
+
+#[derive(sqlx::FromRow)]
+struct ChangeRow {
+    xid: i64,
+    id: Uuid,
+    version: i64,
+    is_living: bool,
+    at: OffsetDateTime,
+}
+
+impl ChangeRow {
+    fn into_change(self) -> (Place, Change) {
+        let Self { xid, id, version, is_living, at } = self;
+        let state = if is_living { State::Living } else { State::Deleted };
+        (Place { xid, user: id }, Change { user_id: UserId(id), version, state, at })
+    }
+}
