@@ -3,7 +3,7 @@
 //! Promise: everything that is wrong is named at start, all at once, with what would be right.
 //! Not here, on purpose: secrets on the command line, where every user of the machine could read them.
 
-use std::{collections::HashSet, ffi::OsStr, fmt, fs, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{collections::HashSet, ffi::OsStr, fmt, fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use secrecy::SecretString;
@@ -48,6 +48,10 @@ pub enum Command {
     /// Listens on a private queue that goes with it: what happens while it does not run, it does not see.
     #[command(after_help = TAIL_HELP)]
     Tail(Tail),
+    /// Who listens to what: register, list, show and delete subscriptions.
+    ///
+    /// Works on the database and the broker directly; no service needs to run.
+    Subscription(Subscription),
     /// Print the OpenAPI document.
     Openapi,
     /// Ask the instance on this machine whether it is alive; exit 0 when it is. For container health checks.
@@ -130,6 +134,98 @@ pub struct Tail {
     pub fields: Vec<String>,
     #[command(flatten)]
     pub amqp: Amqp,
+}
+
+#[derive(Debug, Args)]
+#[command(arg_required_else_help = true, after_help = SUBSCRIPTION_HELP)]
+pub struct Subscription {
+    #[command(subcommand)]
+    pub action: SubscriptionAction,
+}
+
+const SUBSCRIPTION_HELP: &str = "\
+Examples:
+  tidings subscription put orders --key user.deleted --field address --owner team-orders --purpose 'cancels pending orders'
+  tidings subscription list
+  tidings subscription show orders --json
+  tidings subscription delete orders --discard-waiting";
+
+#[derive(Debug, Subcommand)]
+pub enum SubscriptionAction {
+    /// Register a subscription, or change it: at the broker it is declared at once.
+    Put(SubscriptionPut),
+    /// All subscriptions.
+    List(SubscriptionList),
+    /// One subscription.
+    Show(SubscriptionShow),
+    /// Delete a subscription, with its queue and what lies in it.
+    Delete(SubscriptionDelete),
+}
+
+/// What every command about subscriptions needs.
+#[derive(Debug, Args)]
+pub struct SubscriptionServers {
+    #[command(flatten)]
+    pub database: Database,
+    #[command(flatten)]
+    pub amqp: Amqp,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SubscriptionPut {
+    /// Name of the subscription, and of its queue.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// A kind of notice that wakes it: user.created, profile.updated, user.deleted, or a pattern such as user.*.
+    #[arg(long = "key", value_name = "KEY", value_delimiter = ',')]
+    pub keys: Vec<String>,
+    /// A field whose change wakes it.
+    #[arg(long = "field", value_name = "FIELD", value_delimiter = ',')]
+    pub fields: Vec<String>,
+    /// The team that may change it, and whom to ask.
+    #[arg(long, value_name = "TEAM")]
+    pub owner: String,
+    /// What it is for.
+    #[arg(long, value_name = "TEXT")]
+    pub purpose: String,
+    /// Delete it when it had no consumer for so long, such as 30d. Without: never.
+    #[arg(long, value_name = "DURATION")]
+    pub expires_after: Option<String>,
+    /// JSON Schema file that decides which fields there are. Without it: a built-in one.
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    pub profile_schema: Option<PathBuf>,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct SubscriptionList {
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct SubscriptionShow {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct SubscriptionDelete {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Also when messages wait in it, which are lost then.
+    #[arg(long)]
+    pub discard_waiting: bool,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
 }
 
 #[derive(Debug, Args)]
@@ -230,6 +326,24 @@ impl Serve {
     pub fn schema(&self, faults: &mut Faults) -> Option<Schema> {
         faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(self.profile_schema.as_deref()))
     }
+}
+
+/// A time such as `90s`, `10m`, `12h` or `7d`.
+///
+/// # Errors
+/// When it is none, or nothing.
+pub fn duration(text: &str) -> Result<Duration, &'static str> {
+    const WRONG: &str = "expected a number and a unit, such as 30s, 10m, 12h or 7d";
+    let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or(WRONG)?;
+    let unit_s = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => return Err(WRONG),
+    };
+    let number: u32 = number.parse().map_err(|_| WRONG)?;
+    if number == 0 { Err(WRONG) } else { Ok(Duration::from_secs(u64::from(number) * unit_s)) }
 }
 
 impl Tail {

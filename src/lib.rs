@@ -18,6 +18,7 @@ pub mod outbox;
 pub mod profile;
 pub mod relay;
 pub mod roles;
+pub mod subscriptions;
 pub mod tail;
 pub mod telemetry;
 pub mod users;

@@ -20,7 +20,7 @@ use lapin::{
     uri::AMQPUri,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tidings_sdk::envelope::Event;
+use tidings_sdk::{envelope::Event, topology::Source};
 use tokio::time::timeout;
 
 /// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
@@ -96,6 +96,11 @@ impl Broker {
             Some(prefix) => format!("{prefix}.{key}"),
             None => key.to_owned(),
         }
+    }
+
+    /// What subscriptions are bound to.
+    pub fn topology(&self) -> Source {
+        Source { exchange: self.exchange.clone(), prefix: self.prefix.clone() }
     }
 
     /// CloudEvents source: which owner of master data speaks.
