@@ -15,10 +15,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app,
+    backfill::{Backfills, Runner},
     broker::Broker,
     config,
     db::{Db, Trouble},
+    dead_letters::{Collector, DeadLetters},
     feed::{self, Feed},
+    lead,
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
@@ -51,11 +54,13 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
     let (bell, queries) = (Bell::default(), db.pool("queries", []));
     let telling_stop = CancellationToken::new();
+    let letters = DeadLetters::new(queries.clone(), broker.clone());
     let status = broker.map(|broker| tell(&telling, &db, broker, &bell, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
     let users = Users::open(&db, queries.clone(), Arc::new(schema), bell, &keeping);
     let feed = Feed::open(&db);
-    let app = app::full(users, feed.clone(), Ops::new(queries.clone(), status))?;
+    let backfills = Backfills::new(queries.clone());
+    let app = app::full(users, feed.clone(), letters, backfills, Ops::new(queries.clone(), status))?;
 
     announce(&listener)?;
     web::serve(listener, app, stop).await;
@@ -104,9 +109,12 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     Ok(())
 }
 
-/// Starts a relay and its ear for other processes.
+/// Starts a relay and its ear for other processes, and what else is carried between database and broker.
 fn tell(telling: &Roles, db: &Db, broker: Broker, bell: &Bell, stop: &CancellationToken) -> Status {
     let status = Status::default();
+    let (collector, runner) = (Collector::new(db, broker.clone()), Runner::new(db, broker.clone()));
+    telling.spawn("dead letters", lead::serve(collector, db.clone(), stop.clone()));
+    telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
     telling.spawn("relay", relay.run(stop.clone()));
     telling.spawn("ear", bell.clone().listen(db.listener_pool(), stop.clone()));
