@@ -13,8 +13,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
-    Action, Backfill, Backfills, DEFAULT_MAX_WAITING, DEFAULT_RATE, Error, MAX_USER_IDS, Plan, RATES, State, WaitingFor,
-    Whom,
+    Action, Backfill, Backfills, DEFAULT_MAX_WAITING, DEFAULT_RATE, Error, MAX_USER_IDS, Plan, RATES, State,
+    WaitingFor, Whom,
 };
 use crate::{
     json::Fault,

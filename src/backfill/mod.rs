@@ -4,6 +4,7 @@
 //! behind more than `max_waiting` of these messages, nor behind an outbox that lags.
 //! Not here, on purpose: the owner's exchange, where others would hear; a profile, which consumers fetch; changing a user.
 
+pub mod command;
 mod http;
 mod model;
 mod run;

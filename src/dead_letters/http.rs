@@ -2,11 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use axum::{
-    Json,
-    extract::State,
-    http::StatusCode,
-};
+use axum::{Json, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use tidings_sdk::{envelope::FieldName, letter::Reason};
 use time::OffsetDateTime;
@@ -19,8 +15,8 @@ use crate::{
     json::Fault,
     telemetry::with_causes,
     web::{
-        Body, BodyRefusals, MessageId, Name, Params, Problem, ProblemBody, Refusals, body_invalid, cursor, invalid_cursor,
-        read_cursor,
+        Body, BodyRefusals, MessageId, Name, Params, Problem, ProblemBody, Refusals, body_invalid, cursor,
+        invalid_cursor, read_cursor,
     },
 };
 
@@ -278,9 +274,11 @@ enum Unknown {
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         match error {
-            Error::NoSubscription => {
-                Self::new(StatusCode::NOT_FOUND, "subscription_not_found", "nobody registered a subscription of this name")
-            }
+            Error::NoSubscription => Self::new(
+                StatusCode::NOT_FOUND,
+                "subscription_not_found",
+                "nobody registered a subscription of this name",
+            ),
             Error::NoLetter => Self::new(StatusCode::NOT_FOUND, "dead_letter_not_found", error.to_string()),
             Error::QueueLost => Self::new(StatusCode::CONFLICT, "queue_lost", error.to_string()),
             Error::NoBroker => Self::new(
@@ -290,7 +288,10 @@ impl From<Error> for Problem {
             ),
             Error::Broker(cause) => {
                 tracing::warn!("the broker did not take dead letters back: {}", with_causes(&cause));
-                Self::unavailable("broker_unavailable", "the broker does not take messages; what it did not confirm is kept")
+                Self::unavailable(
+                    "broker_unavailable",
+                    "the broker does not take messages; what it did not confirm is kept",
+                )
             }
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());

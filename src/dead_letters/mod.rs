@@ -5,6 +5,7 @@
 //! Not here, on purpose: bodies and foreign headers, which may hold anybody's data; deciding that a fault is mended.
 
 mod collector;
+pub mod command;
 mod http;
 mod model;
 mod store;
@@ -132,17 +133,11 @@ impl DeadLetters {
     }
 
     /// Drops letters that came up to `up_to`, of this reason or of any; how many there were.
-    pub async fn purge(
-        &self,
-        name: &SubscriptionName,
-        reason: Option<Reason>,
-        up_to: Place,
-    ) -> Result<u64, Error> {
+    pub async fn purge(&self, name: &SubscriptionName, reason: Option<Reason>, up_to: Place) -> Result<u64, Error> {
         let mut purged = 0;
         loop {
             let (queries, of) = (self.queries.clone(), name.clone());
-            let dropped =
-                db::ask(async move { store::purge(&queries, &of, reason, up_to, PURGE_CHUNK).await }).await?;
+            let dropped = db::ask(async move { store::purge(&queries, &of, reason, up_to, PURGE_CHUNK).await }).await?;
             purged += dropped;
             if dropped < PURGE_CHUNK as u64 {
                 return Ok(purged);
@@ -204,10 +199,8 @@ impl Errand {
         let sent = sent.context("the broker confirmed nothing in good time").map_err(Error::Broker)?;
         let outcomes = sent.map_err(|error| broken(error.into()))?;
         let with_outcome = letters.iter().zip(&outcomes);
-        let arrived: Vec<Place> = with_outcome
-            .filter(|(_, outcome)| **outcome == Outcome::Routed)
-            .map(|(letter, _)| letter.place)
-            .collect();
+        let arrived: Vec<Place> =
+            with_outcome.filter(|(_, outcome)| **outcome == Outcome::Routed).map(|(letter, _)| letter.place).collect();
         let queries = self.queries.clone();
         let (name, count) = (self.name.clone(), arrived.len() as u64);
         db::ask(async move { store::forget_redriven(&queries, &name, &arrived).await }).await?;

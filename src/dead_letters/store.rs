@@ -224,12 +224,7 @@ pub async fn take(
     rows.into_iter().map(Row::into_letter).collect()
 }
 
-pub async fn left(
-    pool: &PgPool,
-    name: &SubscriptionName,
-    selection: &Selection,
-    up_to: Place,
-) -> sqlx::Result<Left> {
+pub async fn left(pool: &PgPool, name: &SubscriptionName, selection: &Selection, up_to: Place) -> sqlx::Result<Left> {
     let (ids, reason) = filters(selection);
     sqlx::query_as(LEFT).bind(name.as_str()).bind(ids).bind(reason).bind(up_to).fetch_one(pool).await
 }

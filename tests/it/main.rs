@@ -7,10 +7,13 @@ mod hurt;
 mod load;
 mod proxy;
 mod sessions;
+mod subscribed;
 
+mod backfill;
 mod broker;
 mod command_line;
 mod consumers;
+mod dead_letters;
 mod hardship;
 mod messages;
 mod outbox;
