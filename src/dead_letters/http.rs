@@ -179,6 +179,7 @@ impl Redrive {
 
 /// What a request to redrive did.
 #[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = Redriven)]
 struct Done {
     /// Messages that are in the queue again.
     redriven: u64,
