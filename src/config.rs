@@ -167,6 +167,117 @@ pub enum SubscriptionAction {
     Recovered(SubscriptionRecovered),
     /// Delete a subscription, with its queue and what lies in it.
     Delete(SubscriptionDelete),
+    /// What a subscription could not handle: list it, put it back, drop it.
+    #[command(subcommand)]
+    DeadLetters(DeadLettersAction),
+    /// Tell a subscription of users as if each had just changed. A service that relays has to run.
+    #[command(subcommand)]
+    Backfill(BackfillAction),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeadLettersAction {
+    /// Print dead letters, one a line.
+    List(DeadLettersList),
+    /// Put dead letters back into the queue, once what was wrong is mended.
+    Redrive(DeadLettersRedrive),
+    /// Drop dead letters for good.
+    Purge(DeadLettersPurge),
+}
+
+#[derive(Debug, Args)]
+pub struct DeadLettersList {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Only letters of this reason, such as handler_failed.
+    #[arg(long, value_name = "REASON")]
+    pub reason: Option<String>,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct DeadLettersRedrive {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// These messages.
+    #[arg(long = "message", value_name = "ID", value_delimiter = ',')]
+    pub messages: Vec<String>,
+    /// All of this reason.
+    #[arg(long, value_name = "REASON")]
+    pub reason: Option<String>,
+    /// All there are now.
+    #[arg(long)]
+    pub all: bool,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct DeadLettersPurge {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Only letters of this reason.
+    #[arg(long, value_name = "REASON")]
+    pub reason: Option<String>,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BackfillAction {
+    /// Start one: everybody, unless told otherwise.
+    Start(BackfillStart),
+    /// The one under way, or the last one.
+    Show(BackfillOf),
+    /// Stop sending, and stay where it is.
+    Pause(BackfillOf),
+    /// Go on, at another rate if one is given.
+    Resume(BackfillResume),
+    /// End it. What was sent stays in the queue.
+    Cancel(BackfillOf),
+}
+
+#[derive(Debug, Args)]
+pub struct BackfillOf {
+    /// Name of the subscription.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    #[command(flatten)]
+    pub servers: SubscriptionServers,
+}
+
+#[derive(Debug, Args)]
+pub struct BackfillStart {
+    #[command(flatten)]
+    pub backfill: BackfillOf,
+    /// This user, and none but those named.
+    #[arg(long = "user", value_name = "ID", value_delimiter = ',')]
+    pub users: Vec<String>,
+    /// Who was changed or deleted then or later, such as 2026-11-01T00:00:00Z.
+    #[arg(long, value_name = "TIME", conflicts_with = "users")]
+    pub changed_since: Option<String>,
+    /// Messages a second, at most.
+    #[arg(long, value_name = "NUMBER")]
+    pub rate: Option<i32>,
+    /// Stay until it is done, and tell how far it is.
+    #[arg(long)]
+    pub follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BackfillResume {
+    #[command(flatten)]
+    pub backfill: BackfillOf,
+    /// Messages a second from now on.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(1..=50_000))]
+    pub rate: Option<i32>,
 }
 
 /// What every command about subscriptions needs.

@@ -4,11 +4,14 @@
 //! [`relay`] carries the event to the [`broker`], a consumer fetches the latest record over [`web`].
 
 pub mod app;
+pub mod backfill;
 pub mod broker;
 pub mod config;
 pub mod db;
+pub mod dead_letters;
 pub mod feed;
 pub mod json;
+pub mod lead;
 pub mod lifecycle;
 pub mod ops;
 pub mod outbox;

@@ -15,10 +15,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app,
+    backfill::{Backfills, Runner},
     broker::Broker,
     config,
     db::{Db, Trouble},
+    dead_letters::{Collector, DeadLetters},
     feed::{self, Feed},
+    lead,
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
@@ -55,13 +58,16 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let (bell, queries) = (Bell::default(), db.pool("queries", []));
     let telling_stop = CancellationToken::new();
     let desk = broker.clone().map(Desk::new);
+    let letters = DeadLetters::new(queries.clone(), broker.clone());
     let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
     let schema = Arc::new(schema);
     let users = Users::open(&db, queries.clone(), schema.clone(), bell, &keeping);
     let feed = Feed::open(&db);
     let subscriptions = Subscriptions::new(&db, queries.clone(), schema, desk, management, watching.idle_after);
-    let app = app::full(users, feed.clone(), subscriptions.clone(), Ops::new(queries.clone(), status))?;
+    let backfills = Backfills::new(queries.clone());
+    let ops = Ops::new(queries.clone(), status);
+    let app = app::full(users, feed.clone(), subscriptions.clone(), letters, backfills, ops)?;
 
     announce(&listener)?;
     web::serve(listener, app, stop).await;
@@ -112,7 +118,8 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     Ok(())
 }
 
-/// Starts a relay and its ear for other processes, and the watch over the subscriptions.
+/// Starts a relay and its ear for other processes, the watch over the subscriptions, and what else is carried between database and
+/// broker.
 fn tell(
     telling: &Roles,
     db: &Db,
@@ -125,6 +132,9 @@ fn tell(
     let config::Watched { idle_after, check_every } = watching;
     let watch = Watch::new(db.clone(), Desk::new(broker.clone()), watched.clone(), idle_after, check_every);
     telling.spawn("subscriptions watch", watch.run(stop.clone()));
+    let (collector, runner) = (Collector::new(db, broker.clone()), Runner::new(db, broker.clone()));
+    telling.spawn("dead letters", lead::serve(collector, db.clone(), stop.clone()));
+    telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
     telling.spawn("relay", relay.run(stop.clone()));
     telling.spawn("ear", bell.clone().listen(db.listener_pool(), stop.clone()));

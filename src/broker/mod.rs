@@ -3,8 +3,10 @@
 //! Promise: a message counts as published only when the broker confirmed it, and what it could not route is told apart.
 //! Not here, on purpose: reconnecting. A connection is one session; whoever needs the next one decides when.
 
+mod post;
 mod publisher;
 
+pub use post::{Parcel, Post};
 pub use publisher::{Outcome, Publisher, Verdict};
 
 use std::time::Duration;
@@ -107,7 +109,7 @@ impl Broker {
     }
 
     /// CloudEvents source: which owner of master data speaks.
-    fn source(&self) -> String {
+    pub fn source(&self) -> String {
         let name: String = self
             .exchange
             .chars()
@@ -160,6 +162,11 @@ fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
     matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
+}
+
+/// Whether the broker said that there is no such queue or exchange.
+pub fn is_missing(error: &anyhow::Error) -> bool {
+    is(error, AMQPSoftError::NOTFOUND)
 }
 
 /// A request of the set-up, within its deadline.

@@ -52,6 +52,8 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
             eprintln!("{} is deleted", delete.name);
             Ok(())
         }
+        SubscriptionAction::DeadLetters(action) => crate::dead_letters::command::run(action, faults).await,
+        SubscriptionAction::Backfill(action) => crate::backfill::command::run(action, faults).await,
     }
 }
 

@@ -7,13 +7,16 @@ mod hurt;
 mod load;
 mod proxy;
 mod sessions;
+mod subscribed;
 
 mod applications;
+mod backfill;
 mod batch;
 mod broker;
 mod command_line;
 mod consumers;
 mod convergence;
+mod dead_letters;
 mod digest;
 mod feed;
 mod hardship;
