@@ -34,8 +34,10 @@ pub struct Listening {
 impl App {
     pub async fn of(house: &House, example: &'static str) -> Self {
         let subscription = format!("{}.{example}", house.exchange);
-        let database_url = format!("{}_{example}", database_url(&house.db));
-        let name = database_url.rsplit('/').next().unwrap();
+        let database_url = database_url(&house.db);
+        let (server, _) = database_url.rsplit_once('/').unwrap();
+        let name = format!("app_{}", Uuid::new_v4().simple());
+        let database_url = format!("{server}/{name}");
         let create = format!("create database \"{name}\"");
         sqlx::raw_sql(sqlx::AssertSqlSafe(create)).execute(&house.db).await.unwrap();
         let settings = vec![
