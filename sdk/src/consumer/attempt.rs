@@ -36,13 +36,16 @@ pub(super) struct Arrival {
     pub attempts: u32,
 }
 
-/// What has become of a group.
-pub(super) struct Report {
-    pub user: Uuid,
+/// What has become of a job.
+pub(super) enum Report {
     /// To be acknowledged.
-    pub done: Vec<Delivery>,
-    /// The version that was handled, and what it was; `None` when the handler failed.
-    pub handled: Option<(i64, Event)>,
+    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery> },
+    /// To be parked.
+    Failed { user: Uuid, version: i64, event: Event, reason: Reason, arrivals: Vec<Arrival> },
+    /// Nobody waits for it any more; the messages will come again.
+    GivenUp { user: Uuid },
+    /// A message that failed is in another queue, and to be acknowledged in this one; unless it was given up.
+    Parked(Option<Box<Delivery>>),
 }
 
 /// Everything that attempts share.
@@ -53,46 +56,44 @@ pub(super) struct Attempts<H> {
     pub observer: Arc<dyn Observer>,
     pub deadline: Duration,
     pub subscription: String,
+    /// Cancelled when the consumer is to leave: work is finished, but no outage is waited out.
+    pub stop: CancellationToken,
     /// Cancelled when nobody waits for reports any more.
     pub over: CancellationToken,
 }
 
 impl<H: Handler> Attempts<H> {
-    /// Handles a group, which is not empty, and parks what failed.
-    pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>) -> Report {
-        let (news, began) = (self.news(user, &arrivals), Instant::now());
-        let (version, event, latest) = (news.version, news.event.clone(), news.latest.clone());
-        let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
+    /// Handles a group, which is not empty, and with it what is owed to this user.
+    pub(super) async fn group(
+        self: Arc<Self>,
+        user: Uuid,
+        arrivals: Vec<Arrival>,
+        owed: Option<(i64, Event)>,
+    ) -> Report {
+        let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
-        match self.attempt(&news).instrument(span).await {
-            None => Report { user, done: vec![], handled: None },
+        let outcome = self.attempt(&news).instrument(span).await;
+        let News { version, event, .. } = news;
+        match outcome {
+            None => Report::GivenUp { user },
             Some(Ok(())) => {
+                let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
                 self.observer.handled(&event, arrivals.len(), began.elapsed(), lag);
-                // What was fetched may be newer than what was told, and then stands for that too.
-                let fetched = latest.get().map_or(version, |latest| latest.version());
                 let done = arrivals.into_iter().map(|arrival| arrival.delivery).collect();
-                Report { user, done, handled: Some((version.max(fetched), event)) }
+                Report::Handled { user, version, event, done }
             }
-            Some(Err(reason)) => {
-                let done = self.park_all(arrivals, reason).await;
-                Report { user, done, handled: None }
-            }
+            Some(Err(reason)) => Report::Failed { user, version, event, reason, arrivals },
         }
     }
 
-    /// A message that is no notice: a dead letter at once.
-    pub(super) async fn malformed(self: Arc<Self>, delivery: Delivery) -> Report {
-        let done = self.park(delivery, Reason::Malformed, 0).await.into_iter().collect();
-        Report { user: Uuid::nil(), done, handled: None }
-    }
-
-    fn news(&self, user: Uuid, arrivals: &[Arrival]) -> News {
+    fn news(&self, user: Uuid, arrivals: &[Arrival], owed: Option<(i64, Event)>) -> News {
         let notices: Vec<Notice> = arrivals.iter().map(|arrival| arrival.notice.clone()).collect();
         let newest = notices.iter().max_by_key(|notice| notice.version);
         let trace = newest.and_then(|notice| notice.traceparent);
         let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
-        let version = newest.map_or(1, |notice| notice.version);
-        News { user_id: user, version, event: merged(&notices), notices, owner, latest: Arc::new(OnceCell::new()) }
+        let version = newest.map_or(1, |notice| notice.version).max(owed.as_ref().map_or(1, |(version, _)| *version));
+        let event = merged(notices.iter().map(|notice| &notice.event).chain(owed.as_ref().map(|(_, event)| event)));
+        News { user_id: user, version, event, notices, owner, latest: Arc::new(OnceCell::new()) }
     }
 
     /// Part of the trace of the request that made the change.
@@ -122,7 +123,7 @@ impl<H: Handler> Attempts<H> {
             match failure {
                 Called::Failed(Failure { kind: Kind::Outage, .. }) => {
                     tracing::warn!("an outage, waiting");
-                    self.over.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+                    self.stop.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
                 }
                 Called::Failed(failure @ Failure { kind: Kind::Attempt(reason), .. }) => {
                     tracing::debug!(?failure, "the handler failed");
@@ -156,24 +157,20 @@ impl<H: Handler> Attempts<H> {
         }
     }
 
-    /// What was parked, and can be acknowledged.
-    async fn park_all(&self, arrivals: Vec<Arrival>, reason: Reason) -> Vec<Delivery> {
-        let mut done = vec![];
-        for Arrival { delivery, attempts, .. } in arrivals {
-            done.extend(self.park(delivery, reason, attempts).await);
-        }
-        done
+    /// Parks until it succeeds; the message itself waits unacknowledged meanwhile, and nobody else waits for it.
+    pub(super) async fn park(self: Arc<Self>, mut delivery: Delivery, reason: Reason, attempts: u32) -> Report {
+        let failed = Failed::take(&mut delivery, reason, attempts);
+        Report::Parked(self.park_until_it_succeeds(&failed).await.map(|()| Box::new(delivery)))
     }
 
-    /// Parks until it succeeds; the message itself waits unacknowledged meanwhile. `None` when nobody waits for it any more.
-    async fn park(&self, delivery: Delivery, reason: Reason, attempts: u32) -> Option<Delivery> {
-        let failed = Failed { properties: delivery.properties.clone(), body: delivery.data.clone(), reason, attempts };
+    /// `None` when it was given up because nobody waits for it any more.
+    async fn park_until_it_succeeds(&self, failed: &Failed) -> Option<()> {
         let mut pauses = back_off();
         loop {
-            match self.over.run_until_cancelled(self.parker.park(&failed)).await? {
+            match self.over.run_until_cancelled(self.parker.park(failed)).await? {
                 Ok(is_dead) => {
-                    self.tell(&failed, is_dead);
-                    return Some(delivery);
+                    self.tell(failed, is_dead);
+                    return Some(());
                 }
                 Err(why) => {
                     tracing::warn!(subscription = %self.subscription, "a message that failed cannot be put aside, trying again: {why}")
@@ -207,16 +204,30 @@ fn lag(notice: &Notice) -> Duration {
     (OffsetDateTime::now_utc() - notice.occurred_at).try_into().unwrap_or_default()
 }
 
-/// What several notices of one user come to.
-fn merged(notices: &[Notice]) -> Event {
-    if notices.iter().any(|notice| notice.event == Event::Deleted) {
-        return Event::Deleted;
+/// What several events of one user come to.
+fn merged<'a>(events: impl Iterator<Item = &'a Event> + Clone) -> Event {
+    if let Some(whole) = [Event::Deleted, Event::Created].into_iter().find(|whole| events.clone().any(|e| e == whole)) {
+        return whole;
     }
-    if notices.iter().any(|notice| notice.event == Event::Created) {
-        return Event::Created;
-    }
-    let mut changed_fields: Vec<_> = notices.iter().flat_map(|notice| notice.event.changed_fields()).cloned().collect();
+    let mut changed_fields: Vec<_> = events.flat_map(Event::changed_fields).cloned().collect();
     changed_fields.sort_unstable();
     changed_fields.dedup();
     Event::Updated { changed_fields }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn updated(fields: &[&str]) -> Event {
+        Event::Updated { changed_fields: fields.iter().map(|field| field.parse().unwrap()).collect() }
+    }
+
+    #[test]
+    fn several_events_come_to_one() {
+        let (city, both) = (updated(&["city"]), updated(&["phone", "city"]));
+        assert_eq!(merged([&both, &city].into_iter()), updated(&["city", "phone"]));
+        assert_eq!(merged([&city, &Event::Created].into_iter()), Event::Created);
+        assert_eq!(merged([&Event::Deleted, &Event::Created, &city].into_iter()), Event::Deleted);
+    }
 }

@@ -13,7 +13,8 @@ use crate::{
 
 /// The work that notices call for. Each method returns once the work is done: then the notice is acknowledged.
 ///
-/// Called for different users at the same time, for one user never. It may be called again for what it has done already.
+/// Called for different users at the same time, for one user never. It may be called again for what it has done already. It must not
+/// block its thread: what never gives the thread back cannot be stopped at its deadline.
 pub trait Handler: Send + Sync + 'static {
     /// A user has come into being, or into the view of this subscription by a backfill.
     fn created(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
@@ -42,9 +43,10 @@ pub struct News {
     pub user_id: Uuid,
     /// Of the newest notice.
     pub version: i64,
-    /// Deleted if one of the notices says so, else created if one does, else updated in the fields of all of them. A hint: what was
-    /// told in a notice that came later than a newer one is not in it.
+    /// Deleted if one of the notices says so, else created if one does, else updated in the fields of all of them, and of those whose
+    /// last attempt failed. A hint: what was told in a notice that came later than a newer one is not in it.
     pub event: Event,
+    /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,
     pub(super) owner: Owner,
     pub(super) latest: std::sync::Arc<OnceCell<Latest>>,
@@ -81,6 +83,11 @@ impl Failure {
     pub fn outage(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { kind: Kind::Outage, cause: cause.into() }
     }
+
+    /// A failed attempt, for causes that `?` does not take: words, or an `anyhow::Error`.
+    pub fn because(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { kind: Kind::Attempt(Reason::HandlerFailed), cause: cause.into() }
+    }
 }
 
 impl<E: Error + Send + Sync + 'static> From<E> for Failure {
@@ -89,18 +96,24 @@ impl<E: Error + Send + Sync + 'static> From<E> for Failure {
     }
 }
 
-fn kind(cause: &(dyn Error + 'static)) -> Kind {
+/// What the error says, or the first of its causes that is known here: an application wraps errors in its own.
+fn kind(error: &(dyn Error + 'static)) -> Kind {
+    let chain = std::iter::successors(Some(error), |error| (*error).source());
+    chain.into_iter().find_map(known).unwrap_or(Kind::Attempt(Reason::HandlerFailed))
+}
+
+fn known(cause: &(dyn Error + 'static)) -> Option<Kind> {
     #[cfg(feature = "mirror")]
     match cause.downcast_ref() {
-        Some(crate::mirror::MirrorError::Fetch(error)) => return kind_of_fetch(error),
-        Some(crate::mirror::MirrorError::Database(error)) => return kind_of_database(error),
+        Some(crate::mirror::MirrorError::Fetch(error)) => return Some(kind_of_fetch(error)),
+        Some(crate::mirror::MirrorError::Database(error)) => return Some(kind_of_database(error)),
         None => {}
     }
     #[cfg(feature = "mirror")]
     if let Some(error) = cause.downcast_ref() {
-        return kind_of_database(error);
+        return Some(kind_of_database(error));
     }
-    cause.downcast_ref().map_or(Kind::Attempt(Reason::HandlerFailed), kind_of_fetch)
+    cause.downcast_ref().map(kind_of_fetch)
 }
 
 fn kind_of_fetch(error: &FetchError) -> Kind {
@@ -174,6 +187,8 @@ pub(super) fn boxed(catch_up: impl CatchUp) -> BoxedCatchUp {
 pub enum Dropped {
     /// This version of the user, or a newer one, was handled already.
     Old,
+    /// The same message was there twice.
+    Duplicate,
     /// The subscription does not ask for it (any more).
     Unwanted,
 }
@@ -197,3 +212,24 @@ pub trait Observer: Send + Sync + 'static {
 pub(super) struct Blind;
 
 impl Observer for Blind {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the badge cannot be printed")]
+    struct Wrapped(#[source] FetchError);
+
+    #[test]
+    fn an_outage_is_told_from_a_failed_attempt_however_it_is_wrapped() {
+        let unavailable = FetchError::Unavailable("no answer");
+        assert_eq!(Failure::from(unavailable.clone()).kind, Kind::Outage);
+        assert_eq!(Failure::from(Wrapped(unavailable)).kind, Kind::Outage);
+        assert_eq!(Failure::from(Wrapped(FetchError::UnknownUser)).kind, Kind::Attempt(Reason::UnknownUser));
+        let refused = FetchError::Refused { status: 500, code: String::new() };
+        assert_eq!(Failure::from(refused).kind, Kind::Attempt(Reason::FetchFailed));
+        assert_eq!(Failure::from(std::fmt::Error).kind, Kind::Attempt(Reason::HandlerFailed));
+        assert_eq!(Failure::because("no paper").kind, Kind::Attempt(Reason::HandlerFailed));
+    }
+}

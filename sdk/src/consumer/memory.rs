@@ -1,6 +1,7 @@
-//! Memory: which version of whom was handled last. Pure.
+//! Memory: which version of whom was handled last, and what could not be. Pure.
 //!
-//! Promise: a notice is called old only when the state that it tells of, or a later one, was handled.
+//! Promise: a notice is called old only when it, or one of a later version, was handled; and what it told was not lost by that: what
+//! failed is told again together with the next notice of that user.
 //! Not here, on purpose: anything that outlives the process. A handler must not mind seeing a notice again.
 
 use std::collections::{HashMap, VecDeque};
@@ -16,11 +17,13 @@ pub(super) struct Memory {
     arrivals: VecDeque<Uuid>,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct Handled {
     version: i64,
-    /// A state that was fetched may be of a deletion that no handler has heard of yet.
+    /// Nothing follows a deletion, and it is told whatever was told before.
     deletion: bool,
+    /// What the last attempt was about, if it failed.
+    owed: Option<(i64, Event)>,
 }
 
 impl Memory {
@@ -38,17 +41,31 @@ impl Memory {
 
     /// Notes that `version` of a user was handled.
     pub(super) fn note(&mut self, user: Uuid, version: i64, event: &Event) {
-        if !self.handled.contains_key(&user) {
-            self.arrivals.push_back(user);
-        }
-        let handled = self.handled.entry(user).or_default();
+        let handled = self.entry(user);
         handled.version = handled.version.max(version);
         handled.deletion |= *event == Event::Deleted;
-        if self.arrivals.len() > self.capacity
-            && let Some(oldest) = self.arrivals.pop_front()
-        {
-            self.handled.remove(&oldest);
+        handled.owed = None;
+    }
+
+    /// Notes that an attempt failed. A newer notice may be handled before it is tried again, and then makes it old.
+    pub(super) fn owe(&mut self, user: Uuid, version: i64, event: Event) {
+        self.entry(user).owed = Some((version, event));
+    }
+
+    pub(super) fn owed(&self, user: Uuid) -> Option<(i64, Event)> {
+        self.handled.get(&user)?.owed.clone()
+    }
+
+    fn entry(&mut self, user: Uuid) -> &mut Handled {
+        if !self.handled.contains_key(&user) {
+            self.arrivals.push_back(user);
+            if self.arrivals.len() > self.capacity
+                && let Some(oldest) = self.arrivals.pop_front()
+            {
+                self.handled.remove(&oldest);
+            }
         }
+        self.handled.entry(user).or_default()
     }
 }
 
@@ -72,10 +89,20 @@ mod tests {
         memory.note(ana, 7, &updated());
         assert!(memory.is_old(&notice(1, 7, updated())) && memory.is_old(&notice(1, 1, Event::Created)));
         assert!(!memory.is_old(&notice(1, 8, updated())));
-        // The state of version 7 that was fetched may have been the tombstone.
         assert!(!memory.is_old(&notice(1, 7, Event::Deleted)));
         memory.note(ana, 7, &Event::Deleted);
         assert!(memory.is_old(&notice(1, 7, Event::Deleted)) && memory.is_old(&notice(1, 8, updated())));
+    }
+
+    #[test]
+    fn what_failed_is_owed_until_something_succeeds() {
+        let (mut memory, ana) = (Memory::new(10), Uuid::from_u128(1));
+        memory.owe(ana, 1, Event::Created);
+        assert!(!memory.is_old(&notice(1, 1, Event::Created)));
+        assert_eq!(memory.owed(ana), Some((1, Event::Created)));
+        memory.note(ana, 2, &Event::Created);
+        assert!(memory.is_old(&notice(1, 1, Event::Created)));
+        assert_eq!(memory.owed(ana), None);
     }
 
     #[test]

@@ -108,6 +108,13 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// A registered subscription has the queues that the registry made.
+    fn retry_delays(&self) -> &[Duration] {
+        if self.declares { &self.retry_delays } else { &RETRY_DELAYS }
+    }
+}
+
 /// The URL of a broker is not one. It is not repeated: it may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected the broker's URL, such as amqp://USER:PASSWORD@HOST/VHOST")]
@@ -118,9 +125,14 @@ pub struct InvalidUrl;
 pub enum StartError {
     #[error(transparent)]
     Topology(#[from] topology::Error),
-    /// User, password or virtual host are wrong.
-    #[error("the broker refuses the login")]
+    #[error("the broker refuses the login: check user, password and virtual host in its URL")]
     Login,
+    #[error(
+        "there is no queue {0:?} at the broker: register the subscription with its owner first, or let the consumer declare it"
+    )]
+    NotRegistered(String),
+    #[error("there is no exchange {0:?} at the broker: check its name, and that its owner has been started there once")]
+    NoExchange(String),
 }
 
 impl Consumer {
@@ -139,7 +151,6 @@ impl Consumer {
     #[must_use]
     pub fn registered(mut self) -> Self {
         self.settings.declares = false;
-        self.settings.retry_delays = RETRY_DELAYS.to_vec();
         self
     }
 

@@ -4,12 +4,13 @@
 //! Not here, on purpose: the connection that consumes. In an alarm a broker does not read from connections that publish, and would not
 //! hear our acknowledgements.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, mem, pin::pin, time::Duration};
 
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection,
+    message::Delivery,
     options::{BasicPublishOptions, ConfirmSelectOptions},
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
     uri::AMQPUri,
 };
 use time::OffsetDateTime;
@@ -17,14 +18,30 @@ use tokio::{sync::Mutex, time::timeout};
 
 use super::session::{CONNECT_DEADLINE, connect};
 use crate::{
+    envelope::{APP_ID, Event, FieldName, message_id},
     letter::{Letter, Reason},
     subscription::SubscriptionName,
-    topology::{DEAD, retry_key},
+    topology::{BACKFILL, DEAD, retry_key},
 };
 
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
 /// Of a message that is no notice, more than this is not kept.
 const BODY_LIMIT_BYTES: usize = 64 * 1024;
+/// Headers that travel on, beside one for each field.
+const CARRIED: [&str; 9] = [
+    "version",
+    "traceparent",
+    "cloudEvents_specversion",
+    "cloudEvents_id",
+    "cloudEvents_source",
+    "cloudEvents_type",
+    "cloudEvents_subject",
+    "cloudEvents_time",
+    BACKFILL,
+];
+/// All headers have to go into one frame, with room for what we add.
+const FIELD_LIMIT: usize = 1_000;
+const TEXT_LIMIT_BYTES: usize = 512;
 
 pub(super) struct Parker {
     uri: AMQPUri,
@@ -35,11 +52,10 @@ pub(super) struct Parker {
 
 struct Line {
     channel: Channel,
-    /// Dropping it would close it.
-    _connection: Connection,
+    connection: Connection,
 }
 
-/// A message that failed, as it came.
+/// A message that failed, without whatever is no part of a notice.
 pub(super) struct Failed {
     pub properties: BasicProperties,
     pub body: Vec<u8>,
@@ -49,38 +65,58 @@ pub(super) struct Failed {
 }
 
 impl Failed {
-    /// What goes to the broker: the message as it was told, and what has become of it.
-    fn message(&self, letter: &Letter) -> (BasicProperties, &[u8]) {
-        let mut headers = match self.reason {
-            // Nobody knows what is in them.
-            Reason::Malformed => FieldTable::default(),
-            _ => self.properties.headers().clone().unwrap_or_default(),
-        };
-        // The broker's own notes of earlier journeys: it would take them for a circle.
-        let notes: Vec<_> = headers.inner().keys().filter(|name| name.as_str().starts_with("x-")).cloned().collect();
-        let mut kept = FieldTable::default();
-        for (name, value) in headers.inner().iter().filter(|(name, _)| !notes.contains(name)) {
-            kept.insert(name.clone(), value.clone());
+    /// Takes what is to be kept out of the message. A body too large for a notice is let go at once.
+    pub(super) fn take(delivery: &mut Delivery, reason: Reason, attempts: u32) -> Self {
+        let mut body = mem::take(&mut delivery.data);
+        if body.len() > BODY_LIMIT_BYTES {
+            body = vec![];
         }
-        headers = kept;
+        Self { properties: carried(&delivery.properties), body, reason, attempts }
+    }
+
+    /// The message as it was told, and what has become of it.
+    fn properties(&self, letter: &Letter) -> BasicProperties {
+        let mut headers = self.properties.headers().clone().unwrap_or_default();
         letter.write(&mut headers);
-        let mut properties = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
-        if let Some(id) = self.properties.message_id().clone() {
-            properties = properties.with_message_id(id);
-        }
-        if let Some(kind) = self.properties.kind().clone() {
-            properties = properties.with_type(kind);
-        }
-        if let Some(content_type) = self.properties.content_type().clone() {
-            properties = properties.with_content_type(content_type);
-        }
-        if let Some(timestamp) = *self.properties.timestamp() {
-            properties = properties.with_timestamp(timestamp);
-        }
-        if let Some(app_id) = self.properties.app_id().clone() {
-            properties = properties.with_app_id(app_id);
-        }
-        (properties, if self.body.len() > BODY_LIMIT_BYTES { &[] } else { &self.body })
+        self.properties.clone().with_headers(headers)
+    }
+}
+
+/// What a notice is made of, and nothing else. Whoever made the message may have put in what sends it elsewhere (`CC`), has the broker
+/// refuse it (a foreign `user_id`), or lets it expire before anybody has looked at it.
+fn carried(properties: &BasicProperties) -> BasicProperties {
+    let mut kept = BasicProperties::default().with_delivery_mode(2).with_headers(headers(properties));
+    if let Some(id) = message_id(properties) {
+        kept = kept.with_message_id(id.to_string().into());
+    }
+    if let Some(kind) = properties.kind().clone().filter(|kind| Event::NAMES.contains(&kind.as_str())) {
+        kept = kept.with_type(kind);
+    }
+    if let Some(timestamp) = *properties.timestamp() {
+        kept = kept.with_timestamp(timestamp);
+    }
+    kept.with_content_type("application/json".into()).with_app_id(APP_ID.into())
+}
+
+fn headers(properties: &BasicProperties) -> FieldTable {
+    let Some(headers) = properties.headers() else { return FieldTable::default() };
+    let (known, fields): (Vec<_>, Vec<_>) =
+        headers.inner().iter().partition(|(name, _)| CARRIED.contains(&name.as_str()));
+    let known = known.into_iter().filter(|(_, value)| is_small(value));
+    let fields = fields.into_iter().filter(|(name, value)| is_field(name.as_str(), value)).take(FIELD_LIMIT);
+    known.chain(fields).map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>().into()
+}
+
+fn is_field(name: &str, value: &AMQPValue) -> bool {
+    let field = name.strip_prefix("field.").is_some_and(|field| field.parse::<FieldName>().is_ok());
+    field && *value == AMQPValue::Boolean(true)
+}
+
+fn is_small(value: &AMQPValue) -> bool {
+    match value {
+        AMQPValue::LongString(text) => text.as_bytes().len() <= TEXT_LIMIT_BYTES,
+        AMQPValue::FieldTable(_) | AMQPValue::FieldArray(_) | AMQPValue::ByteArray(_) => false,
+        _ => true,
     }
 }
 
@@ -107,7 +143,7 @@ impl Parker {
             Some(open) if open.channel.status().connected() => open,
             _ => self.open().await?,
         };
-        self.publish(&open.channel, &key, failed, &letter).await?;
+        self.publish(&open, &key, failed, &letter).await?;
         *line = Some(open);
         Ok(delay.is_none())
     }
@@ -121,22 +157,69 @@ impl Parker {
             lapin::Result::Ok(channel)
         });
         let channel = opened.await.map_err(|_| "no answer".to_owned())?.map_err(|error| error.to_string())?;
-        Ok(Line { channel, _connection: connection })
+        Ok(Line { channel, connection })
     }
 
     /// One at a time, so that a returned message can be no other.
-    async fn publish(&self, channel: &Channel, key: &str, failed: &Failed, letter: &Letter) -> Result<(), String> {
-        let (properties, body) = failed.message(letter);
+    async fn publish(&self, line: &Line, key: &str, failed: &Failed, letter: &Letter) -> Result<(), String> {
+        let (exchange, properties) = (self.name.as_str().into(), failed.properties(letter));
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let published = async {
-            channel.basic_publish(self.name.as_str().into(), key.into(), options, body, properties).await?.await
-        };
-        match timeout(CONFIRM_DEADLINE, published).await {
-            Ok(Ok(Confirmation::Ack(None))) => Ok(()),
-            Ok(Ok(Confirmation::Ack(Some(_)))) => Err(format!("there is no queue for {key:?}")),
-            Ok(Ok(_)) => Err("the broker refused it".to_owned()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("not confirmed within {CONFIRM_DEADLINE:?}")),
+        let mut published = pin!(async {
+            line.channel.basic_publish(exchange, key.into(), options, &failed.body, properties).await?.await
+        });
+        loop {
+            return match timeout(CONFIRM_DEADLINE, &mut published).await {
+                Ok(Ok(Confirmation::Ack(None))) => Ok(()),
+                Ok(Ok(Confirmation::Ack(Some(_)))) => Err(format!("there is no queue for {key:?}")),
+                Ok(Ok(_)) => Err("the broker refused it".to_owned()),
+                Ok(Err(error)) => Err(error.to_string()),
+                // An alarm. What was sent is confirmed when it ends; sent again, it would be there twice.
+                Err(_) if line.connection.status().blocked() => continue,
+                Err(_) => Err(format!("not confirmed within {CONFIRM_DEADLINE:?}")),
+            };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::Notice;
+
+    #[test]
+    fn a_notice_travels_on_as_it_was() {
+        let notice = Notice {
+            message_id: uuid::Uuid::from_u128(1),
+            user_id: uuid::Uuid::from_u128(2),
+            version: 7,
+            event: Event::Updated { changed_fields: vec!["city".parse().unwrap()] },
+            occurred_at: OffsetDateTime::UNIX_EPOCH,
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().ok(),
+        };
+        let (properties, _) = notice.to_message("urn:tidings:test");
+        assert_eq!(carried(&properties), properties);
+    }
+
+    #[test]
+    fn what_is_no_part_of_a_notice_stays_behind() {
+        let mut headers = FieldTable::default();
+        headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("elsewhere".into())].into()));
+        headers.insert("x-death".into(), AMQPValue::LongString("of old age".into()));
+        headers.insert("version".into(), AMQPValue::FieldTable(FieldTable::default()));
+        headers.insert("field.city".into(), AMQPValue::LongString("Riga".into()));
+        headers.insert("traceparent".into(), AMQPValue::LongString("x".repeat(513).into()));
+        let hostile = BasicProperties::default()
+            .with_headers(headers)
+            .with_expiration("1".into())
+            .with_user_id("somebody".into())
+            .with_reply_to("elsewhere".into())
+            .with_type("Ana".into())
+            .with_message_id("Ana".into());
+        let plain = BasicProperties::default()
+            .with_delivery_mode(2)
+            .with_headers(FieldTable::default())
+            .with_content_type("application/json".into())
+            .with_app_id(APP_ID.into());
+        assert_eq!(carried(&hostile), plain);
     }
 }

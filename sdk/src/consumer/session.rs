@@ -1,8 +1,8 @@
 //! A session: one connection to the broker, from being bound to being lost.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::HashSet, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::{
     Channel, Connection, ConnectionProperties,
     message::Delivery,
@@ -12,10 +12,11 @@ use lapin::{
     uri::AMQPUri,
 };
 use tokio::{
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::{Instant, MissedTickBehavior, interval_at, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::{
     Consumer, StartError,
@@ -25,7 +26,11 @@ use super::{
     memory::Memory,
     park::Parker,
 };
-use crate::{envelope::Notice, letter::Letter, topology};
+use crate::{
+    envelope::Notice,
+    letter::{Letter, Reason},
+    topology,
+};
 
 /// For the whole of connecting: lapin itself would wait for a silent peer for ever.
 pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -33,6 +38,7 @@ pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For handlers that run when the connection is lost: their messages will come again, and one user is not handled twice at once.
 const LOSS_FAREWELL: Duration = Duration::from_secs(5);
+const ABORT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a session ended.
 pub(super) enum Ended {
@@ -109,19 +115,13 @@ impl<'a> Session<'a> {
         let name = &consumer.subscription.name;
         let connection = connect(&consumer.uri, name.as_str()).await?;
         let looking = request(connection.create_channel()).await?;
-        match topology::depth(&looking, name.queue()).await {
-            Ok(_) => {}
-            Err(topology::Error::Missing(_)) if consumer.settings.declares => {
-                // New at the first start; later it was there, and somebody deleted it.
-                if *gap == Gap::Reconnected {
-                    *gap = Gap::QueueLost;
-                }
+        if let Some(part) = consumer.missing(&looking).await? {
+            // New at the first start; later it was there, and somebody deleted it.
+            if *gap == Gap::Reconnected {
+                *gap = Gap::QueueLost;
             }
-            Err(error) => {
-                if *gap == Gap::Reconnected && matches!(error, topology::Error::Missing(_)) {
-                    *gap = Gap::QueueLost;
-                }
-                return Err(error.into());
+            if part == name.queue() && !consumer.settings.declares {
+                return Err(Ended::Refused(StartError::NotRegistered(part)));
             }
         }
         let channel = request(connection.create_channel()).await?;
@@ -131,10 +131,14 @@ impl<'a> Session<'a> {
         let session = Self { consumer, connection, channel, lanes: Lanes::new(), jobs: JoinSet::new() };
         if let Some(catch_up) = &consumer.catch_up {
             tracing::info!(subscription = %name, ?gap, "catching up");
-            catch_up.run(*gap).await.map_err(|failure| {
-                tracing::debug!(?failure, "catching up failed");
-                Ended::Lost("catching up failed".to_owned())
-            })?;
+            match AssertUnwindSafe(catch_up.run(*gap)).catch_unwind().await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => {
+                    tracing::debug!(?failure, "catching up failed");
+                    return Err(Ended::Lost("catching up failed".to_owned()));
+                }
+                Err(_) => return Err(Ended::Lost("catching up panicked".to_owned())),
+            }
         }
         *gap = Gap::Reconnected;
         Ok(session)
@@ -148,20 +152,20 @@ impl<'a> Session<'a> {
         stop: &CancellationToken,
     ) -> Ended {
         let over = CancellationToken::new();
-        let attempts = Arc::new(self.attempts(handler.clone(), over.clone()));
+        let attempts = Arc::new(self.attempts(handler.clone(), stop.clone(), over.clone()));
         let ended = match self.listen(&attempts, memory, stop).await {
             Ok(()) => Ended::Left,
             Err(ended) => ended,
         };
         let bound = if matches!(ended, Ended::Left) { self.consumer.settings.farewell } else { LOSS_FAREWELL };
-        self.finish(memory, bound, &over).await;
+        self.finish(&attempts, memory, bound).await;
         let _ = timeout(REQUEST_DEADLINE, self.connection.close(200, "bye".into())).await;
         ended
     }
 
-    fn attempts<H: Handler>(&self, handler: Arc<H>, over: CancellationToken) -> Attempts<H> {
+    fn attempts<H: Handler>(&self, handler: Arc<H>, stop: CancellationToken, over: CancellationToken) -> Attempts<H> {
         let Consumer { uri, subscription, owner, settings, observer, .. } = self.consumer;
-        let parker = Parker::new(uri.clone(), subscription.name.clone(), settings.retry_delays.clone());
+        let parker = Parker::new(uri.clone(), subscription.name.clone(), settings.retry_delays().to_vec());
         Attempts {
             handler,
             owner: owner.clone(),
@@ -169,6 +173,7 @@ impl<'a> Session<'a> {
             observer: observer.clone(),
             deadline: settings.handler_deadline,
             subscription: subscription.name.to_string(),
+            stop,
             over,
         }
     }
@@ -194,7 +199,9 @@ impl<'a> Session<'a> {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Some(done) = self.jobs.join_next() => self.take(done, memory).await?,
+                Some(done) = self.jobs.join_next() => self.take(done, attempts, memory).await?,
+                // Before the news, of which there may be no end.
+                _ = check.tick() => self.check().await?,
                 delivery = news.next() => match delivery {
                     Some(Ok(delivery)) => self.arrive(delivery, attempts).await?,
                     Some(Err(error)) => return Err(lost(error)),
@@ -202,7 +209,6 @@ impl<'a> Session<'a> {
                     None if self.connection.status().connected() => return Err(Ended::QueueLost),
                     None => return Err(Ended::Lost("the connection to the broker is lost".to_owned())),
                 },
-                _ = check.tick() => self.check().await?,
             }
         }
         // Nothing new from here on; what was handed out and not begun goes back when the channel closes.
@@ -211,7 +217,7 @@ impl<'a> Session<'a> {
 
     async fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) -> Result<(), Ended> {
         let Ok(notice) = Notice::from_message(&delivery.properties, &delivery.data) else {
-            self.jobs.spawn(attempts.clone().malformed(delivery));
+            self.jobs.spawn(attempts.clone().park(delivery, Reason::Malformed, 0));
             return Ok(());
         };
         let subscription = &self.consumer.subscription;
@@ -237,48 +243,79 @@ impl<'a> Session<'a> {
             && let Some((user, group)) = self.lanes.next()
         {
             let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
-            for arrival in old {
-                self.consumer.observer.dropped(Dropped::Old);
-                ack(&arrival.delivery).await?;
-            }
+            let (news, again) = distinct(news);
+            self.drop_all(old, Dropped::Old).await?;
+            self.drop_all(again, Dropped::Duplicate).await?;
             if news.is_empty() {
                 self.lanes.back(user);
             } else {
-                self.jobs.spawn(attempts.clone().group(user, news));
+                self.jobs.spawn(attempts.clone().group(user, news, memory.owed(user)));
                 self.consumer.observer.under_way(self.lanes.out());
             }
         }
         Ok(())
     }
 
-    async fn take(&mut self, done: Result<Report, tokio::task::JoinError>, memory: &mut Memory) -> Result<(), Ended> {
-        let Report { user, done, handled } = done.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))?;
-        self.lanes.back(user);
-        self.consumer.observer.under_way(self.lanes.out());
-        if let Some((version, event)) = handled {
-            memory.note(user, version, &event);
-        }
-        for delivery in done {
-            ack(&delivery).await?;
+    async fn drop_all(&self, arrivals: Vec<Arrival>, why: Dropped) -> Result<(), Ended> {
+        for arrival in arrivals {
+            self.consumer.observer.dropped(why);
+            ack(&arrival.delivery).await?;
         }
         Ok(())
     }
 
+    async fn take<H: Handler>(
+        &mut self,
+        report: Result<Report, JoinError>,
+        attempts: &Arc<Attempts<H>>,
+        memory: &mut Memory,
+    ) -> Result<(), Ended> {
+        match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
+            Report::Handled { user, version, event, done } => {
+                self.is_back(user);
+                memory.note(user, version, &event);
+                for delivery in done {
+                    ack(&delivery).await?;
+                }
+            }
+            Report::Failed { user, version, event, reason, arrivals } => {
+                self.is_back(user);
+                memory.owe(user, version, event);
+                // What came on a connection that is lost comes again by itself.
+                for Arrival { delivery, attempts: tried, .. } in
+                    arrivals.into_iter().filter(|a| a.delivery.acker.usable())
+                {
+                    self.jobs.spawn(attempts.clone().park(delivery, reason, tried));
+                }
+            }
+            Report::GivenUp { user } => self.is_back(user),
+            Report::Parked(None) => {}
+            Report::Parked(Some(delivery)) => ack(&delivery).await?,
+        }
+        Ok(())
+    }
+
+    fn is_back(&mut self, user: Uuid) {
+        self.lanes.back(user);
+        self.consumer.observer.under_way(self.lanes.out());
+    }
+
     /// Lets running handlers end, within a bound, and acknowledges what they did as long as somebody listens.
-    async fn finish(&mut self, memory: &mut Memory, bound: Duration, over: &CancellationToken) {
+    async fn finish<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &mut Memory, bound: Duration) {
         let end = Instant::now() + bound;
         while let Ok(Some(done)) = timeout_at(end, self.jobs.join_next()).await {
             // On a connection that is lost there is nobody to acknowledge to; that it was handled is remembered all the same.
-            let _ = self.take(done, memory).await;
+            let _ = self.take(done, attempts, memory).await;
         }
-        over.cancel();
-        self.jobs.shutdown().await;
+        attempts.over.cancel();
+        // A handler that blocks its thread never ends; we do.
+        let _ = timeout(ABORT_DEADLINE, self.jobs.shutdown()).await;
     }
 
     /// Nobody is told when an exchange or a binding is deleted.
     async fn check(&self) -> Result<(), Ended> {
         let channel = request(self.connection.create_channel()).await?;
-        if !topology::has_exchange(&channel, &self.consumer.source.exchange).await? {
+        if self.consumer.missing(&channel).await?.is_some() {
             return Err(Ended::QueueLost);
         }
         if self.consumer.settings.declares {
@@ -290,8 +327,41 @@ impl<'a> Session<'a> {
 
 impl Consumer {
     async fn declare(&self, channel: &Channel) -> Result<(), Ended> {
-        Ok(topology::declare(channel, &self.source, &self.subscription, &self.settings.retry_delays).await?)
+        let delays = self.settings.retry_delays();
+        topology::declare(channel, &self.source, &self.subscription, delays).await.map_err(|error| match error {
+            topology::Error::Missing(exchange) if exchange == self.source.exchange => {
+                Ended::Refused(StartError::NoExchange(exchange))
+            }
+            error => error.into(),
+        })
     }
+
+    /// The first part that is not there of those whose loss means that news is lost. The channel is spent if there is one.
+    async fn missing(&self, channel: &Channel) -> Result<Option<String>, Ended> {
+        let name = &self.subscription.name;
+        match topology::depth(channel, name.queue()).await {
+            Ok(_) => {}
+            Err(topology::Error::Missing(queue)) => return Ok(Some(queue)),
+            Err(error) => return Err(error.into()),
+        }
+        let fields = (!self.subscription.fields.is_empty()).then(|| name.fields_exchange());
+        for exchange in [self.source.exchange.clone()].into_iter().chain(fields) {
+            if !topology::has_exchange(channel, &exchange).await? {
+                return Ok(Some(exchange));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Each message once, in the order of versions; and those that were there again. The one that was tried most often stands for all.
+fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
+    let mut seen = HashSet::new();
+    arrivals.sort_by_key(|arrival| Reverse(arrival.attempts));
+    let (mut first, again): (Vec<_>, Vec<_>) =
+        arrivals.into_iter().partition(|arrival| seen.insert(arrival.notice.message_id));
+    first.sort_by_key(|arrival| arrival.notice.version);
+    (first, again)
 }
 
 /// A backfill is for those who have lost what they held, whatever this process remembers.
