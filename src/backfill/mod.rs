@@ -16,8 +16,11 @@ pub use model::{Backfill, DEFAULT_MAX_WAITING, DEFAULT_RATE, MAX_USER_IDS, Plan,
 pub use runner::Runner;
 pub use store::{FIND, FINISH, KNOWN, MOVE_ON, RUNNING, START, THESE, TURN, WAIT, WALK};
 
-use sqlx::PgPool;
+use std::time::Duration;
+
+use sqlx::{PgConnection, PgPool};
 use tidings_sdk::subscription::SubscriptionName;
+use time::OffsetDateTime;
 
 use crate::db::{self, Trouble};
 
@@ -49,6 +52,22 @@ pub enum Error {
     Over,
     #[error("the query failed")]
     Query(#[from] Trouble),
+}
+
+/// Changes are dated by the beginning of their transaction, and what a consumer had not acknowledged was told before it was lost.
+const MARGIN: Duration = Duration::from_secs(600);
+
+/// Starts telling a subscription anew what it has lost. One that is under way goes on instead, and is for its owner to judge.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn make_good(
+    db: &mut PgConnection,
+    name: &SubscriptionName,
+    missing_since: OffsetDateTime,
+) -> sqlx::Result<bool> {
+    let users = Whom::ChangedSince(missing_since - MARGIN);
+    store::start(db, name, &Plan { users, rate_per_s: DEFAULT_RATE, max_waiting: DEFAULT_MAX_WAITING }).await
 }
 
 impl Backfills {

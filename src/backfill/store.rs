@@ -1,6 +1,6 @@
 //! The SQL of backfills, and all of it. Of users it reads ids, versions and times, never a profile.
 
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgExecutor, PgPool};
 use tidings_sdk::subscription::{Subscription, SubscriptionName};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -133,14 +133,14 @@ pub async fn is_known(pool: &PgPool, name: &SubscriptionName) -> sqlx::Result<bo
 }
 
 /// False when one is under way.
-pub async fn start(pool: &PgPool, name: &SubscriptionName, plan: &Plan) -> sqlx::Result<bool> {
+pub async fn start<'e>(on: impl PgExecutor<'e>, name: &SubscriptionName, plan: &Plan) -> sqlx::Result<bool> {
     let (user_ids, changed_since) = match &plan.users {
         Whom::All => (None, None),
         Whom::These(ids) => (Some(ids), None),
         Whom::ChangedSince(since) => (None, Some(since)),
     };
     let start = sqlx::query(START).bind(name.as_str()).bind(Uuid::now_v7()).bind(user_ids).bind(changed_since);
-    let started = start.bind(plan.rate_per_s).bind(plan.max_waiting).bind(COUNT_LIMIT).fetch_all(pool).await?;
+    let started = start.bind(plan.rate_per_s).bind(plan.max_waiting).bind(COUNT_LIMIT).fetch_all(on).await?;
     Ok(!started.is_empty())
 }
 

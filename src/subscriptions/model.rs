@@ -36,6 +36,8 @@ pub struct Registered {
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
     pub seen: Seen,
+    /// Dead letters that were collected; at most 100,000 are counted.
+    pub dead_letters: u32,
     /// The database's clock when this was read.
     pub as_of: OffsetDateTime,
 }
@@ -187,6 +189,7 @@ mod tests {
             created_at: START,
             updated_at: START,
             seen,
+            dead_letters: 0,
             as_of: START,
         }
     }

@@ -7,7 +7,6 @@
 use std::{sync::Arc, time::Duration};
 
 use tidings_sdk::{subscription::SubscriptionName, topology::Depth};
-use time::OffsetDateTime;
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
@@ -16,7 +15,10 @@ use super::{
     model::{Registered, Registration, rfc3339},
     store,
 };
-use crate::db::{Db, Line};
+use crate::{
+    backfill,
+    db::{Db, Line},
+};
 
 /// Changes at the same time in one instance; each has connections of its own.
 const AT_ONCE: usize = 4;
@@ -104,9 +106,13 @@ impl Registrar {
             return Ok(());
         }
         let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
-        if let Some(last_seen_at) = lost {
-            on_queue_lost(row.name(), last_seen_at);
-        }
+        let Some(missing_since) = lost else { return Ok(()) };
+        tracing::warn!(
+            subscription = %row.name(),
+            missing_since = rfc3339(missing_since),
+            "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
+        );
+        line.run_in_session(async |db| backfill::make_good(db, row.name(), missing_since).await).await?;
         Ok(())
     }
 
@@ -114,7 +120,7 @@ impl Registrar {
     pub async fn delete(&self, name: SubscriptionName, discard: bool) -> Result<(), Error> {
         self.in_turn(&name, async |line| {
             let row = find(line, &name).await?.ok_or(Error::NotFound)?;
-            let waiting = self.waiting(&name).await?;
+            let waiting = self.waiting(&row).await?;
             if !discard && waiting != Waiting::default() {
                 return Err(Error::NotEmpty(waiting));
             }
@@ -132,18 +138,19 @@ impl Registrar {
             if looks.iter().any(|look| look.work.is_some_and(|depth| depth.consumers > 0)) {
                 return Ok(None);
             }
-            let waiting = self.waiting(name).await?;
+            let waiting = self.waiting(&row).await?;
             self.remove(line, &row).await?;
             Ok(Some(waiting))
         })
         .await
     }
 
-    async fn waiting(&self, name: &SubscriptionName) -> Result<Waiting, Error> {
+    async fn waiting(&self, row: &Registered) -> Result<Waiting, Error> {
+        let name = row.name();
         let look = self.desk.look(&[name]).await?;
         let ready = |depth: Option<Depth>| depth.map_or(0, |depth| depth.ready);
         let (work, dead) = look.first().map_or((0, 0), |look| (ready(look.work), ready(look.dead)));
-        Ok(Waiting { ready: work, retrying: self.desk.retrying(name).await?, dead_letters: dead })
+        Ok(Waiting { ready: work, retrying: self.desk.retrying(name).await?, dead_letters: dead + row.dead_letters })
     }
 
     /// The broker first: a queue that nobody knows of would fill for ever.
@@ -182,17 +189,6 @@ impl Registrar {
         drop(line.run_in_session(async |db| store::unlock(db, name).await).await);
         outcome
     }
-}
-
-/// A queue that was declared is gone, and news told since `last_seen_at` will be missing from the one that takes its place. Here its
-/// subscriber is to be brought up to date, by a backfill, and [`super::Subscriptions::recovered`] to be called when that is done; for
-/// now the loss is recorded, and [`Registered::is_lost`] says so.
-fn on_queue_lost(name: &SubscriptionName, last_seen_at: OffsetDateTime) {
-    tracing::warn!(
-        subscription = %name,
-        last_seen_at = rfc3339(last_seen_at),
-        "its queue was deleted at the broker: declaring it again; news told in between is missing"
-    );
 }
 
 async fn find(line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {

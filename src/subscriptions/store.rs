@@ -15,7 +15,10 @@ pub const MOST: i64 = 1_000;
 pub const FIND: &str = "
 select name, routing_keys, fields, owner, purpose, created_at, updated_at, revision, declared_revision, bound_keys, bound_fields,
        expires_after_s, unattended_since, consumer_seen_at, waiting_since, last_activity_at, lost_at, missing_since, recovered_at,
-       expiry_warned_at, now() as as_of
+       expiry_warned_at,
+       -- Collected already; those that lie in NAME.dead come on top. Counted as far as anybody reads.
+       (select count(*) from (select from dead_letters where subscription = name limit 100000) as first_ones) as dead_letters,
+       now() as as_of
   from subscriptions
  where $1::text is null or name = $1
  order by name
@@ -91,7 +94,8 @@ update subscriptions
    set lost_at = now(),
        missing_since = case
          when lost_at is not null and (recovered_at is null or recovered_at < lost_at) then missing_since
-         else greatest((select looked_at from subscriptions_looked_at), updated_at)
+         -- What lay in it is missing too.
+         else least(waiting_since, greatest((select looked_at from subscriptions_looked_at), updated_at))
        end,
        declared_revision = 0
  where name = $1 and declared_revision > 0
@@ -234,6 +238,7 @@ struct Row {
     missing_since: Option<OffsetDateTime>,
     recovered_at: Option<OffsetDateTime>,
     expiry_warned_at: Option<OffsetDateTime>,
+    dead_letters: i64,
     as_of: OffsetDateTime,
 }
 
@@ -252,6 +257,7 @@ impl Row {
             bound: subscription(name, &self.bound_keys, &self.bound_fields)?,
             created_at: self.created_at,
             updated_at: self.updated_at,
+            dead_letters: u32::try_from(self.dead_letters).unwrap_or(u32::MAX),
             seen: Seen {
                 unattended_since: self.unattended_since,
                 consumer_seen_at: self.consumer_seen_at,

@@ -122,7 +122,7 @@ impl View {
                 waiting_since: (depth.ready > 0).then(|| row.seen.waiting_since.unwrap_or(row.as_of)),
                 head_message_at: told.and_then(|queue| queue.head_message_at),
             }),
-            dead_letters: look.and_then(|look| look.dead).map(|dead| dead.ready),
+            dead_letters: look.and_then(|look| look.dead).map(|dead| dead.ready + row.dead_letters),
             last_activity_at: row.seen.last_activity_at,
             consumer_seen_at: if is_attended { Some(row.as_of) } else { row.seen.consumer_seen_at },
             expires_at: row.expires_at(),

@@ -22,7 +22,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (outbox::LAG, 2),
         (outbox::LAST_ID, 1),
         (relay::TRY_LEAD, 1),
-        (subscriptions::FIND, 21),
+        (subscriptions::FIND, 22),
         (subscriptions::PUT, 1),
         (subscriptions::MARK_DECLARED, 0),
         (subscriptions::MARK_LOST, 1),

@@ -436,7 +436,7 @@ async fn a_queue_that_an_admin_deleted_is_declared_again_and_said_to_be_lost(db:
     let lost = house.comes_to_be(&orders, "queue_lost").await;
     let (lost_at, missing_since) = (lost["lost_at"].as_str().unwrap(), lost["missing_since"].as_str().unwrap());
     assert!(missing_since <= lost_at && missing_since >= lost["created_at"].as_str().unwrap(), "{lost}");
-    house.logs(&["WARN", &orders, "its queue was deleted at the broker", "last_seen_at"]).await;
+    house.logs(&["WARN", &orders, "its queue was deleted at the broker", "missing_since"]).await;
     let metric = format!("tidings_subscription_queue_lost{{name=\"{orders}\"}}");
     let shows = async |value: f64| {
         eventually("the metric", async || match house.metric(&metric).await {
