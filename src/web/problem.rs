@@ -142,7 +142,8 @@ fn title(status: StatusCode) -> String {
 /// The refusals that any route may answer with, for the OpenAPI document.
 #[derive(utoipa::IntoResponses)]
 pub enum Refusals {
-    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_query`, `invalid_header`, `invalid_cursor`.
+    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_query`, `invalid_header`, `invalid_cursor`,
+    /// `invalid_subscription_name`.
     #[response(status = 400, content_type = "application/problem+json")]
     BadRequest(ProblemBody),
     /// `method_not_allowed`; `Allow` names the methods there are.
@@ -154,8 +155,9 @@ pub enum Refusals {
     /// `internal`: the service failed.
     #[response(status = 500, content_type = "application/problem+json")]
     Internal(ProblemBody),
-    /// Not now, see `Retry-After`: `database_unavailable`, `overloaded`, `not_yet_visible`, `deadline_exceeded`. After
-    /// `outcome_unknown` a change may have been made: read before you repeat it.
+    /// Not now, see `Retry-After`: `database_unavailable`, `overloaded`, `not_yet_visible`, `deadline_exceeded`; for subscriptions
+    /// also `broker_unavailable`, `broker_refused`, `no_broker_here`, `subscription_busy`. After `outcome_unknown` a change may have
+    /// been made: read before you repeat it.
     #[response(status = 503, content_type = "application/problem+json")]
     Unavailable(ProblemBody),
 }
