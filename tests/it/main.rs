@@ -25,5 +25,6 @@ mod races;
 mod refusals;
 mod relay;
 mod sdk;
+mod sdk_faults;
 mod statements;
 mod users;
