@@ -195,7 +195,8 @@ impl Listener {
     }
 
     pub async fn depth(&self, queue: &str) -> Option<Depth> {
-        let channel = self._connection.create_channel().await.unwrap();
+        // lapin may report the refusal of the last look, at a queue that was not there, to the next channel.
+        let channel = self._connection.create_channel().await.ok()?;
         topology::depth(&channel, queue).await.ok()
     }
 
