@@ -156,6 +156,7 @@ pub struct Listener {
     pub diary: Diary,
     pub subscription: Subscription,
     _connection: Connection,
+    amqp_url: String,
     pub channel: Channel,
     pub stop: CancellationToken,
     pub running: JoinHandle<Result<(), StartError>>,
@@ -189,14 +190,16 @@ impl Listener {
         let connection = connect(&house.audit.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let listener = Self { diary, subscription, _connection: connection, channel, stop, running };
+        let amqp_url = house.audit.amqp_url.clone();
+        let listener = Self { diary, subscription, _connection: connection, amqp_url, channel, stop, running };
         listener.listens().await;
         listener
     }
 
     pub async fn depth(&self, queue: &str) -> Option<Depth> {
-        // lapin may report the refusal of the last look, at a queue that was not there, to the next channel.
-        let channel = self._connection.create_channel().await.ok()?;
+        // On a connection of its own: lapin may tell the next channel that the one before it asked for a queue that is not there.
+        let connection = connect(&self.amqp_url).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
         topology::depth(&channel, queue).await.ok()
     }
 
