@@ -259,7 +259,7 @@ pub struct Service {
 /// A command of the binary with a clean environment and these settings.
 pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
     let mut tidings = Command::new(env!("CARGO_BIN_EXE_tidings"));
-    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE"] {
+    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE", "TIDINGS_RABBITMQ_MANAGEMENT_URL"] {
         tidings.env_remove(name);
     }
     tidings.args(command).envs(settings.iter().map(|(name, value)| (name, value)));

@@ -32,13 +32,18 @@ pub struct Load {
 
 impl Load {
     pub fn on(house: &House, users: &[Uuid], clients: usize) -> Self {
+        Self::at(&house.service.url, users, clients)
+    }
+
+    /// On the instance that listens there.
+    pub fn at(url: &str, users: &[Uuid], clients: usize) -> Self {
         let http = Client::builder().timeout(PATIENCE).build().unwrap();
         let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
         let clients = (0..clients)
             .map(|place| {
                 let client = Amending {
                     http: http.clone(),
-                    url: house.service.url.clone(),
+                    url: url.to_owned(),
                     users: users.to_vec(),
                     answered: Arc::clone(&answered),
                     failed: Arc::clone(&failed),

@@ -446,7 +446,7 @@ async fn an_outage_of_the_owner_makes_no_dead_letters(db: PgPool) {
     before.down();
     let users = load::users(&house, 20).await;
     eventually("calls to begin", async || match listener.diary.begun.load(Ordering::SeqCst) {
-        begun if begun > 40 => Ok(()),
+        begun if begun > 80 => Ok(()),
         begun => Err(begun),
     })
     .await;

@@ -1,7 +1,7 @@
 //! Statements: every SQL constant is good SQL on the migrated schema, and finds its way by index.
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Postgres, Row, SqlSafeStr, Statement, pool::PoolConnection};
-use tidings::{feed, outbox, relay, users};
+use tidings::{backfill, dead_letters, feed, outbox, relay, subscriptions, users};
 
 #[sqlx::test]
 async fn every_statement_can_be_prepared(db: PgPool) {
@@ -22,6 +22,40 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (outbox::LAG, 2),
         (outbox::LAST_ID, 1),
         (relay::TRY_LEAD, 1),
+        (subscriptions::FIND, 22),
+        (subscriptions::PUT, 1),
+        (subscriptions::MARK_DECLARED, 0),
+        (subscriptions::MARK_LOST, 1),
+        (subscriptions::TAKE_BACK, 0),
+        (subscriptions::FORGET, 0),
+        (subscriptions::OBSERVE, 0),
+        (subscriptions::RECOVERED, 0),
+        (subscriptions::LOOKED, 0),
+        (subscriptions::LOCK, 1),
+        (subscriptions::UNLOCK, 1),
+        (subscriptions::TRY_LEAD, 1),
+        (dead_letters::COUNTS, 2),
+        (dead_letters::DROP, 0),
+        (dead_letters::FORGET, 0),
+        (dead_letters::KEEP, 0),
+        (dead_letters::KNOWN, 1),
+        (dead_letters::LAST_PLACE, 1),
+        (dead_letters::LEFT, 2),
+        (dead_letters::NAMES, 1),
+        (dead_letters::PAGE, 14),
+        (dead_letters::PURGE, 0),
+        (dead_letters::REASONS, 2),
+        (dead_letters::TAKE, 14),
+        (backfill::FIND, 12),
+        (backfill::FINISH, 0),
+        (backfill::KNOWN, 1),
+        (backfill::MOVE_ON, 0),
+        (backfill::RUNNING, 11),
+        (backfill::START, 1),
+        (backfill::THESE, 4),
+        (backfill::TURN, 1),
+        (backfill::WAIT, 0),
+        (backfill::WALK, 4),
     ];
     let mut connection = db.acquire().await.unwrap();
     for (sql, columns) in statements {
