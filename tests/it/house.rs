@@ -313,7 +313,7 @@ pub fn collect(from: impl AsyncRead + Unpin + Send + 'static, into: Arc<Mutex<St
 
 /// A listener with a durable queue bound `#`, who comes back when the broker does.
 pub struct Audit {
-    amqp_url: String,
+    pub amqp_url: String,
     pub queue: String,
     heard: Arc<Mutex<Heard>>,
 }

@@ -28,6 +28,7 @@ mod races;
 mod refusals;
 mod relay;
 mod sdk;
+mod sdk_faults;
 mod statements;
 mod subscriptions;
 mod users;

@@ -35,54 +35,54 @@ use crate::{
     proxy::Proxy,
 };
 
-const SOON: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(100)];
+pub const SOON: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(100)];
 
 /// What a call of the handler was about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Call {
-    event: String,
-    user: Uuid,
-    version: i64,
-    notices: usize,
-    latest: Option<i64>,
+pub struct Call {
+    pub event: String,
+    pub user: Uuid,
+    pub version: i64,
+    pub notices: usize,
+    pub latest: Option<i64>,
     at: Instant,
 }
 
 /// What the handler does before it succeeds, if it does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Curse {
+pub enum Curse {
     Fails,
     Panics,
     Hangs,
 }
 
 #[derive(Clone)]
-struct Diary {
+pub struct Diary {
     calls: Arc<Mutex<Vec<Call>>>,
-    cursed: Arc<Mutex<BTreeMap<Uuid, Curse>>>,
+    pub cursed: Arc<Mutex<BTreeMap<Uuid, Curse>>>,
     /// A call needs a permit to end.
-    gate: Arc<Semaphore>,
+    pub gate: Arc<Semaphore>,
     busy: Arc<Mutex<BTreeMap<Uuid, usize>>>,
-    begun: Arc<AtomicUsize>,
-    gaps: Arc<Mutex<Vec<Gap>>>,
+    pub begun: Arc<AtomicUsize>,
+    pub gaps: Arc<Mutex<Vec<Gap>>>,
 }
 
 impl Diary {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let gate = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
         let (calls, cursed, busy, begun, gaps) = Default::default();
         Self { calls, cursed, gate, busy, begun, gaps }
     }
 
-    fn calls(&self) -> Vec<Call> {
+    pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
     }
 
-    fn of(&self, user: &Uuid) -> Vec<Call> {
+    pub fn of(&self, user: &Uuid) -> Vec<Call> {
         self.calls().into_iter().filter(|call| call.user == *user).collect()
     }
 
-    fn curse(&self, user: Uuid, curse: Curse) {
+    pub fn curse(&self, user: Uuid, curse: Curse) {
         self.cursed.lock().unwrap().insert(user, curse);
     }
 
@@ -152,54 +152,58 @@ impl CatchUp for Diary {
 }
 
 /// A consumer that listens, and an admin who looks at its queues.
-struct Listener {
-    diary: Diary,
-    subscription: Subscription,
+pub struct Listener {
+    pub diary: Diary,
+    pub subscription: Subscription,
     _connection: Connection,
-    channel: Channel,
-    stop: CancellationToken,
-    running: JoinHandle<Result<(), StartError>>,
+    amqp_url: String,
+    pub channel: Channel,
+    pub stop: CancellationToken,
+    pub running: JoinHandle<Result<(), StartError>>,
 }
 
-fn subscription(house: &House) -> Subscription {
+pub fn subscription(house: &House) -> Subscription {
     let mut subscription = Subscription::new(format!("{}.sdk", house.exchange).parse().unwrap());
     subscription.keys.insert("#".parse().unwrap());
     subscription
 }
 
-fn consumer(house: &House, amqp_url: &str, subscription: &Subscription) -> Consumer {
+pub fn consumer(house: &House, amqp_url: &str, subscription: &Subscription) -> Consumer {
     let owner = Owner::at(&house.service.url).unwrap().patience(Duration::from_millis(300));
     let source = Source { exchange: house.exchange.clone(), prefix: None };
     Consumer::new(amqp_url, source, subscription.clone(), owner).unwrap().retry_delays(SOON)
 }
 
 impl Listener {
-    async fn of(house: &House) -> Self {
+    pub async fn of(house: &House) -> Self {
         Self::with(house, &env("AMQP_URL"), |consumer| consumer).await
     }
 
-    async fn with(house: &House, amqp_url: &str, set: impl FnOnce(Consumer) -> Consumer) -> Self {
+    pub async fn with(house: &House, amqp_url: &str, set: impl FnOnce(Consumer) -> Consumer) -> Self {
         Self::keeping(house, amqp_url, Diary::new(), set).await
     }
 
-    async fn keeping(house: &House, amqp_url: &str, diary: Diary, set: impl FnOnce(Consumer) -> Consumer) -> Self {
+    pub async fn keeping(house: &House, amqp_url: &str, diary: Diary, set: impl FnOnce(Consumer) -> Consumer) -> Self {
         let (subscription, stop) = (subscription(house), CancellationToken::new());
         let consumer = set(consumer(house, amqp_url, &subscription).catch_up(diary.clone()));
         let running = tokio::spawn(consumer.run(diary.clone(), stop.clone()));
-        let connection = connect(&env("AMQP_URL")).await.unwrap();
+        let connection = connect(&house.audit.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let listener = Self { diary, subscription, _connection: connection, channel, stop, running };
+        let amqp_url = house.audit.amqp_url.clone();
+        let listener = Self { diary, subscription, _connection: connection, amqp_url, channel, stop, running };
         listener.listens().await;
         listener
     }
 
-    async fn depth(&self, queue: &str) -> Option<Depth> {
-        let channel = self._connection.create_channel().await.unwrap();
+    pub async fn depth(&self, queue: &str) -> Option<Depth> {
+        // On a connection of its own: lapin may tell the next channel that the one before it asked for a queue that is not there.
+        let connection = connect(&self.amqp_url).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
         topology::depth(&channel, queue).await.ok()
     }
 
-    async fn listens(&self) {
+    pub async fn listens(&self) {
         eventually("the consumer to listen", async || match self.depth(self.subscription.name.queue()).await {
             Some(depth) if depth.consumers == 1 => Ok(()),
             other => Err(other),
@@ -208,7 +212,7 @@ impl Listener {
     }
 
     /// Waits for this many successful calls.
-    async fn called(&self, times: usize) -> Vec<Call> {
+    pub async fn called(&self, times: usize) -> Vec<Call> {
         eventually("calls of the handler", async || {
             let calls = self.diary.calls();
             if calls.len() >= times { Ok(calls) } else { Err(calls.len()) }
@@ -217,19 +221,19 @@ impl Listener {
     }
 
     /// Puts a message into its queue that nobody told.
-    async fn send(&self, properties: BasicProperties, body: &[u8]) {
+    pub async fn send(&self, properties: BasicProperties, body: &[u8]) {
         let (queue, options) = (self.subscription.name.queue().into(), BasicPublishOptions::default());
         let sent = self.channel.basic_publish("".into(), queue, options, body, properties).await.unwrap();
         assert!(sent.await.unwrap().is_ack());
     }
 
-    async fn tell(&self, notice: &Notice) {
+    pub async fn tell(&self, notice: &Notice) {
         let (properties, body) = notice.to_message("urn:test");
         self.send(properties, &body).await;
     }
 
     /// The next dead letter, as it lies there.
-    async fn dead_letter(&self) -> lapin::message::BasicGetMessage {
+    pub async fn dead_letter(&self) -> lapin::message::BasicGetMessage {
         let dead = self.subscription.name.dead_queue();
         eventually("a dead letter", async || {
             let options = BasicGetOptions { no_ack: true };
@@ -238,28 +242,28 @@ impl Listener {
         .await
     }
 
-    async fn dead_letters(&self) -> u32 {
+    pub async fn dead_letters(&self) -> u32 {
         self.depth(&self.subscription.name.dead_queue()).await.unwrap().ready
     }
 
     /// Ends it well: everything that was handled is acknowledged.
-    async fn end(self) {
+    pub async fn end(self) {
         self.stop.cancel();
         self.running.await.unwrap().unwrap();
         topology::delete(&self.channel, &self.subscription.name, &SOON).await.unwrap();
     }
 }
 
-fn notice(user: Uuid, version: i64, event: Event) -> Notice {
+pub fn notice(user: Uuid, version: i64, event: Event) -> Notice {
     let occurred_at = OffsetDateTime::now_utc();
     Notice { message_id: Uuid::new_v4(), user_id: user, version, event, occurred_at, traceparent: None }
 }
 
-fn updated(field: &str) -> Event {
+pub fn updated(field: &str) -> Event {
     Event::Updated { changed_fields: vec![field.parse().unwrap()] }
 }
 
-fn said(calls: &[Call]) -> Vec<String> {
+pub fn said(calls: &[Call]) -> Vec<String> {
     calls.iter().map(|call| format!("{} {}", call.version, call.event)).collect()
 }
 
@@ -590,7 +594,12 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
         tokio::time::timeout(Duration::from_secs(20), began).await.expect("it should not wait").unwrap_err().to_string()
     };
     let missing = start(consumer(&house, &env("AMQP_URL"), &subscription).registered()).await;
-    assert!(missing.contains(subscription.name.queue()) && missing.contains("does not exist"), "{missing}");
+    assert!(missing.contains(subscription.name.queue()) && missing.contains("register the subscription"), "{missing}");
+    let elsewhere = Source { exchange: format!("{}.misspelt", house.exchange), prefix: None };
+    let owner = Owner::at(&house.service.url).unwrap();
+    let misspelt = Consumer::new(&env("AMQP_URL"), elsewhere, subscription.clone(), owner).unwrap().retry_delays(SOON);
+    let misspelt = start(misspelt).await;
+    assert!(misspelt.contains(".misspelt") && misspelt.contains("check its name"), "{misspelt}");
     let wrong = env("AMQP_URL").replace("guest:guest", "guest:wrong");
     let refused = start(consumer(&house, &wrong, &subscription)).await;
     assert!(refused.contains("login"), "{refused}");
@@ -598,6 +607,7 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     let channel = connection.create_channel().await.unwrap();
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     let queue = subscription.name.queue();
+    channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
     channel.queue_declare(queue.into(), durable, FieldTable::default()).await.unwrap();
     let differs = start(consumer(&house, &env("AMQP_URL"), &subscription)).await;
     assert!(differs.contains(queue) && differs.contains("delete it"), "{differs}");
@@ -689,7 +699,7 @@ async fn who_comes_back_to_a_backlog_fetches_each_user_once(db: PgPool) {
 
 impl Listener {
     /// Ends it, and leaves its queue where it is.
-    async fn leave(self) {
+    pub async fn leave(self) {
         self.stop.cancel();
         self.running.await.unwrap().unwrap();
     }

@@ -73,12 +73,14 @@ impl<H: Handler> Attempts<H> {
         let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
         let outcome = self.attempt(&news).instrument(span).await;
-        let News { version, event, .. } = news;
+        let News { version, event, latest, .. } = news;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
                 let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
                 self.observer.handled(&event, arrivals.len(), began.elapsed(), lag);
+                // What was fetched may be newer than what was told, and then stands for that too.
+                let version = latest.get().map_or(version, |latest| version.max(latest.version()));
                 let done = arrivals.into_iter().map(|arrival| arrival.delivery).collect();
                 Report::Handled { user, version, event, done }
             }

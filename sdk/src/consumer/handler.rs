@@ -44,7 +44,7 @@ pub struct News {
     /// Of the newest notice.
     pub version: i64,
     /// Deleted if one of the notices says so, else created if one does, else updated in the fields of all of them, and of those whose
-    /// last attempt failed. A hint: what was told in a notice that came later than a newer one is not in it.
+    /// last attempt failed. A hint: fields of a notice that [`News::latest`] of an earlier call made old are in none.
     pub event: Event,
     /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,

@@ -1,7 +1,7 @@
 //! Memory: which version of whom was handled last, and what could not be. Pure.
 //!
-//! Promise: a notice is called old only when it, or one of a later version, was handled; and what it told was not lost by that: what
-//! failed is told again together with the next notice of that user.
+//! Promise: a notice is called old only when the state that it tells of, or a later one, was handled; what failed is told again together
+//! with the next notice of that user, which would make it old.
 //! Not here, on purpose: anything that outlives the process. A handler must not mind seeing a notice again.
 
 use std::collections::{HashMap, VecDeque};
@@ -20,7 +20,7 @@ pub(super) struct Memory {
 #[derive(Debug, Default)]
 struct Handled {
     version: i64,
-    /// Nothing follows a deletion, and it is told whatever was told before.
+    /// A state that was fetched may be of a deletion that no handler has heard of yet.
     deletion: bool,
     /// What the last attempt was about, if it failed.
     owed: Option<(i64, Event)>,
@@ -89,6 +89,7 @@ mod tests {
         memory.note(ana, 7, &updated());
         assert!(memory.is_old(&notice(1, 7, updated())) && memory.is_old(&notice(1, 1, Event::Created)));
         assert!(!memory.is_old(&notice(1, 8, updated())));
+        // The state of version 7 that was fetched may have been the tombstone.
         assert!(!memory.is_old(&notice(1, 7, Event::Deleted)));
         memory.note(ana, 7, &Event::Deleted);
         assert!(memory.is_old(&notice(1, 7, Event::Deleted)) && memory.is_old(&notice(1, 8, updated())));

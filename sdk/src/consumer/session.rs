@@ -83,7 +83,7 @@ pub(super) async fn connect(uri: &AMQPUri, name: &str) -> Result<Connection, End
     match timeout(CONNECT_DEADLINE, Connection::connect_uri(uri.clone(), properties)).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) if is_login_refused(&error) => Err(Ended::Refused(StartError::Login)),
-        Ok(Err(_)) => Err(Ended::Lost("the broker cannot be reached".to_owned())),
+        Ok(Err(error)) => Err(Ended::Lost(format!("the broker cannot be reached: {error}"))),
         Err(_) => Err(Ended::Lost(format!("the broker did not answer within {CONNECT_DEADLINE:?}"))),
     }
 }
