@@ -4,17 +4,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use sqlx::{PgPool, postgres::PgPoolOptions};
-use tidings_sdk::{
-    consumer::Consumer,
-    owner::Owner,
-    subscription::Subscription,
-    topology::Source,
-};
+use tidings_sdk::{consumer::Consumer, owner::Owner, subscription::Subscription, topology::Source};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 fn setting(name: &str) -> anyhow::Result<String> {
-    std::env::var(name).with_context(|| format!("{name} is not set; `./dev app NAME ..` sets it for the servers of ./dev run"))
+    std::env::var(name)
+        .with_context(|| format!("{name} is not set; `./dev app NAME ..` sets it for the servers of ./dev run"))
 }
 
 /// The owner of the users, `TIDINGS_URL`.

@@ -71,7 +71,10 @@ async fn find(pool: &PgPool, wanted: &str) -> anyhow::Result<()> {
     let (field, value) = wanted.split_once('=').context("expected FIELD=VALUE")?;
     let like = json!({ field: Value::from(value) });
     let found: Vec<(Uuid, i64)> =
-        sqlx::query_as("select id, version from tidings_users where profile @> $1 order by id").bind(like).fetch_all(pool).await?;
+        sqlx::query_as("select id, version from tidings_users where profile @> $1 order by id")
+            .bind(like)
+            .fetch_all(pool)
+            .await?;
     for (id, version) in found {
         println!("{id}\t{version}");
     }
@@ -81,7 +84,12 @@ async fn find(pool: &PgPool, wanted: &str) -> anyhow::Result<()> {
 async fn verify(mirror: &Mirror, pool: &PgPool, repair: bool) -> anyhow::Result<()> {
     let owner = app::owner()?;
     let difference = mirror.verify(pool, &owner).await?;
-    println!("{} missing, {} stale, {} ghosts", difference.missing.len(), difference.stale.len(), difference.ghosts.len());
+    println!(
+        "{} missing, {} stale, {} ghosts",
+        difference.missing.len(),
+        difference.stale.len(),
+        difference.ghosts.len()
+    );
     if repair {
         mirror.repair(pool, &owner, &difference).await?;
     }

@@ -63,7 +63,8 @@ async fn main() -> anyhow::Result<()> {
     let Command::Run { listen } = Cli::parse().command;
     app::log();
     let (owner, stop) = (app::owner()?, app::stop()?);
-    let events = Events { pool: app::database(TABLES).await?, people: Cache::new(owner.clone(), HELD), owner: owner.clone() };
+    let events =
+        Events { pool: app::database(TABLES).await?, people: Cache::new(owner.clone(), HELD), owner: owner.clone() };
     let listener = TcpListener::bind(listen).await?;
     println!("events ready on http://{}", listener.local_addr()?);
     let lists = Router::new()
@@ -132,7 +133,11 @@ struct Badge {
 async fn attend(State(events): State<Events>, Path((event, person)): Path<(String, Uuid)>) -> StatusCode {
     let known = events.people.get(person).await;
     if !matches!(known, Ok(Latest::Living(_))) {
-        return if known.is_ok() || known == Err(FetchError::UnknownUser) { StatusCode::NOT_FOUND } else { StatusCode::SERVICE_UNAVAILABLE };
+        return if known.is_ok() || known == Err(FetchError::UnknownUser) {
+            StatusCode::NOT_FOUND
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        };
     }
     let attend = "insert into attendees values ($1, $2) on conflict do nothing";
     match sqlx::query(attend).bind(event).bind(person).execute(&events.pool).await {
@@ -144,9 +149,17 @@ async fn attend(State(events): State<Events>, Path((event, person)): Path<(Strin
 async fn attendees(State(events): State<Events>, Path(event): Path<String>) -> Result<Json<Vec<Badge>>, StatusCode> {
     let unavailable = |_| StatusCode::SERVICE_UNAVAILABLE;
     let listed = "select person from attendees where event = $1 order by person";
-    let people: Vec<Uuid> = sqlx::query_scalar(listed).bind(event).fetch_all(&events.pool).await.map_err(|_| StatusCode::SERVICE_UNAVAILABLE)?;
-    let found: Vec<Latest> =
-        stream::iter(people).map(|person| events.people.get(person)).buffered(100).try_collect().await.map_err(unavailable)?;
+    let people: Vec<Uuid> = sqlx::query_scalar(listed)
+        .bind(event)
+        .fetch_all(&events.pool)
+        .await
+        .map_err(|_| StatusCode::SERVICE_UNAVAILABLE)?;
+    let found: Vec<Latest> = stream::iter(people)
+        .map(|person| events.people.get(person))
+        .buffered(100)
+        .try_collect()
+        .await
+        .map_err(unavailable)?;
     Ok(Json(found.into_iter().filter_map(Latest::living).map(|user| badge(&user)).collect()))
 }
 

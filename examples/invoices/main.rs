@@ -130,5 +130,9 @@ impl Debtors {
 
 /// What an invoice needs of a profile, and no more.
 fn address(profile: &Map<String, Value>) -> Map<String, Value> {
-    ADDRESS.iter().filter_map(|field| profile.get_key_value(*field)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    ADDRESS
+        .iter()
+        .filter_map(|field| profile.get_key_value(*field))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
 }

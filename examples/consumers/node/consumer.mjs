@@ -159,6 +159,7 @@ async function session(connection) {
   } finally {
     await work;
   }
+  await channel.close(); // first, or the last acknowledgement may be overtaken by the end of the connection
 }
 
 for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => stop.abort());

@@ -185,8 +185,9 @@ def read(properties, body):
         user_id, version = notice["user_id"], (properties.headers or {})["version"]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise SetAside("not a notice") from None
-    # A bool is an int to Python, and not to us.
-    if not isinstance(user_id, str) or not UUID.fullmatch(user_id) or type(version) is not int or version < 1:
+    # pika gives a subclass of int for 64 bits, and a bool is an int to Python, though not to us.
+    is_whole = isinstance(version, int) and not isinstance(version, bool)
+    if not isinstance(user_id, str) or not UUID.fullmatch(user_id) or not is_whole or version < 1:
         raise SetAside("not a notice")
     return user_id.lower(), version
 
