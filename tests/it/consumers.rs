@@ -127,7 +127,7 @@ impl Consumer {
             ("TIDINGS_URL", format!("http://{}", owner.address())),
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_QUEUE", name.to_string()),
-            ("TIDINGS_PATIENCE_S", "1".to_owned()),
+            ("TIDINGS_PATIENCE_S", "0".to_owned()),
         ];
         let settings: Vec<_> = settings.map(|(name, value)| (name.to_owned(), value)).into();
         let (process, lines, log) = spawn(language, &settings);
