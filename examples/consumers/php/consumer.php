@@ -23,7 +23,8 @@ require is_file(__DIR__ . '/vendor/autoload.php') ? __DIR__ . '/vendor/autoload.
 
 function setting(string $name, ?string $otherwise = null): string
 {
-    return getenv($name) ?: $otherwise ?? throw new RuntimeException("$name is not set");
+    $value = getenv($name);
+    return $value === false ? $otherwise ?? throw new RuntimeException("$name is not set") : $value; // "0" is false to PHP
 }
 
 define('AMQP_URL', setting('AMQP_URL'));
