@@ -36,6 +36,9 @@ use crate::{
 const BATCH: u16 = 500;
 /// Between two looks for subscriptions that are new, or whose queue is back.
 const LOOK: Duration = Duration::from_secs(2);
+/// A mailbox that was empty for so long is opened anew. RabbitMQ 3.10 may forget to tell a consumer that its quorum queue was deleted
+/// and declared again at once, and then hands it letters that never arrive; they are given back when its channel closes.
+const RENEWAL: Duration = Duration::from_secs(15);
 /// Between two warnings about letters of one subscription.
 const QUIET: Duration = Duration::from_secs(60);
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
@@ -152,7 +155,7 @@ async fn collect_from(
     request(channel.basic_qos(BATCH, BasicQosOptions::default())).await?;
     let mut batches = listen(channel, name).await?.ready_chunks(BATCH.into());
     let mut arrivals = Arrivals::new();
-    while let Some(Some(batch)) = stop.run_until_cancelled(batches.next()).await {
+    while let Some(Ok(Some(batch))) = stop.run_until_cancelled(timeout(RENEWAL, batches.next())).await {
         let batch: Vec<Delivery> = batch.into_iter().collect::<Result<_, _>>().context("the channel is lost")?;
         let letters: Vec<DeadLetter> = batch.iter().map(DeadLetter::open).collect();
         arrivals.count(&letters);

@@ -526,6 +526,23 @@ async fn a_deleted_queue_is_declared_again_and_what_was_missed_is_caught_up_with
     listener.end().await;
 }
 
+/// Deleted and declared anew by somebody else, before the consumer could notice.
+#[sqlx::test]
+async fn a_queue_that_is_swapped_at_once_is_listened_to(db: PgPool) {
+    let house = House::open(db).await;
+    let often = Duration::from_millis(300);
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.check_every(often)).await;
+    let ana = house.user(json!({})).await;
+    listener.called(1).await;
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    topology::delete(&listener.channel, &listener.subscription.name, &SOON).await.unwrap();
+    topology::declare(&listener.channel, &source, &listener.subscription, &SOON).await.unwrap();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    let calls = listener.called(2).await;
+    assert_eq!(said(&calls), ["1 created", "2 updated[city]"]);
+    listener.end().await;
+}
+
 /// Nobody is told when an exchange goes, and its bindings with it.
 #[sqlx::test]
 async fn a_deleted_exchange_is_noticed_and_bound_to_again(db: PgPool) {

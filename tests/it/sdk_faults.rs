@@ -11,7 +11,7 @@ use std::{
 
 use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{
-    options::{QueueBindOptions, QueueDeclareOptions},
+    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use reqwest::StatusCode;
@@ -184,8 +184,7 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     let listener = Listener::of(&house).await;
     let name = listener.subscription.name.clone();
     let elsewhere = format!("{name}-elsewhere");
-    let (declared, bound) =
-        (QueueDeclareOptions { exclusive: true, ..Default::default() }, QueueBindOptions::default());
+    let (declared, bound) = (QueueDeclareOptions { durable: true, ..Default::default() }, QueueBindOptions::default());
     listener.channel.queue_declare(elsewhere.as_str().into(), declared, FieldTable::default()).await.unwrap();
     let (queue, exchange) = (elsewhere.as_str().into(), name.as_str().into());
     listener.channel.queue_bind(queue, exchange, "elsewhere".into(), bound, FieldTable::default()).await.unwrap();
@@ -205,6 +204,7 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     assert_eq!((kept.expiration(), kept.user_id(), kept.reply_to()), (&None, &None, &None));
     assert!(!kept.headers().as_ref().unwrap().contains_key("city"), "{kept:?}");
     assert_eq!(listener.depth(&elsewhere).await.unwrap().ready, 0, "nothing goes where a stranger sends it");
+    listener.channel.queue_delete(elsewhere.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     listener.end().await;
 }
 

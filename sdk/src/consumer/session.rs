@@ -185,13 +185,10 @@ impl<'a> Session<'a> {
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
         let settings = &self.consumer.settings;
-        let queue = self.consumer.subscription.name.queue();
-        request(self.channel.basic_qos(settings.prefetch, BasicQosOptions::default())).await?;
-        let consuming =
-            self.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
-        let mut news = request(consuming).await?;
+        let mut news = self.consume().await?;
+        let mut has_heard = false;
         self.consumer.observer.connected();
-        tracing::info!(subscription = queue, "listening");
+        tracing::info!(subscription = self.consumer.subscription.name.queue(), "listening");
         let mut check = interval_at(Instant::now() + settings.check_every, settings.check_every);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -201,9 +198,17 @@ impl<'a> Session<'a> {
                 () = stop.cancelled() => break,
                 Some(done) = self.jobs.join_next() => self.take(done, attempts, memory).await?,
                 // Before the news, of which there may be no end.
-                _ = check.tick() => self.check().await?,
+                _ = check.tick() => {
+                    self.check().await?;
+                    if !mem::replace(&mut has_heard, false) && self.jobs.is_empty() {
+                        news = self.consume_anew().await?;
+                    }
+                }
                 delivery = news.next() => match delivery {
-                    Some(Ok(delivery)) => self.arrive(delivery, attempts).await?,
+                    Some(Ok(delivery)) => {
+                        has_heard = true;
+                        self.arrive(delivery, attempts).await?;
+                    }
                     Some(Err(error)) => return Err(lost(error)),
                     // The connection stands, and nothing will come any more.
                     None if self.connection.status().connected() => return Err(Ended::QueueLost),
@@ -213,6 +218,22 @@ impl<'a> Session<'a> {
         }
         // Nothing new from here on; what was handed out and not begun goes back when the channel closes.
         request(self.channel.basic_cancel(news.tag(), BasicCancelOptions::default())).await
+    }
+
+    async fn consume(&self) -> Result<lapin::Consumer, Ended> {
+        let queue = self.consumer.subscription.name.queue();
+        request(self.channel.basic_qos(self.consumer.settings.prefetch, BasicQosOptions::default())).await?;
+        let options = BasicConsumeOptions::default();
+        request(self.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default())).await
+    }
+
+    /// A consumer that has heard nothing for a while asks anew. RabbitMQ 3.10 may forget to tell it that its quorum queue was deleted and
+    /// declared again at once, and then hands it messages that never arrive; they are given back when its channel closes.
+    async fn consume_anew(&mut self) -> Result<lapin::Consumer, Ended> {
+        let fresh = request(self.connection.create_channel()).await?;
+        let spent = mem::replace(&mut self.channel, fresh);
+        request(spent.close(200, "asking anew".into())).await?;
+        self.consume().await
     }
 
     async fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) -> Result<(), Ended> {
