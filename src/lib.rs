@@ -4,17 +4,21 @@
 //! [`relay`] carries the event to the [`broker`], a consumer fetches the latest record over [`web`].
 
 pub mod app;
+pub mod backfill;
 pub mod broker;
 pub mod config;
 pub mod db;
+pub mod dead_letters;
 pub mod feed;
 pub mod json;
+pub mod lead;
 pub mod lifecycle;
 pub mod ops;
 pub mod outbox;
 pub mod profile;
 pub mod relay;
 pub mod roles;
+pub mod subscriptions;
 pub mod tail;
 pub mod telemetry;
 pub mod users;

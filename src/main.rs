@@ -12,7 +12,7 @@ use clap::Parser;
 use tidings::{
     app,
     config::{self, Cli, Command, Faults, WrongSettings},
-    lifecycle, roles,
+    lifecycle, roles, subscriptions,
     tail::{self, Wanted},
     telemetry,
 };
@@ -41,6 +41,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Relay(settings) => roles::relay(settings, faults).await,
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,
+        Command::Subscription(subscription) => Box::pin(subscriptions::command::run(subscription.action, faults)).await,
         Command::Openapi => openapi(faults),
         Command::Healthcheck(settings) => healthcheck(&settings, faults),
     }

@@ -15,14 +15,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app,
+    backfill::{Backfills, Runner},
     broker::Broker,
     config,
     db::{Db, Trouble},
+    dead_letters::{Collector, DeadLetters},
     feed::{self, Feed},
+    lead,
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
     relay::{Relay, Status},
+    subscriptions::{self, Desk, Subscriptions, Watch},
     users::Users,
     web,
 };
@@ -37,8 +41,10 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
     let address = settings.listen.parse(&mut faults);
     let schema = settings.schema(&mut faults);
+    let watching = settings.watching.parse(&mut faults);
+    let management = broker.as_ref().and_then(|broker| settings.watching.management(broker, &mut faults));
     faults.none()?;
-    let (Some(db), Some(address), Some(schema)) = (db, address, schema) else {
+    let (Some(db), Some(address), Some(schema), Some(watching)) = (db, address, schema, watching) else {
         unreachable!("no faults, so all are there")
     };
 
@@ -51,11 +57,17 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
     let (bell, queries) = (Bell::default(), db.pool("queries", []));
     let telling_stop = CancellationToken::new();
-    let status = broker.map(|broker| tell(&telling, &db, broker, &bell, &telling_stop));
+    let desk = broker.clone().map(Desk::new);
+    let letters = DeadLetters::new(queries.clone(), broker.clone());
+    let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
-    let users = Users::open(&db, queries.clone(), Arc::new(schema), bell, &keeping);
+    let schema = Arc::new(schema);
+    let users = Users::open(&db, queries.clone(), schema.clone(), bell, &keeping);
     let feed = Feed::open(&db);
-    let app = app::full(users, feed.clone(), Ops::new(queries.clone(), status))?;
+    let subscriptions = Subscriptions::new(&db, queries.clone(), schema, desk, management, watching.idle_after);
+    let backfills = Backfills::new(queries.clone());
+    let ops = Ops::new(queries.clone(), status);
+    let app = app::full(users, feed.clone(), subscriptions.clone(), letters, backfills, ops)?;
 
     announce(&listener)?;
     web::serve(listener, app, stop).await;
@@ -64,6 +76,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     telling_stop.cancel();
     let told = telling.ended().await;
     feed.close().await;
+    subscriptions.close().await;
     queries.close().await;
     ensure!(kept && told, "a role fell, see the log");
     Ok(())
@@ -81,8 +94,9 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let db = settings.database.open(&mut faults);
     let broker = settings.amqp.open(&mut faults);
     let address = settings.listen.parse(&mut faults);
+    let watching = settings.watching.parse(&mut faults);
     faults.none()?;
-    let (Some(db), Some(broker), Some(address)) = (db, broker, address) else {
+    let (Some(db), Some(broker), Some(address), Some(watching)) = (db, broker, address, watching) else {
         unreachable!("no faults, so all are there")
     };
 
@@ -92,7 +106,7 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
     found?;
     let telling = Roles::new(stop.clone());
-    let status = tell(&telling, &db, broker, &Bell::default(), &stop);
+    let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
     let queries = db.pool("queries", []);
     let app = app::ops_only(Ops::new(queries.clone(), Some(status)));
 
@@ -104,13 +118,27 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     Ok(())
 }
 
-/// Starts a relay and its ear for other processes.
-fn tell(telling: &Roles, db: &Db, broker: Broker, bell: &Bell, stop: &CancellationToken) -> Status {
-    let status = Status::default();
+/// Starts a relay and its ear for other processes, the watch over the subscriptions, and what else is carried between database and
+/// broker.
+fn tell(
+    telling: &Roles,
+    db: &Db,
+    broker: Broker,
+    watching: config::Watched,
+    bell: &Bell,
+    stop: &CancellationToken,
+) -> (Status, subscriptions::Status) {
+    let (status, watched) = (Status::default(), subscriptions::Status::default());
+    let config::Watched { idle_after, check_every } = watching;
+    let watch = Watch::new(db.clone(), Desk::new(broker.clone()), watched.clone(), idle_after, check_every);
+    telling.spawn("subscriptions watch", watch.run(stop.clone()));
+    let (collector, runner) = (Collector::new(db, broker.clone()), Runner::new(db, broker.clone()));
+    telling.spawn("dead letters", lead::serve(collector, db.clone(), stop.clone()));
+    telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
     telling.spawn("relay", relay.run(stop.clone()));
     telling.spawn("ear", bell.clone().listen(db.listener_pool(), stop.clone()));
-    status
+    (status, watched)
 }
 
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {

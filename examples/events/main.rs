@@ -9,7 +9,6 @@
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 #[path = "../app/mod.rs"]
-#[expect(dead_code, reason = "each application uses a part of it")]
 mod app;
 
 use axum::{

@@ -10,7 +10,6 @@
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 #[path = "../app/mod.rs"]
-#[expect(dead_code, reason = "each application uses a part of it")]
 mod app;
 
 use clap::{Parser, Subcommand};

@@ -4,6 +4,7 @@
 # Promise: what the machine has set up for its own RabbitMQ is neither read nor written.
 
 broker_url() { echo "amqp://guest:guest@127.0.0.1:$(port "rabbitmq-$1")/%2f"; }
+management_url() { echo "http://guest:guest@127.0.0.1:$(port "rabbitmq-$1-management")"; }
 broker_names() { find "$DEV/brokers" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' 2>/dev/null | sort; }
 
 start_broker() (
@@ -11,7 +12,7 @@ start_broker() (
     if [[ $(state_of "$server") == frozen ]]; then die "broker $name is frozen" "./dev broker thaw $name"; fi
     if ! alive "$server"; then
         stop_broker "$name"
-        for part in "$server" "$server-dist" "$epmd"; do choose_port "$part"; done
+        for part in "$server" "$server-dist" "$server-management" "$epmd"; do choose_port "$part"; done
         set_up_broker "$name"
         # Erlang would start an epmd by itself, but one that nobody could find again to stop it.
         launch "$epmd" "$(find_epmd)" -port "$(port "$epmd")" -address 127.0.0.1
@@ -57,11 +58,23 @@ set_up_broker() {
     export RABBITMQ_MNESIA_BASE=$home/mnesia RABBITMQ_LOG_BASE=$home/log RABBITMQ_LOGS=-
     export RABBITMQ_CONF_ENV_FILE=/nonexistent RABBITMQ_CONFIG_FILE=/nonexistent RABBITMQ_ADVANCED_CONFIG_FILE=/nonexistent
     export RABBITMQ_ENABLED_PLUGINS_FILE=$home/enabled_plugins
-    echo '[].' >"$home/enabled_plugins"
+    choose_plugins "$1"
     # With input "allowed" the script becomes the server instead of minding it, so that the recorded pid is the server's.
     export RABBITMQ_ALLOW_INPUT=1 RABBITMQ_SERVER_START_ARGS='-noinput +B i'
     export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='+S 2:2 -kernel inet_dist_use_interface {127,0,0,1}'
     export RABBITMQ_CTL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
+}
+
+# Only main has the management API: it is not what tests hurt, and costs a start some time.
+choose_plugins() {
+    local home=$DEV/brokers/$1
+    if [[ $1 == main ]]; then
+        echo '[rabbitmq_management].' >"$home/enabled_plugins"
+        printf 'management.tcp.%s\n' 'ip = 127.0.0.1' "port = $(port "rabbitmq-$1-management")" >"$home/rabbitmq.conf"
+        export RABBITMQ_CONFIG_FILE=$home/rabbitmq.conf
+    else
+        echo '[].' >"$home/enabled_plugins"
+    fi
 }
 
 find_epmd() { command -v epmd || ls /usr/lib/erlang/erts-*/bin/epmd; }

@@ -105,3 +105,20 @@ tidings() {
     use_servers
     exec "$(binary)" "$@"
 }
+
+# An example application with a database of its own, beside the running service.
+app() {
+    local name=${1-} bin
+    [[ -f $ROOT/examples/$name/main.rs && $name =~ ^(orders|events|crm|invoices)$ ]] ||
+        die "no such application: $name" "orders, events, crm and invoices are in examples/"
+    shift
+    TIDINGS_URL=$(service_url)
+    use_servers
+    provide postgres
+    bin=$(find_postgres)
+    APP_DATABASE_URL=${DATABASE_URL%/*}/app_$name
+    (use_unpacked && "$bin/psql" "$APP_DATABASE_URL" -qc '' 2>/dev/null ||
+        "$bin/psql" "$DATABASE_URL" -qc "create database app_$name") >&2 || die "there can be no database app_$name"
+    export TIDINGS_URL APP_DATABASE_URL
+    exec cargo run --quiet --locked --manifest-path "$ROOT/Cargo.toml" --example "$name" -- "$@"
+}

@@ -4,6 +4,7 @@
 //! Not here, on purpose: SQL by default, and any place in a message for a user's data.
 
 pub mod cache;
+pub mod consumer;
 pub mod digest;
 pub mod envelope;
 pub mod letter;

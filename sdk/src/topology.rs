@@ -41,6 +41,9 @@ pub const WORK: &str = "work";
 /// Routing key of the subscription's own exchange: to its dead letters.
 pub const DEAD: &str = "dead";
 
+/// Header of a message that a backfill sent; its value is the backfill's id.
+pub const BACKFILL: &str = "tidings-backfill";
+
 /// For one request to the broker.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// Redeliveries after which the broker takes a message out of the queue by itself. RabbitMQ 4 would do so after 20, which a consumer
@@ -210,6 +213,20 @@ pub async fn depth(channel: &Channel, queue: &str) -> Result<Depth, Error> {
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
     let queue = answer(queue, channel.queue_declare(queue.into(), passive, FieldTable::default())).await?;
     Ok(Depth { ready: queue.message_count(), consumers: queue.consumer_count() })
+}
+
+/// Whether there is such an exchange.
+///
+/// # Errors
+/// When the broker refuses the question or does not answer; the channel is spent after any error, and when there is none.
+pub async fn has_exchange(channel: &Channel, exchange: &str) -> Result<bool, Error> {
+    let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
+    let asked = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
+    match answer(exchange, asked).await {
+        Ok(()) => Ok(true),
+        Err(Error::Missing(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 async fn declare_exchange(channel: &Channel, name: &str, kind: ExchangeKind) -> Result<(), Error> {

@@ -3,8 +3,10 @@
 //! Promise: a message counts as published only when the broker confirmed it, and what it could not route is told apart.
 //! Not here, on purpose: reconnecting. A connection is one session; whoever needs the next one decides when.
 
+mod post;
 mod publisher;
 
+pub use post::{Parcel, Post};
 pub use publisher::{Outcome, Publisher, Verdict};
 
 use std::time::Duration;
@@ -18,7 +20,7 @@ use lapin::{
     uri::AMQPUri,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tidings_sdk::envelope::Event;
+use tidings_sdk::{envelope::Event, topology::Source};
 use tokio::time::timeout;
 
 /// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
@@ -96,8 +98,18 @@ impl Broker {
         }
     }
 
+    /// Its namespace at the broker.
+    pub fn vhost(&self) -> &str {
+        &self.uri.vhost
+    }
+
+    /// What subscriptions are bound to.
+    pub fn topology(&self) -> Source {
+        Source { exchange: self.exchange.clone(), prefix: self.prefix.clone() }
+    }
+
     /// CloudEvents source: which owner of master data speaks.
-    fn source(&self) -> String {
+    pub fn source(&self) -> String {
         let name: String = self
             .exchange
             .chars()
@@ -144,6 +156,17 @@ impl Broker {
 fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
     let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
     matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if *error.kind() == AMQPErrorKind::Soft(expected))
+}
+
+/// Whether the broker answered that it will not, as opposed to not answering.
+pub fn is_refusal(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
+    matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
+}
+
+/// Whether the broker said that there is no such queue or exchange.
+pub fn is_missing(error: &anyhow::Error) -> bool {
+    is(error, AMQPSoftError::NOTFOUND)
 }
 
 /// A request of the set-up, within its deadline.

@@ -11,7 +11,11 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
-use prometheus_client::{encoding::text::encode, metrics::gauge::Gauge, registry::Registry};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
 use serde::Serialize;
 use sqlx::PgPool;
 use std::sync::atomic::AtomicU64;
@@ -19,7 +23,7 @@ use tokio::time::timeout;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    db, outbox, relay,
+    db, dead_letters, outbox, relay, subscriptions,
     web::{Problem, ProblemBody, Refusals},
 };
 
@@ -39,10 +43,17 @@ struct Metrics {
     registry: Registry,
     pending: Gauge,
     oldest_seconds: Gauge<f64, AtomicU64>,
+    dead_letters: Family<OfSubscription, Gauge>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfSubscription {
+    subscription: String,
 }
 
 impl Ops {
-    pub fn new(queries: PgPool, relay: Option<relay::Status>) -> Self {
+    /// `telling`: the relay and the watch of an instance that has a broker.
+    pub fn new(queries: PgPool, telling: Option<(relay::Status, subscriptions::Status)>) -> Self {
         let (pending, oldest_seconds) = (Gauge::default(), Gauge::<f64, AtomicU64>::default());
         let mut registry = Registry::with_prefix("tidings");
         registry.register(
@@ -55,16 +66,34 @@ impl Ops {
             "Age of the oldest such event; 0 when there is none; -1 when the database does not answer",
             oldest_seconds.clone(),
         );
-        if let Some(status) = &relay {
-            status.register(&mut registry);
-        }
-        Self { queries, relay, metrics: Arc::new(Metrics { registry, pending, oldest_seconds }) }
+        let dead_letters = Family::<OfSubscription, Gauge>::default();
+        registry.register(
+            "dead_letters",
+            "Messages that a subscription could not handle and that are kept; exact below 100,000, more show as so many; absent when the \
+             database does not answer",
+            dead_letters.clone(),
+        );
+        let relay = telling.map(|(relay, watch)| {
+            relay.register(&mut registry);
+            watch.register(&mut registry);
+            relay
+        });
+        Self { queries, relay, metrics: Arc::new(Metrics { registry, pending, oldest_seconds, dead_letters }) }
     }
 
     async fn lag(&self) -> Result<outbox::Lag, String> {
         let queries = self.queries.clone();
         let lag = timeout(LOOK, db::ask(async move { outbox::lag(&queries).await })).await;
         lag.map_err(|_| format!("no answer within {LOOK:?}"))?.map_err(|trouble| trouble.report())
+    }
+
+    async fn count_dead_letters(&self) {
+        let queries = self.queries.clone();
+        let counts = timeout(LOOK, db::ask(async move { dead_letters::counts(&queries).await })).await;
+        self.metrics.dead_letters.clear();
+        for (subscription, count) in counts.ok().and_then(Result::ok).into_iter().flatten() {
+            self.metrics.dead_letters.get_or_create(&OfSubscription { subscription }).set(count);
+        }
     }
 }
 
@@ -135,6 +164,7 @@ async fn metrics(State(ops): State<Ops>) -> Result<Response, Problem> {
     let lag = ops.lag().await.unwrap_or(outbox::Lag { pending: -1, oldest_seconds: -1.0 });
     ops.metrics.pending.set(lag.pending);
     ops.metrics.oldest_seconds.set(lag.oldest_seconds);
+    ops.count_dead_letters().await;
     let mut text = String::new();
     encode(&mut text, &ops.metrics.registry).map_err(|_| Problem::internal())?;
     Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())

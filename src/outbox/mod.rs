@@ -130,6 +130,11 @@ pub async fn lag(pool: &PgPool) -> sqlx::Result<Lag> {
     sqlx::query_as(LAG).bind(COUNT_LIMIT).fetch_one(pool).await
 }
 
+/// The same, for who has a connection of its own.
+pub async fn lag_in(connection: &mut PgConnection) -> sqlx::Result<Lag> {
+    sqlx::query_as(LAG).bind(COUNT_LIMIT).fetch_one(connection).await
+}
+
 #[derive(sqlx::FromRow)]
 struct Row {
     id: i64,

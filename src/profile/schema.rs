@@ -1,6 +1,6 @@
 //! The deployment's JSON Schema: checked at start, asked at every write.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Context, bail, ensure};
 use jsonschema::{
@@ -25,6 +25,7 @@ const MAX_PROFILE_BYTES: usize = 64 * 1024;
 /// What a profile may hold.
 pub struct Schema {
     validator: Validator,
+    names: BTreeSet<FieldName>,
 }
 
 impl Schema {
@@ -41,13 +42,18 @@ impl Schema {
 
     fn parse(text: &str) -> anyhow::Result<Self> {
         let schema: Value = serde_json::from_str(text).context("it is not JSON")?;
-        check_names(&schema)?;
+        let names = check_names(&schema)?;
         let validator = jsonschema::options()
             .should_validate_formats(true)
             .build(&schema)
             // The error quotes the schema, which is the deployment's own text and no user's.
             .map_err(|error| anyhow::anyhow!("at {}: {error}", pointer_or_root(&error.instance_path().to_string())))?;
-        Ok(Self { validator })
+        Ok(Self { validator, names })
+    }
+
+    /// Whether a profile may have this field.
+    pub fn has(&self, field: &FieldName) -> bool {
+        self.names.contains(field)
     }
 
     /// A profile of these fields, if they may be one.
@@ -68,19 +74,20 @@ impl Schema {
 }
 
 /// The names of fields leave the house in messages, so the deployment lists them: a name that a client made up could be data.
-fn check_names(schema: &Value) -> anyhow::Result<()> {
+fn check_names(schema: &Value) -> anyhow::Result<BTreeSet<FieldName>> {
     let Some(properties) = schema.get("properties").and_then(Value::as_object) else {
         bail!("it needs \"properties\", an object with one schema per field");
     };
     ensure!(properties.len() <= MAX_FIELDS, "it has {} fields; at most {MAX_FIELDS} are possible", properties.len());
+    let mut names = BTreeSet::new();
     for name in properties.keys() {
-        name.parse::<FieldName>().with_context(|| format!("field {name:?} in \"properties\""))?;
+        names.insert(name.parse().with_context(|| format!("field {name:?} in \"properties\""))?);
     }
     ensure!(
         schema.get("additionalProperties") == Some(&Value::Bool(false)) && schema.get("patternProperties").is_none(),
         "it needs \"additionalProperties\": false and no \"patternProperties\" at its top level, so that every field name is known"
     );
-    Ok(())
+    Ok(names)
 }
 
 fn pointer_or_root(pointer: &str) -> &str {

@@ -130,7 +130,7 @@ async fn get_many(
 ) -> Result<Json<Results>, Problem> {
     let ids = asked.parse().map_err(body_invalid)?;
     let records = users.get_many(&ids).await?;
-    let results = ids.into_iter().zip(records).map(|(id, record)| Found::new(id, record)).collect();
+    let results = ids.into_iter().zip(records).map(|(id, record)| Lookup::new(id, record)).collect();
     Ok(Json(Results { results }))
 }
 
@@ -282,13 +282,13 @@ const MAX_IDS: usize = 500;
 /// What was found, in order of first mention.
 #[derive(Serialize, utoipa::ToSchema)]
 struct Results {
-    results: Vec<Found>,
+    results: Vec<Lookup>,
 }
 
 /// What is kept under an id.
 #[derive(Serialize, utoipa::ToSchema)]
 #[serde(tag = "state", rename_all = "lowercase")]
-enum Found {
+enum Lookup {
     Found {
         id: UserId,
         user: User,
@@ -308,7 +308,7 @@ enum Found {
     },
 }
 
-impl Found {
+impl Lookup {
     fn new(id: UserId, record: Option<Record>) -> Self {
         match record {
             Some(Record::Living(user)) => Self::Found { id, user },

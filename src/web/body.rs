@@ -23,7 +23,8 @@ const MERGE_PATCH: &str = "application/merge-patch+json";
 // None of these has a Debug: what holds values must not find its way into a log.
 
 /// The object in an `application/json` body. Let `T` deny unknown fields: a misspelt member must not be silently without effect.
-pub struct Body<T>(pub T);
+/// Bodies that are long lists may set a limit of their own.
+pub struct Body<T, const LIMIT: usize = LIMIT_BYTES>(pub T);
 
 /// The profile in an `application/json` body.
 pub struct Document(pub Map<String, Value>);
@@ -31,12 +32,12 @@ pub struct Document(pub Map<String, Value>);
 /// The patch of a profile in an `application/merge-patch+json` body (RFC 7396).
 pub struct Patch(pub Map<String, Value>);
 
-impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+impl<S: Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T, LIMIT> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        let members = object(&read(request).await?, "must be an object")?;
+        let members = object(&read(request, LIMIT).await?, "must be an object")?;
         typed(Value::Object(members)).map(Self).map_err(|fault| body_invalid(vec![fault]))
     }
 }
@@ -46,7 +47,7 @@ impl<S: Sync> FromRequest<S> for Document {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        Ok(Self(profile(&read(request).await?)?))
+        Ok(Self(profile(&read(request, LIMIT_BYTES).await?)?))
     }
 }
 
@@ -55,7 +56,7 @@ impl<S: Sync> FromRequest<S> for Patch {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), MERGE_PATCH, HeaderName::from_static("accept-patch"))?;
-        Ok(Self(profile(&read(request).await?)?))
+        Ok(Self(profile(&read(request, LIMIT_BYTES).await?)?))
     }
 }
 
@@ -80,13 +81,13 @@ fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: Head
     }
 }
 
-async fn read(request: Request) -> Result<Bytes, Problem> {
-    match timeout(DEADLINE, to_bytes(request.into_body(), LIMIT_BYTES)).await {
+async fn read(request: Request, limit_bytes: usize) -> Result<Bytes, Problem> {
+    match timeout(DEADLINE, to_bytes(request.into_body(), limit_bytes)).await {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(error)) if is_too_large(&error) => Err(Problem::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "payload_too_large",
-            format!("the body has more than {LIMIT_BYTES} bytes"),
+            format!("the body has more than {limit_bytes} bytes"),
         )),
         Ok(Err(_)) => Err(Problem::bad_request("malformed_body", "the body ended before it was complete")),
         Err(_) => Err(Problem::new(

@@ -14,6 +14,6 @@ mod typed;
 pub use body::{Body, BodyRefusals, Document, Patch, body_invalid};
 pub use etag::{IfNoneMatch, Precondition, etag};
 pub use manners::{Trace, manners, method_not_allowed, route_not_found};
-pub use params::{Id, Params, cursor, invalid_cursor, read_cursor};
+pub use params::{Id, MessageId, Name, Params, cursor, invalid_cursor, read_cursor};
 pub use problem::{Problem, ProblemBody, Refusals};
 pub use server::serve;

@@ -1,11 +1,12 @@
 //! Path and query parameters.
 
 use axum::{
-    extract::{FromRequestParts, Path, Query},
+    extract::{FromRequestParts, Path, Query, RawPathParams},
     http::request::Parts,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::de::DeserializeOwned;
+use tidings_sdk::subscription::SubscriptionName;
 use uuid::Uuid;
 
 use super::Problem;
@@ -31,6 +32,39 @@ impl Id {
     pub fn from_text(text: &str) -> Option<Self> {
         Some(text).filter(|text| text.len() == 36)?.parse().ok().filter(|id: &Uuid| !id.is_nil()).map(Self)
     }
+}
+
+/// A subscription's name in the path, as `{name}`.
+#[derive(Debug, Clone)]
+pub struct Name(pub SubscriptionName);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let text = path_param(parts, state, "name").await.unwrap_or_default();
+        text.parse().map(Self).map_err(|error: tidings_sdk::subscription::InvalidName| {
+            Problem::bad_request("invalid_subscription_name", error.to_string())
+        })
+    }
+}
+
+/// A message's id in the path, as `{message_id}`.
+#[derive(Debug, Clone, Copy)]
+pub struct MessageId(pub Uuid);
+
+impl<S: Send + Sync> FromRequestParts<S> for MessageId {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let text = path_param(parts, state, "message_id").await.unwrap_or_default();
+        text.parse().map(Self).map_err(|_| Problem::bad_request("invalid_message_id", "a message id is a UUID"))
+    }
+}
+
+async fn path_param<S: Send + Sync>(parts: &mut Parts, state: &S, name: &str) -> Option<String> {
+    let params = RawPathParams::from_request_parts(parts, state).await.ok()?;
+    params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
 }
 
 /// The query string. A parameter we do not know is refused: a misspelt one must not be silently without effect.

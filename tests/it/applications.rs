@@ -34,8 +34,10 @@ pub struct Listening {
 impl App {
     pub async fn of(house: &House, example: &'static str) -> Self {
         let subscription = format!("{}.{example}", house.exchange);
-        let database_url = format!("{}_{example}", database_url(&house.db));
-        let name = database_url.rsplit('/').next().unwrap();
+        let database_url = database_url(&house.db);
+        let (server, _) = database_url.rsplit_once('/').unwrap();
+        let name = format!("app_{}", Uuid::new_v4().simple());
+        let database_url = format!("{server}/{name}");
         let create = format!("create database \"{name}\"");
         sqlx::raw_sql(sqlx::AssertSqlSafe(create)).execute(&house.db).await.unwrap();
         let settings = vec![
@@ -116,7 +118,8 @@ impl Listening {
     /// Asks it to leave, which it must do well.
     pub async fn leave(mut self) {
         self.signal("-TERM").await;
-        let left = tokio::time::timeout(house::PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
+        let left =
+            tokio::time::timeout(house::PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
         assert!(left.success(), "{left}: {}", self.log.lock().unwrap());
     }
 }
@@ -189,7 +192,11 @@ pub async fn is_level(house: &House, mirror: &PgPool) {
     eventually("the mirror to be equal to its owner", async || {
         let (theirs, ours) = (rows(&house.db, "users").await, rows(mirror, "tidings_users").await);
         let differing = theirs.iter().filter(|row| !ours.contains(row)).count();
-        if theirs == ours { Ok(()) } else { Err(format!("{differing} of {} differ, {} here", theirs.len(), ours.len())) }
+        if theirs == ours {
+            Ok(())
+        } else {
+            Err(format!("{differing} of {} differ, {} here", theirs.len(), ours.len()))
+        }
     })
     .await;
 }

@@ -57,6 +57,8 @@ async fn help_teaches() {
         ),
         (&["migrate", "--help"], &["DATABASE_URL"]),
         (&["tail", "--help"], &["Examples:", "--fields", "AMQP_URL", "user.deleted"]),
+        (&["subscription", "--help"], &["Examples:", "put", "list", "show", "recovered", "delete"]),
+        (&["subscription", "put", "--help"], &["--key", "--field", "--owner", "--purpose", "--expires-after", "30d"]),
         (&["openapi", "--help"], &["OpenAPI"]),
         (&["healthcheck", "--help"], &["TIDINGS_LISTEN", "exit 0"]),
     ];
@@ -81,11 +83,12 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         ("TIDINGS_PROFILE_SCHEMA", schema),
         ("TIDINGS_EXCHANGE", "amq.topic"),
         ("TIDINGS_ROUTING_KEY_PREFIX", "eu..prod"),
+        ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "0d"),
         ("TIDINGS_LOG", "loud=very"),
     ];
     let refused = run(&["serve"], &wrong).await;
     assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
-    assert!(refused.stderr.contains("7 settings are wrong"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("8 settings are wrong"), "{}", refused.stderr);
     for named in [
         "DATABASE_URL: expected postgres://",
         "AMQP_URL: is not set; set it, or AMQP_URL_FILE",
@@ -93,6 +96,7 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
         &format!("TIDINGS_PROFILE_SCHEMA: {schema} is not a profile schema"),
         "TIDINGS_EXCHANGE: expected a name",
         "TIDINGS_ROUTING_KEY_PREFIX: expected words",
+        "TIDINGS_SUBSCRIPTION_IDLE_AFTER: expected a number",
         "TIDINGS_LOG: ",
         "hint: ",
     ] {
@@ -114,6 +118,9 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
         (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL: cannot read"),
         (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
         (&["relay"], ("AMQP_URL", "amqp://localhost"), "DATABASE_URL: is not set"),
+        (&["relay"], ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "soon"), "TIDINGS_SUBSCRIPTION_IDLE_AFTER: expected a number"),
+        (&["relay"], ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "2m"), "TIDINGS_SUBSCRIPTION_CHECK_EVERY: expected at most"),
+        (&["subscription", "list"], ("AMQP_URL", "http://ana:s3cret@host"), "AMQP_URL: expected amqp://"),
         (&["healthcheck"], ("TIDINGS_LISTEN", "8080"), "TIDINGS_LISTEN: expected"),
         (&["openapi"], ("TIDINGS_LOG", "a=b=c"), "TIDINGS_LOG: "),
     ];

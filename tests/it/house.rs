@@ -259,7 +259,7 @@ pub struct Service {
 /// A command of the binary with a clean environment and these settings.
 pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
     let mut tidings = Command::new(env!("CARGO_BIN_EXE_tidings"));
-    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE"] {
+    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE", "TIDINGS_RABBITMQ_MANAGEMENT_URL"] {
         tidings.env_remove(name);
     }
     tidings.args(command).envs(settings.iter().map(|(name, value)| (name, value)));
@@ -313,7 +313,7 @@ pub fn collect(from: impl AsyncRead + Unpin + Send + 'static, into: Arc<Mutex<St
 
 /// A listener with a durable queue bound `#`, who comes back when the broker does.
 pub struct Audit {
-    amqp_url: String,
+    pub amqp_url: String,
     pub queue: String,
     heard: Arc<Mutex<Heard>>,
 }

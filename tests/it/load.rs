@@ -32,13 +32,18 @@ pub struct Load {
 
 impl Load {
     pub fn on(house: &House, users: &[Uuid], clients: usize) -> Self {
+        Self::at(&house.service.url, users, clients)
+    }
+
+    /// On the instance that listens there.
+    pub fn at(url: &str, users: &[Uuid], clients: usize) -> Self {
         let http = Client::builder().timeout(PATIENCE).build().unwrap();
         let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
         let clients = (0..clients)
             .map(|place| {
                 let client = Amending {
                     http: http.clone(),
-                    url: house.service.url.clone(),
+                    url: url.to_owned(),
                     users: users.to_vec(),
                     answered: Arc::clone(&answered),
                     failed: Arc::clone(&failed),
@@ -181,7 +186,7 @@ fn told_per_user(house: &House) -> BTreeMap<Uuid, i64> {
     })
 }
 
-async fn versions(db: &PgPool) -> BTreeMap<Uuid, i64> {
+pub async fn versions(db: &PgPool) -> BTreeMap<Uuid, i64> {
     sqlx::query_as("select id, version from users").fetch_all(db).await.unwrap().into_iter().collect()
 }
 
@@ -215,6 +220,24 @@ pub async fn backlog(db: &PgPool, events: i32) -> Vec<Uuid> {
         select message_id from filled order by id
     ";
     sqlx::query_scalar(filled).bind(events).fetch_all(db).await.unwrap()
+}
+
+/// Many changes of every user at once: as many further versions, each with its event, the last of them kept.
+pub async fn many_versions(db: &PgPool, versions: i64) {
+    let change = "
+        with told as (
+          insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
+          select gen_random_uuid(), 'profile.updated', id, version + further, '[\"job_title\"]', ''
+            from users, generate_series(1, $1) as further
+           where deleted_at is null
+           order by further, id
+        )
+        update users
+           set version = version + $1,
+               profile = (profile::jsonb || jsonb_build_object('job_title', 'number ' || version + $1))::json
+         where deleted_at is null
+    ";
+    sqlx::query(change).bind(versions).execute(db).await.unwrap();
 }
 
 /// A change whose transaction took its place in the outbox and is still open.

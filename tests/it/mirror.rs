@@ -101,7 +101,7 @@ async fn a_mirror_catches_up_from_where_it_was(db: PgPool) {
     // News that came by message in between is not fetched again.
     house.amend(&users[3], json!({ "city": "Oslo" })).await.ok();
     let told = owner.latest(users[3], 2).await.unwrap();
-    mirror.apply(&mut *house.db.acquire().await.unwrap(), &told).await.unwrap();
+    mirror.apply(&mut house.db.acquire().await.unwrap(), &told).await.unwrap();
     let third = mirror.catch_up(&house.db, &owner).await.unwrap();
     assert_eq!(third, CaughtUp { told: 1, written: 0 });
 }
@@ -150,7 +150,7 @@ async fn a_mirror_of_some_fields_holds_no_others(db: PgPool) {
     mirror.prepare(&house.db).await.unwrap();
     let ana = house.user(json!({ "first_name": "Ana", "city": "Riga" })).await;
     mirror.catch_up(&house.db, &owner).await.unwrap();
-    let copy = mirror.get(&mut *house.db.acquire().await.unwrap(), ana).await.unwrap().unwrap();
+    let copy = mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().unwrap();
     assert_eq!(serde_json::Value::Object(copy.profile), json!({ "city": "Riga" }));
 }
 

@@ -6,10 +6,12 @@
 //! consumer derives from it.
 
 mod catch_up;
+mod keeper;
 mod store;
 mod verify;
 
 pub use catch_up::CaughtUp;
+pub use keeper::Keeper;
 pub use verify::Difference;
 
 use std::collections::BTreeSet;

@@ -109,6 +109,13 @@ pub struct Owner {
     trace: Option<Traceparent>,
 }
 
+/// Shows no address, which may hold a password.
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Owner")
+    }
+}
+
 impl Owner {
     /// The owner at this address, such as `http://127.0.0.1:8080`. Nothing is sent yet.
     ///

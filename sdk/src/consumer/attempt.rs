@@ -1,0 +1,235 @@
+//! An attempt: one call of the handler for what waited together, and what comes of it.
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use lapin::message::Delivery;
+use time::OffsetDateTime;
+use tokio::{
+    sync::OnceCell,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::{
+    back_off,
+    handler::{Failure, Handler, Kind, News, Observer},
+    park::{Failed, Parker},
+};
+use crate::{
+    envelope::{Event, Notice},
+    letter::Reason,
+    owner::Owner,
+};
+
+/// A notice that came in, and the message that it came in.
+pub(super) struct Arrival {
+    pub notice: Notice,
+    pub delivery: Delivery,
+    /// Attempts that have failed so far.
+    pub attempts: u32,
+}
+
+/// What has become of a job.
+pub(super) enum Report {
+    /// To be acknowledged.
+    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery> },
+    /// To be parked.
+    Failed { user: Uuid, version: i64, event: Event, reason: Reason, arrivals: Vec<Arrival> },
+    /// Nobody waits for it any more; the messages will come again.
+    GivenUp { user: Uuid },
+    /// A message that failed is in another queue, and to be acknowledged in this one; unless it was given up.
+    Parked(Option<Box<Delivery>>),
+}
+
+/// Everything that attempts share.
+pub(super) struct Attempts<H> {
+    pub handler: Arc<H>,
+    pub owner: Owner,
+    pub parker: Arc<Parker>,
+    pub observer: Arc<dyn Observer>,
+    pub deadline: Duration,
+    pub subscription: String,
+    /// Cancelled when the consumer is to leave: work is finished, but no outage is waited out.
+    pub stop: CancellationToken,
+    /// Cancelled when nobody waits for reports any more.
+    pub over: CancellationToken,
+}
+
+impl<H: Handler> Attempts<H> {
+    /// Handles a group, which is not empty, and with it what is owed to this user.
+    pub(super) async fn group(
+        self: Arc<Self>,
+        user: Uuid,
+        arrivals: Vec<Arrival>,
+        owed: Option<(i64, Event)>,
+    ) -> Report {
+        let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
+        let span = self.span(&news, &arrivals);
+        let outcome = self.attempt(&news).instrument(span).await;
+        let News { version, event, latest, .. } = news;
+        match outcome {
+            None => Report::GivenUp { user },
+            Some(Ok(())) => {
+                let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
+                self.observer.handled(&event, arrivals.len(), began.elapsed(), lag);
+                // What was fetched may be newer than what was told, and then stands for that too.
+                let version = latest.get().map_or(version, |latest| version.max(latest.version()));
+                let done = arrivals.into_iter().map(|arrival| arrival.delivery).collect();
+                Report::Handled { user, version, event, done }
+            }
+            Some(Err(reason)) => Report::Failed { user, version, event, reason, arrivals },
+        }
+    }
+
+    fn news(&self, user: Uuid, arrivals: &[Arrival], owed: Option<(i64, Event)>) -> News {
+        let notices: Vec<Notice> = arrivals.iter().map(|arrival| arrival.notice.clone()).collect();
+        let newest = notices.iter().max_by_key(|notice| notice.version);
+        let trace = newest.and_then(|notice| notice.traceparent);
+        let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
+        let version = newest.map_or(1, |notice| notice.version).max(owed.as_ref().map_or(1, |(version, _)| *version));
+        let event = merged(notices.iter().map(|notice| &notice.event).chain(owed.as_ref().map(|(_, event)| event)));
+        News { user_id: user, version, event, notices, owner, latest: Arc::new(OnceCell::new()) }
+    }
+
+    /// Part of the trace of the request that made the change.
+    fn span(&self, news: &News, arrivals: &[Arrival]) -> tracing::Span {
+        let trace = news.notices.iter().max_by_key(|notice| notice.version).and_then(|notice| notice.traceparent);
+        tracing::info_span!(
+            "handle",
+            subscription = %self.subscription,
+            user_id = %news.user_id,
+            version = news.version,
+            event = news.event.name(),
+            notices = arrivals.len(),
+            attempts = arrivals.iter().map(|arrival| arrival.attempts).max().unwrap_or_default(),
+            traceparent = trace.map(tracing::field::display),
+        )
+    }
+
+    /// `None` when it was given up because nobody waits for it any more.
+    async fn attempt(&self, news: &News) -> Option<Result<(), Reason>> {
+        let mut pauses = back_off();
+        loop {
+            let called = self.over.run_until_cancelled(self.call(news)).await?;
+            let failure = match called {
+                Ok(()) => return Some(Ok(())),
+                Err(failure) => failure,
+            };
+            match failure {
+                Called::Failed(Failure { kind: Kind::Outage, .. }) => {
+                    tracing::warn!("an outage, waiting");
+                    self.stop.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+                }
+                Called::Failed(failure @ Failure { kind: Kind::Attempt(reason), .. }) => {
+                    tracing::debug!(?failure, "the handler failed");
+                    return Some(Err(reason));
+                }
+                Called::Panicked => return Some(Err(Reason::HandlerPanicked)),
+                Called::TimedOut => return Some(Err(Reason::HandlerTimedOut)),
+            }
+        }
+    }
+
+    async fn call(&self, news: &News) -> Result<(), Called> {
+        let news = News {
+            notices: news.notices.clone(),
+            event: news.event.clone(),
+            owner: news.owner.clone(),
+            latest: news.latest.clone(),
+            ..*news
+        };
+        let work = async {
+            match news.event {
+                Event::Created => self.handler.created(news).await,
+                Event::Updated { .. } => self.handler.updated(news).await,
+                Event::Deleted => self.handler.deleted(news).await,
+            }
+        };
+        match timeout(self.deadline, AssertUnwindSafe(work).catch_unwind()).await {
+            Ok(Ok(outcome)) => outcome.map_err(Called::Failed),
+            Ok(Err(_)) => Err(Called::Panicked),
+            Err(_) => Err(Called::TimedOut),
+        }
+    }
+
+    /// Parks until it succeeds; the message itself waits unacknowledged meanwhile, and nobody else waits for it.
+    pub(super) async fn park(self: Arc<Self>, mut delivery: Delivery, reason: Reason, attempts: u32) -> Report {
+        let failed = Failed::take(&mut delivery, reason, attempts);
+        Report::Parked(self.park_until_it_succeeds(&failed).await.map(|()| Box::new(delivery)))
+    }
+
+    /// `None` when it was given up because nobody waits for it any more.
+    async fn park_until_it_succeeds(&self, failed: &Failed) -> Option<()> {
+        let mut pauses = back_off();
+        loop {
+            match self.over.run_until_cancelled(self.parker.park(failed)).await? {
+                Ok(is_dead) => {
+                    self.tell(failed, is_dead);
+                    return Some(());
+                }
+                Err(why) => {
+                    tracing::warn!(subscription = %self.subscription, "a message that failed cannot be put aside, trying again: {why}")
+                }
+            }
+            self.over.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+        }
+    }
+
+    fn tell(&self, Failed { properties, reason, attempts, .. }: &Failed, is_dead: bool) {
+        let attempts = attempts + 1;
+        // Not whatever a stranger put there.
+        let message_id = crate::envelope::message_id(properties).map(tracing::field::display);
+        if is_dead {
+            tracing::warn!(subscription = %self.subscription, message_id, %reason, attempts, "a dead letter");
+            self.observer.dead(*reason);
+        } else {
+            tracing::warn!(subscription = %self.subscription, message_id, %reason, attempts, "an attempt failed");
+            self.observer.failed(*reason, attempts);
+        }
+    }
+}
+
+enum Called {
+    Failed(Failure),
+    Panicked,
+    TimedOut,
+}
+
+fn lag(notice: &Notice) -> Duration {
+    (OffsetDateTime::now_utc() - notice.occurred_at).try_into().unwrap_or_default()
+}
+
+/// What several events of one user come to.
+fn merged<'a>(events: impl Iterator<Item = &'a Event> + Clone) -> Event {
+    if let Some(whole) = [Event::Deleted, Event::Created].into_iter().find(|whole| events.clone().any(|e| e == whole)) {
+        return whole;
+    }
+    let mut changed_fields: Vec<_> = events.flat_map(Event::changed_fields).cloned().collect();
+    changed_fields.sort_unstable();
+    changed_fields.dedup();
+    Event::Updated { changed_fields }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn updated(fields: &[&str]) -> Event {
+        Event::Updated { changed_fields: fields.iter().map(|field| field.parse().unwrap()).collect() }
+    }
+
+    #[test]
+    fn several_events_come_to_one() {
+        let (city, both) = (updated(&["city"]), updated(&["phone", "city"]));
+        assert_eq!(merged([&both, &city].into_iter()), updated(&["city", "phone"]));
+        assert_eq!(merged([&city, &Event::Created].into_iter()), Event::Created);
+        assert_eq!(merged([&Event::Deleted, &Event::Created, &city].into_iter()), Event::Deleted);
+    }
+}

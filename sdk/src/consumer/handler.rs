@@ -1,0 +1,235 @@
+//! What an application brings: a handler, a way to catch up, an observer.
+
+use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
+
+use tokio::sync::OnceCell;
+use uuid::Uuid;
+
+use crate::{
+    envelope::{Event, Notice},
+    letter::Reason,
+    owner::{FetchError, Latest, Owner},
+};
+
+/// The work that notices call for. Each method returns once the work is done: then the notice is acknowledged.
+///
+/// Called for different users at the same time, for one user never. It may be called again for what it has done already. It must not
+/// block its thread: what never gives the thread back cannot be stopped at its deadline.
+pub trait Handler: Send + Sync + 'static {
+    /// A user has come into being, or into the view of this subscription by a backfill.
+    fn created(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
+        self.changed(news)
+    }
+
+    /// Fields of a user have changed.
+    fn updated(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
+        self.changed(news)
+    }
+
+    /// A user was deleted for good.
+    fn deleted(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
+        self.changed(news)
+    }
+
+    /// Any of the three, unless its own method says otherwise.
+    fn changed(&self, _news: News) -> impl Future<Output = Result<(), Failure>> + Send {
+        async { Ok(()) }
+    }
+}
+
+/// What has happened to one user, from one or several notices that waited together.
+#[derive(Debug)]
+pub struct News {
+    pub user_id: Uuid,
+    /// Of the newest notice.
+    pub version: i64,
+    /// Deleted if one of the notices says so, else created if one does, else updated in the fields of all of them, and of those whose
+    /// last attempt failed. A hint: fields of a notice that [`News::latest`] of an earlier call made old are in none.
+    pub event: Event,
+    /// The notices that this call stands for, in the order of their versions.
+    pub notices: Vec<Notice>,
+    pub(super) owner: Owner,
+    pub(super) latest: std::sync::Arc<OnceCell<Latest>>,
+}
+
+impl News {
+    /// The latest record of the user, never older than the news. Fetched when it is first asked for.
+    ///
+    /// # Errors
+    /// [`FetchError`], for which `?` does the right thing.
+    pub async fn latest(&self) -> Result<Latest, FetchError> {
+        let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await?;
+        Ok(latest.clone())
+    }
+}
+
+/// Why a handler could not do its work. `?` makes one of any error.
+pub struct Failure {
+    pub(super) kind: Kind,
+    cause: Box<dyn Error + Send + Sync>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// An attempt of this news.
+    Attempt(Reason),
+    /// Something that this news has no part in; it waits for it to end, and no attempt is counted.
+    Outage,
+}
+
+impl Failure {
+    /// A failure that has nothing to do with the news at hand: a database of the application's that is down. The news waits where it
+    /// is and is tried again, and its attempts are not counted.
+    pub fn outage(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { kind: Kind::Outage, cause: cause.into() }
+    }
+
+    /// A failed attempt, for causes that `?` does not take: words, or an `anyhow::Error`.
+    pub fn because(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { kind: Kind::Attempt(Reason::HandlerFailed), cause: cause.into() }
+    }
+}
+
+impl<E: Error + Send + Sync + 'static> From<E> for Failure {
+    fn from(cause: E) -> Self {
+        Self { kind: kind(&cause), cause: Box::new(cause) }
+    }
+}
+
+/// What the error says, or the first of its causes that is known here: an application wraps errors in its own.
+fn kind(error: &(dyn Error + 'static)) -> Kind {
+    let chain = std::iter::successors(Some(error), |error| (*error).source());
+    chain.into_iter().find_map(known).unwrap_or(Kind::Attempt(Reason::HandlerFailed))
+}
+
+fn known(cause: &(dyn Error + 'static)) -> Option<Kind> {
+    #[cfg(feature = "mirror")]
+    match cause.downcast_ref() {
+        Some(crate::mirror::MirrorError::Fetch(error)) => return Some(kind_of_fetch(error)),
+        Some(crate::mirror::MirrorError::Database(error)) => return Some(kind_of_database(error)),
+        None => {}
+    }
+    #[cfg(feature = "mirror")]
+    if let Some(error) = cause.downcast_ref() {
+        return Some(kind_of_database(error));
+    }
+    cause.downcast_ref().map(kind_of_fetch)
+}
+
+fn kind_of_fetch(error: &FetchError) -> Kind {
+    match error {
+        FetchError::Unavailable(_) => Kind::Outage,
+        FetchError::UnknownUser => Kind::Attempt(Reason::UnknownUser),
+        FetchError::Refused { .. } | FetchError::NotYetVisible | FetchError::Malformed => {
+            Kind::Attempt(Reason::FetchFailed)
+        }
+    }
+}
+
+/// SQLSTATE classes 08 (connection), 53 (no resources) and 57 (operator intervention) are the database's trouble.
+#[cfg(feature = "mirror")]
+fn kind_of_database(error: &sqlx::Error) -> Kind {
+    let is_outage = match error {
+        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+        sqlx::Error::Database(refusal) => {
+            refusal.code().is_some_and(|code| ["08", "53", "57"].iter().any(|class| code.starts_with(class)))
+        }
+        _ => false,
+    };
+    if is_outage { Kind::Outage } else { Kind::Attempt(Reason::HandlerFailed) }
+}
+
+/// The cause, whose words are the application's and may quote its data.
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Failure").field("kind", &self.kind).field("cause", &self.cause).finish()
+    }
+}
+
+/// How news may have been missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gap {
+    /// This process has not listened yet. Its queue may be new, or have been there all the while.
+    FirstStart,
+    /// The connection was lost; the queue was there all the while.
+    Reconnected,
+    /// The queue, or what it is bound to, was deleted: what was in it, and what was told since, is missing.
+    QueueLost,
+}
+
+/// Makes good what was missed.
+pub trait CatchUp: Send + Sync + 'static {
+    /// Called when the queue is bound, so that nothing more is missed, and before anything is consumed from it. Called again when it
+    /// fails.
+    fn catch_up(&self, gap: Gap) -> impl Future<Output = Result<(), Failure>> + Send;
+}
+
+type BoxedFuture<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
+
+pub(super) trait DynCatchUp: Send + Sync {
+    fn run(&self, gap: Gap) -> BoxedFuture<'_>;
+}
+
+impl<C: CatchUp> DynCatchUp for C {
+    fn run(&self, gap: Gap) -> BoxedFuture<'_> {
+        Box::pin(self.catch_up(gap))
+    }
+}
+
+pub(super) type BoxedCatchUp = Box<dyn DynCatchUp>;
+
+pub(super) fn boxed(catch_up: impl CatchUp) -> BoxedCatchUp {
+    Box::new(catch_up)
+}
+
+/// Why a notice was acknowledged without a call of the handler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dropped {
+    /// This version of the user, or a newer one, was handled already.
+    Old,
+    /// The same message was there twice.
+    Duplicate,
+    /// The subscription does not ask for it (any more).
+    Unwanted,
+}
+
+/// Is told what goes on, to make metrics of it. Every method does nothing unless it is given something to do.
+pub trait Observer: Send + Sync + 'static {
+    /// Listening.
+    fn connected(&self) {}
+    fn disconnected(&self) {}
+    /// Notices of one user were handled in one call. `lag` is the time since the newest of them happened.
+    fn handled(&self, _event: &Event, _notices: usize, _took: Duration, _lag: Duration) {}
+    fn dropped(&self, _why: Dropped) {}
+    /// An attempt has failed; the message will come again.
+    fn failed(&self, _reason: Reason, _attempts: u32) {}
+    /// A message has become a dead letter.
+    fn dead(&self, _reason: Reason) {}
+    /// Users that are being handled now.
+    fn under_way(&self, _users: usize) {}
+}
+
+pub(super) struct Blind;
+
+impl Observer for Blind {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the badge cannot be printed")]
+    struct Wrapped(#[source] FetchError);
+
+    #[test]
+    fn an_outage_is_told_from_a_failed_attempt_however_it_is_wrapped() {
+        let unavailable = FetchError::Unavailable("no answer");
+        assert_eq!(Failure::from(unavailable.clone()).kind, Kind::Outage);
+        assert_eq!(Failure::from(Wrapped(unavailable)).kind, Kind::Outage);
+        assert_eq!(Failure::from(Wrapped(FetchError::UnknownUser)).kind, Kind::Attempt(Reason::UnknownUser));
+        let refused = FetchError::Refused { status: 500, code: String::new() };
+        assert_eq!(Failure::from(refused).kind, Kind::Attempt(Reason::FetchFailed));
+        assert_eq!(Failure::from(std::fmt::Error).kind, Kind::Attempt(Reason::HandlerFailed));
+        assert_eq!(Failure::because("no paper").kind, Kind::Attempt(Reason::HandlerFailed));
+    }
+}

@@ -1,0 +1,387 @@
+//! A session: one connection to the broker, from being bound to being lost.
+
+use std::{cmp::Reverse, collections::HashSet, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures_util::{FutureExt, StreamExt};
+use lapin::{
+    Channel, Connection, ConnectionProperties,
+    message::Delivery,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    types::FieldTable,
+    uri::AMQPUri,
+};
+use tokio::{
+    task::{JoinError, JoinSet},
+    time::{Instant, MissedTickBehavior, interval_at, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    Consumer, StartError,
+    attempt::{Arrival, Attempts, Report},
+    handler::{Dropped, Gap, Handler},
+    lanes::Lanes,
+    memory::Memory,
+    park::Parker,
+};
+use crate::{
+    envelope::Notice,
+    letter::{Letter, Reason},
+    topology,
+};
+
+/// For the whole of connecting: lapin itself would wait for a silent peer for ever.
+pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// For a request on a channel, and for saying goodbye.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// For handlers that run when the connection is lost: their messages will come again, and one user is not handled twice at once.
+const LOSS_FAREWELL: Duration = Duration::from_secs(5);
+const ABORT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How a session ended.
+pub(super) enum Ended {
+    /// In order, as it was asked to.
+    Left,
+    /// The queue, or the exchange that it was bound to, is gone.
+    QueueLost,
+    /// By an answer that will be the same again, unless somebody changes something.
+    Refused(StartError),
+    Lost(String),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Left => f.write_str("left"),
+            Self::QueueLost => f.write_str("the queue, or the exchange before it, was deleted"),
+            Self::Refused(error) => error.fmt(f),
+            Self::Lost(why) => f.write_str(why),
+        }
+    }
+}
+
+impl From<topology::Error> for Ended {
+    fn from(error: topology::Error) -> Self {
+        match error {
+            topology::Error::Differs(_) | topology::Error::Missing(_) | topology::Error::Forbidden(_) => {
+                Self::Refused(error.into())
+            }
+            topology::Error::Silent | topology::Error::Broken(_) => Self::Lost(error.to_string()),
+        }
+    }
+}
+
+fn lost(error: lapin::Error) -> Ended {
+    Ended::Lost(error.to_string())
+}
+
+/// Connects, without lapin's own recovery: what was under way on a lost connection comes again.
+pub(super) async fn connect(uri: &AMQPUri, name: &str) -> Result<Connection, Ended> {
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    match timeout(CONNECT_DEADLINE, Connection::connect_uri(uri.clone(), properties)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) if is_login_refused(&error) => Err(Ended::Refused(StartError::Login)),
+        Ok(Err(error)) => Err(Ended::Lost(format!("the broker cannot be reached: {error}"))),
+        Err(_) => Err(Ended::Lost(format!("the broker did not answer within {CONNECT_DEADLINE:?}"))),
+    }
+}
+
+fn is_login_refused(error: &lapin::Error) -> bool {
+    let lapin::ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    matches!(
+        error.kind(),
+        AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) | AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
+    )
+}
+
+pub(super) struct Session<'a> {
+    consumer: &'a Consumer,
+    connection: Connection,
+    channel: Channel,
+    lanes: Lanes<Arrival>,
+    jobs: JoinSet<Report>,
+}
+
+impl<'a> Session<'a> {
+    /// Connects, binds, and catches up, in this order: what is told from now on waits in the queue.
+    pub(super) async fn open(consumer: &'a Consumer, gap: &mut Gap, stop: &CancellationToken) -> Result<Self, Ended> {
+        let opened = stop.run_until_cancelled(Self::open_until_stopped(consumer, gap)).await;
+        opened.unwrap_or(Err(Ended::Left))
+    }
+
+    async fn open_until_stopped(consumer: &'a Consumer, gap: &mut Gap) -> Result<Self, Ended> {
+        let name = &consumer.subscription.name;
+        let connection = connect(&consumer.uri, name.as_str()).await?;
+        let looking = request(connection.create_channel()).await?;
+        if let Some(part) = consumer.missing(&looking).await? {
+            // New at the first start; later it was there, and somebody deleted it.
+            if *gap == Gap::Reconnected {
+                *gap = Gap::QueueLost;
+            }
+            if part == name.queue() && !consumer.settings.declares {
+                return Err(Ended::Refused(StartError::NotRegistered(part)));
+            }
+        }
+        let channel = request(connection.create_channel()).await?;
+        if consumer.settings.declares {
+            consumer.declare(&channel).await?;
+        }
+        let session = Self { consumer, connection, channel, lanes: Lanes::new(), jobs: JoinSet::new() };
+        if let Some(catch_up) = &consumer.catch_up {
+            tracing::info!(subscription = %name, ?gap, "catching up");
+            match AssertUnwindSafe(catch_up.run(*gap)).catch_unwind().await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => {
+                    tracing::debug!(?failure, "catching up failed");
+                    return Err(Ended::Lost("catching up failed".to_owned()));
+                }
+                Err(_) => return Err(Ended::Lost("catching up panicked".to_owned())),
+            }
+        }
+        *gap = Gap::Reconnected;
+        Ok(session)
+    }
+
+    /// Handles what comes in, until `stop` or the end of the connection.
+    pub(super) async fn run<H: Handler>(
+        &mut self,
+        handler: &Arc<H>,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let over = CancellationToken::new();
+        let attempts = Arc::new(self.attempts(handler.clone(), stop.clone(), over.clone()));
+        let ended = match self.listen(&attempts, memory, stop).await {
+            Ok(()) => Ended::Left,
+            Err(ended) => ended,
+        };
+        let bound = if matches!(ended, Ended::Left) { self.consumer.settings.farewell } else { LOSS_FAREWELL };
+        self.finish(&attempts, memory, bound).await;
+        let _ = timeout(REQUEST_DEADLINE, self.connection.close(200, "bye".into())).await;
+        ended
+    }
+
+    fn attempts<H: Handler>(&self, handler: Arc<H>, stop: CancellationToken, over: CancellationToken) -> Attempts<H> {
+        let Consumer { uri, subscription, owner, settings, observer, .. } = self.consumer;
+        let parker = Parker::new(uri.clone(), subscription.name.clone(), settings.retry_delays().to_vec());
+        Attempts {
+            handler,
+            owner: owner.clone(),
+            parker: Arc::new(parker),
+            observer: observer.clone(),
+            deadline: settings.handler_deadline,
+            subscription: subscription.name.to_string(),
+            stop,
+            over,
+        }
+    }
+
+    async fn listen<H: Handler>(
+        &mut self,
+        attempts: &Arc<Attempts<H>>,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let settings = &self.consumer.settings;
+        let queue = self.consumer.subscription.name.queue();
+        request(self.channel.basic_qos(settings.prefetch, BasicQosOptions::default())).await?;
+        let consuming =
+            self.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
+        let mut news = request(consuming).await?;
+        self.consumer.observer.connected();
+        tracing::info!(subscription = queue, "listening");
+        let mut check = interval_at(Instant::now() + settings.check_every, settings.check_every);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.start_what_can_be(attempts, memory).await?;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(done) = self.jobs.join_next() => self.take(done, attempts, memory).await?,
+                // Before the news, of which there may be no end.
+                _ = check.tick() => self.check().await?,
+                delivery = news.next() => match delivery {
+                    Some(Ok(delivery)) => self.arrive(delivery, attempts).await?,
+                    Some(Err(error)) => return Err(lost(error)),
+                    // The connection stands, and nothing will come any more.
+                    None if self.connection.status().connected() => return Err(Ended::QueueLost),
+                    None => return Err(Ended::Lost("the connection to the broker is lost".to_owned())),
+                },
+            }
+        }
+        // Nothing new from here on; what was handed out and not begun goes back when the channel closes.
+        request(self.channel.basic_cancel(news.tag(), BasicCancelOptions::default())).await
+    }
+
+    async fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) -> Result<(), Ended> {
+        let Ok(notice) = Notice::from_message(&delivery.properties, &delivery.data) else {
+            self.jobs.spawn(attempts.clone().park(delivery, Reason::Malformed, 0));
+            return Ok(());
+        };
+        let subscription = &self.consumer.subscription;
+        // What comes through its own exchange was meant for it: a further attempt, a backfill, a redrive.
+        let was_addressed = delivery.exchange.as_str() == subscription.name.as_str();
+        if !was_addressed && !subscription.wants(&notice.event) {
+            self.consumer.observer.dropped(Dropped::Unwanted);
+            return ack(&delivery).await;
+        }
+        let letter = Letter::read(delivery.properties.headers().as_ref());
+        let attempts = letter.map_or(0, |letter| letter.attempts);
+        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
+        Ok(())
+    }
+
+    /// Starts groups while there is room for more users.
+    async fn start_what_can_be<H: Handler>(
+        &mut self,
+        attempts: &Arc<Attempts<H>>,
+        memory: &Memory,
+    ) -> Result<(), Ended> {
+        while self.lanes.out() < self.consumer.settings.concurrency
+            && let Some((user, group)) = self.lanes.next()
+        {
+            let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
+            let (news, again) = distinct(news);
+            self.drop_all(old, Dropped::Old).await?;
+            self.drop_all(again, Dropped::Duplicate).await?;
+            if news.is_empty() {
+                self.lanes.back(user);
+            } else {
+                self.jobs.spawn(attempts.clone().group(user, news, memory.owed(user)));
+                self.consumer.observer.under_way(self.lanes.out());
+            }
+        }
+        Ok(())
+    }
+
+    async fn drop_all(&self, arrivals: Vec<Arrival>, why: Dropped) -> Result<(), Ended> {
+        for arrival in arrivals {
+            self.consumer.observer.dropped(why);
+            ack(&arrival.delivery).await?;
+        }
+        Ok(())
+    }
+
+    async fn take<H: Handler>(
+        &mut self,
+        report: Result<Report, JoinError>,
+        attempts: &Arc<Attempts<H>>,
+        memory: &mut Memory,
+    ) -> Result<(), Ended> {
+        match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
+            Report::Handled { user, version, event, done } => {
+                self.is_back(user);
+                memory.note(user, version, &event);
+                for delivery in done {
+                    ack(&delivery).await?;
+                }
+            }
+            Report::Failed { user, version, event, reason, arrivals } => {
+                self.is_back(user);
+                memory.owe(user, version, event);
+                // What came on a connection that is lost comes again by itself.
+                for Arrival { delivery, attempts: tried, .. } in
+                    arrivals.into_iter().filter(|a| a.delivery.acker.usable())
+                {
+                    self.jobs.spawn(attempts.clone().park(delivery, reason, tried));
+                }
+            }
+            Report::GivenUp { user } => self.is_back(user),
+            Report::Parked(None) => {}
+            Report::Parked(Some(delivery)) => ack(&delivery).await?,
+        }
+        Ok(())
+    }
+
+    fn is_back(&mut self, user: Uuid) {
+        self.lanes.back(user);
+        self.consumer.observer.under_way(self.lanes.out());
+    }
+
+    /// Lets running handlers end, within a bound, and acknowledges what they did as long as somebody listens.
+    async fn finish<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &mut Memory, bound: Duration) {
+        let end = Instant::now() + bound;
+        while let Ok(Some(done)) = timeout_at(end, self.jobs.join_next()).await {
+            // On a connection that is lost there is nobody to acknowledge to; that it was handled is remembered all the same.
+            let _ = self.take(done, attempts, memory).await;
+        }
+        attempts.over.cancel();
+        // A handler that blocks its thread never ends; we do.
+        let _ = timeout(ABORT_DEADLINE, self.jobs.shutdown()).await;
+    }
+
+    /// Nobody is told when an exchange or a binding is deleted.
+    async fn check(&self) -> Result<(), Ended> {
+        let channel = request(self.connection.create_channel()).await?;
+        if self.consumer.missing(&channel).await?.is_some() {
+            return Err(Ended::QueueLost);
+        }
+        if self.consumer.settings.declares {
+            self.consumer.declare(&channel).await?;
+        }
+        request(channel.close(200, "bye".into())).await
+    }
+}
+
+impl Consumer {
+    async fn declare(&self, channel: &Channel) -> Result<(), Ended> {
+        let delays = self.settings.retry_delays();
+        topology::declare(channel, &self.source, &self.subscription, delays).await.map_err(|error| match error {
+            topology::Error::Missing(exchange) if exchange == self.source.exchange => {
+                Ended::Refused(StartError::NoExchange(exchange))
+            }
+            error => error.into(),
+        })
+    }
+
+    /// The first part that is not there of those whose loss means that news is lost. The channel is spent if there is one.
+    async fn missing(&self, channel: &Channel) -> Result<Option<String>, Ended> {
+        let name = &self.subscription.name;
+        match topology::depth(channel, name.queue()).await {
+            Ok(_) => {}
+            Err(topology::Error::Missing(queue)) => return Ok(Some(queue)),
+            Err(error) => return Err(error.into()),
+        }
+        let fields = (!self.subscription.fields.is_empty()).then(|| name.fields_exchange());
+        for exchange in [self.source.exchange.clone()].into_iter().chain(fields) {
+            if !topology::has_exchange(channel, &exchange).await? {
+                return Ok(Some(exchange));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Each message once, in the order of versions; and those that were there again. The one that was tried most often stands for all.
+fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
+    let mut seen = HashSet::new();
+    arrivals.sort_by_key(|arrival| Reverse(arrival.attempts));
+    let (mut first, again): (Vec<_>, Vec<_>) =
+        arrivals.into_iter().partition(|arrival| seen.insert(arrival.notice.message_id));
+    first.sort_by_key(|arrival| arrival.notice.version);
+    (first, again)
+}
+
+/// A backfill is for those who have lost what they held, whatever this process remembers.
+fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
+    let headers = arrival.delivery.properties.headers().as_ref();
+    let is_backfill = headers.is_some_and(|headers| headers.contains_key(topology::BACKFILL));
+    !is_backfill && memory.is_old(&arrival.notice)
+}
+
+async fn ack(delivery: &Delivery) -> Result<(), Ended> {
+    match delivery.acker.ack(BasicAckOptions::default()).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Ended::Lost("the channel to the broker is lost".to_owned())),
+        Err(error) => Err(lost(error)),
+    }
+}
+
+async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
+    match timeout(REQUEST_DEADLINE, request).await {
+        Ok(answer) => answer.map_err(lost),
+        Err(_) => Err(Ended::Lost(format!("the broker did not answer within {REQUEST_DEADLINE:?}"))),
+    }
+}

@@ -1,0 +1,95 @@
+//! `tidings subscription backfill ..`: for operators. It writes what is wanted into the database; a service that relays does it.
+
+use std::{
+    io::{Write, stdout},
+    time::Duration,
+};
+
+use anyhow::ensure;
+use tidings_sdk::subscription::SubscriptionName;
+use tokio::time::sleep;
+
+use super::{Action, Backfill, Backfills, MAX_USER_IDS, Plan, Start, State, http::Progress};
+use crate::config::{BackfillAction, BackfillStart, Faults, SubscriptionServers};
+
+/// Between two looks of one who follows.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// # Errors
+/// When what was asked for was not done.
+pub async fn run(action: BackfillAction, mut faults: Faults) -> anyhow::Result<()> {
+    let (asked, action) = match action {
+        BackfillAction::Start(asked) => return start(asked, faults).await,
+        BackfillAction::Show(asked) => (asked, None),
+        BackfillAction::Pause(asked) => (asked, Some(Action::Pause)),
+        BackfillAction::Resume(asked) => (asked.backfill, Some(Action::Resume(asked.rate))),
+        BackfillAction::Cancel(asked) => (asked, Some(Action::Cancel)),
+    };
+    let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
+    let backfills = open(&asked.servers, &mut faults);
+    faults.none()?;
+    let (Some(name), Some(backfills)) = (name, backfills) else { unreachable!("no faults, so all are there") };
+    let now = match action {
+        None => backfills.get(&name).await?,
+        Some(action) => backfills.act(&name, action).await?,
+    };
+    print(&name, &now, asked.servers.json)
+}
+
+async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
+    let name = faults.note("NAME", asked.backfill.name.parse::<SubscriptionName>());
+    let plan = faults.note("--user, --changed-since or --rate", plan(&asked));
+    let backfills = open(&asked.backfill.servers, &mut faults);
+    faults.none()?;
+    let (Some(name), Some(plan), Some(backfills)) = (name, plan, backfills) else {
+        unreachable!("no faults, so all are there")
+    };
+    let mut now = backfills.start(&name, &plan).await?;
+    while asked.follow && !now.state.is_over() {
+        eprintln!("{}", words(&now));
+        sleep(LOOK).await;
+        now = backfills.get(&name).await?;
+    }
+    print(&name, &now, asked.backfill.servers.json)?;
+    ensure!(!asked.follow || now.state == State::Done, "it was cancelled");
+    Ok(())
+}
+
+fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
+    ensure!(asked.users.len() <= MAX_USER_IDS, "at most {MAX_USER_IDS} users by id");
+    let ids = asked.users.iter().map(|id| id.parse()).collect::<Result<Vec<_>, _>>()?;
+    let everybody = (ids.is_empty() && asked.changed_since.is_none()).then(|| "all".to_owned());
+    let start = Start {
+        users: everybody,
+        user_ids: Some(ids).filter(|ids| !ids.is_empty()),
+        changed_since: asked.changed_since.clone(),
+        rate_per_s: asked.rate,
+        max_waiting: None,
+    };
+    start.plan().map_err(|fault| anyhow::anyhow!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail))
+}
+
+fn print(name: &SubscriptionName, backfill: &Backfill, as_json: bool) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    if as_json {
+        serde_json::to_writer(&mut out, &Progress::of(name, backfill))?;
+        return Ok(writeln!(out)?);
+    }
+    Ok(writeln!(out, "{name}: {}", words(backfill))?)
+}
+
+fn words(backfill: &Backfill) -> String {
+    let Backfill { state, waiting_for, sent, skipped, total, rate_per_s, .. } = backfill;
+    let state = match waiting_for {
+        Some(why) => format!("waiting for {}", why.as_str()),
+        None => format!("{state:?}").to_lowercase(),
+    };
+    let about = if backfill.total_is_estimate { "about " } else { "" };
+    let percent = (backfill.progress() * 100.0) as u32;
+    let eta = backfill.eta_s().map(|eta_s| format!(", {eta_s} s to go at {rate_per_s}/s")).unwrap_or_default();
+    format!("{state}, {percent} %: {sent} sent and {skipped} skipped of {about}{total}{eta}")
+}
+
+fn open(servers: &SubscriptionServers, faults: &mut Faults) -> Option<Backfills> {
+    Some(Backfills::new(servers.database.open(faults)?.pool("command", [])))
+}

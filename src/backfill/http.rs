@@ -1,0 +1,276 @@
+//! The face of backfills: `/v1/subscriptions/{name}/backfill`.
+
+use axum::{
+    Json,
+    extract::State as Of,
+    http::{StatusCode, header},
+};
+use serde::{Deserialize, Serialize};
+use tidings_sdk::subscription::SubscriptionName;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
+
+use super::{
+    Action, Backfill, Backfills, DEFAULT_MAX_WAITING, DEFAULT_RATE, Error, MAX_USER_IDS, Plan, RATES, State,
+    WaitingFor, Whom,
+};
+use crate::{
+    json::Fault,
+    web::{Body, BodyRefusals, Name, Params, Problem, ProblemBody, Refusals, body_invalid},
+};
+
+pub fn routes() -> OpenApiRouter<Backfills> {
+    OpenApiRouter::new()
+        .routes(routes!(start, show))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(cancel))
+}
+
+/// Tell a subscription of users as if each had just changed.
+///
+/// One message per user goes to this subscription's queue alone, with the header `tidings-backfill`: `user.created` if the subscription
+/// wants that, else `profile.updated` with the subscription's fields; of deleted users `user.deleted`. Of whom it wants to hear nothing,
+/// it hears nothing. News goes first: nothing is sent while `max_waiting` messages wait in the queue, or while news is held up.
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "startBackfill",
+    request_body(content = Start, example = json!({ "users": "all", "rate_per_s": 2000 })),
+    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    responses((status = 202, description = "Accepted: it begins within a second", body = Progress,
+               headers(("Location" = String, description = "Where to look at it"))),
+        (status = 409, description = "`backfill_running`: one is under way", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`subscription_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        BodyRefusals, Refusals))]
+async fn start(
+    Of(backfills): Of<Backfills>,
+    Name(name): Name,
+    Params(NoParams {}): Params<NoParams>,
+    Body(asked): Body<Start, START_LIMIT_BYTES>,
+) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
+    let plan = asked.plan().map_err(|fault| body_invalid(vec![fault]))?;
+    let started = backfills.start(&name, &plan).await?;
+    let location = [(header::LOCATION, format!("/v1/subscriptions/{name}/backfill"))];
+    Ok((StatusCode::ACCEPTED, location, Json(Progress::of(&name, &started))))
+}
+
+/// The backfill under way, or the last one.
+#[utoipa::path(get, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "getBackfill",
+    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    responses((status = 200, description = "How far it is", body = Progress), Absences, Refusals))]
+async fn show(
+    Of(backfills): Of<Backfills>,
+    Name(name): Name,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<Json<Progress>, Problem> {
+    Ok(Json(Progress::of(&name, &backfills.get(&name).await?)))
+}
+
+/// Pause a backfill.
+///
+/// Within a second nothing more is sent. It stays where it is until it is resumed or cancelled.
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:pause", tag = "subscriptions", operation_id = "pauseBackfill",
+    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    responses((status = 200, description = "How far it is", body = Progress), Absences, OverRefusal, Refusals))]
+async fn pause(
+    Of(backfills): Of<Backfills>,
+    Name(name): Name,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<Json<Progress>, Problem> {
+    act(&backfills, &name, Action::Pause).await
+}
+
+/// Go on with a backfill that was paused, or change the rate of one that runs.
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:resume", tag = "subscriptions", operation_id = "resumeBackfill",
+    params(("name" = String, Path, description = "The subscription", example = "orders"), NewRate),
+    responses((status = 200, description = "How far it is", body = Progress), Absences, OverRefusal, Refusals))]
+async fn resume(
+    Of(backfills): Of<Backfills>,
+    Name(name): Name,
+    Params(asked): Params<NewRate>,
+) -> Result<Json<Progress>, Problem> {
+    if asked.rate_per_s.is_some_and(|rate| !RATES.contains(&rate)) {
+        return Err(Problem::bad_request("invalid_query", format!("rate_per_s {}", rate_range())));
+    }
+    act(&backfills, &name, Action::Resume(asked.rate_per_s)).await
+}
+
+/// Cancel a backfill. What was sent stays in the queue.
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:cancel", tag = "subscriptions", operation_id = "cancelBackfill",
+    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    responses((status = 200, description = "How far it was", body = Progress), Absences, OverRefusal, Refusals))]
+async fn cancel(
+    Of(backfills): Of<Backfills>,
+    Name(name): Name,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<Json<Progress>, Problem> {
+    act(&backfills, &name, Action::Cancel).await
+}
+
+async fn act(backfills: &Backfills, name: &SubscriptionName, action: Action) -> Result<Json<Progress>, Problem> {
+    Ok(Json(Progress::of(name, &backfills.act(name, action).await?)))
+}
+
+/// Room for 10,000 ids.
+const START_LIMIT_BYTES: usize = 512 * 1024;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoParams {}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct NewRate {
+    /// Messages a second from now on.
+    #[param(required = false, minimum = 1, maximum = 50000)]
+    rate_per_s: Option<i32>,
+}
+
+/// Whom to tell, exactly one of the three, and how fast.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = StartBackfill)]
+pub struct Start {
+    /// `all`: everybody, the deleted too.
+    #[schema(required = false, example = "all")]
+    pub users: Option<String>,
+    /// These.
+    #[schema(required = false, max_items = 10000)]
+    pub user_ids: Option<Vec<Uuid>>,
+    /// Everybody whose latest change, deletion included, was made then or later.
+    #[schema(required = false, value_type = String, format = DateTime, example = "2026-11-01T00:00:00Z")]
+    pub changed_since: Option<String>,
+    /// Messages a second, at most.
+    #[schema(required = false, minimum = 1, maximum = 50000, default = 1000)]
+    pub rate_per_s: Option<i32>,
+    /// Nothing is sent while this many messages wait in the queue.
+    #[schema(required = false, minimum = 1, maximum = 1000000, default = 2000)]
+    pub max_waiting: Option<i32>,
+}
+
+impl Start {
+    /// # Errors
+    /// The first fault.
+    pub fn plan(self) -> Result<Plan, Fault> {
+        let rate_per_s = self.rate_per_s.unwrap_or(DEFAULT_RATE);
+        if !RATES.contains(&rate_per_s) {
+            return Err(Fault::new("/rate_per_s", "range", rate_range()));
+        }
+        let max_waiting = self.max_waiting.unwrap_or(DEFAULT_MAX_WAITING);
+        if !(1..=1_000_000).contains(&max_waiting) {
+            return Err(Fault::new("/max_waiting", "range", "is a number from 1 to 1000000"));
+        }
+        let users = match (self.users.as_deref(), self.user_ids, self.changed_since) {
+            (Some("all"), None, None) => Whom::All,
+            (Some(_), None, None) => return Err(Fault::new("/users", "value", "is \"all\"")),
+            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => Whom::These(ids),
+            (None, Some(_), None) => return Err(Fault::new("/user_ids", "length", "has 1 to 10000 ids")),
+            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since)?),
+            _ => {
+                const DETAIL: &str = "has exactly one of \"users\", \"user_ids\" and \"changed_since\"";
+                return Err(Fault::new("", "exactly_one", DETAIL));
+            }
+        };
+        Ok(Plan { users, rate_per_s, max_waiting })
+    }
+}
+
+fn parse_time(text: &str) -> Result<OffsetDateTime, Fault> {
+    const DETAIL: &str = "is a time such as 2026-11-01T00:00:00Z (RFC 3339)";
+    OffsetDateTime::parse(text, &Rfc3339).map_err(|_| Fault::new("/changed_since", "format", DETAIL))
+}
+
+fn rate_range() -> String {
+    format!("is a number from {} to {}", RATES.start(), RATES.end())
+}
+
+/// A backfill, as programs and people see it.
+#[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = Backfill)]
+pub struct Progress {
+    #[schema(example = "orders")]
+    subscription: String,
+    /// In the header `tidings-backfill` of its messages.
+    id: Uuid,
+    state: State,
+    /// With `waiting`: for what.
+    waiting_for: Option<WaitingFor>,
+    /// Users told.
+    sent: i64,
+    /// Users looked at and not told: nobody has the id, they did not change since, or the subscription does not want to know.
+    skipped: i64,
+    /// Users to look at.
+    total: i64,
+    /// Whether `total` was estimated: above 100,000 users nobody counts.
+    total_is_estimate: bool,
+    /// From 0 to 1.
+    progress: f64,
+    rate_per_s: i32,
+    max_waiting: i32,
+    #[serde(with = "time::serde::rfc3339::option")]
+    changed_since: Option<OffsetDateTime>,
+    /// Seconds to go at this rate, if nothing holds it up; null when it is over.
+    eta_s: Option<i64>,
+    #[serde(with = "time::serde::rfc3339")]
+    started_at: OffsetDateTime,
+    /// When it was done or cancelled.
+    #[serde(with = "time::serde::rfc3339::option")]
+    finished_at: Option<OffsetDateTime>,
+}
+
+impl Progress {
+    pub fn of(subscription: &SubscriptionName, backfill: &Backfill) -> Self {
+        Self {
+            subscription: subscription.to_string(),
+            id: backfill.id,
+            state: backfill.state,
+            waiting_for: backfill.waiting_for,
+            sent: backfill.sent,
+            skipped: backfill.skipped,
+            total: backfill.total,
+            total_is_estimate: backfill.total_is_estimate,
+            progress: backfill.progress(),
+            rate_per_s: backfill.rate_per_s,
+            max_waiting: backfill.max_waiting,
+            changed_since: backfill.changed_since,
+            eta_s: backfill.eta_s(),
+            started_at: backfill.started_at,
+            finished_at: backfill.finished_at,
+        }
+    }
+}
+
+/// Refusals when there is none.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "only its derived description is used")]
+enum Absences {
+    /// `subscription_not_found`, or `backfill_not_found`: it never had one.
+    #[response(status = 404, content_type = "application/problem+json")]
+    NotFound(ProblemBody),
+}
+
+/// Refusals when there is nothing left to do.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "only its derived description is used")]
+enum OverRefusal {
+    /// `backfill_over`: it is done or was cancelled.
+    #[response(status = 409, content_type = "application/problem+json")]
+    Over(ProblemBody),
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let refused = |status, code| Self::new(status, code, error.to_string());
+        match &error {
+            Error::NoSubscription => refused(StatusCode::NOT_FOUND, "subscription_not_found"),
+            Error::NoBackfill => refused(StatusCode::NOT_FOUND, "backfill_not_found"),
+            Error::Running => refused(StatusCode::CONFLICT, "backfill_running"),
+            Error::Over => refused(StatusCode::CONFLICT, "backfill_over"),
+            Error::Query(trouble) => {
+                tracing::warn!("a query failed: {}", trouble.report());
+                Self::unavailable("database_unavailable", "the database does not answer")
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Collector: carries letters from the subscriptions' dead-letter queues to the table.
+//!
+//! Promise: a letter is acknowledged only when its row is committed; a crash in between brings it again, to the same row.
+//! Not here, on purpose: declaring a queue. A subscription without one has no letters yet.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use futures_util::StreamExt;
+use lapin::{
+    Channel, Connection, Consumer,
+    message::Delivery,
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    types::FieldTable,
+};
+use sqlx::PgPool;
+use tidings_sdk::{letter::Reason, subscription::SubscriptionName};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{model::DeadLetter, store};
+use crate::{
+    broker::{Broker, request},
+    db::{self, Db},
+    lead::Duty,
+    telemetry::with_causes,
+};
+
+/// Letters in one batch, and of one subscription under way at once.
+const BATCH: u16 = 500;
+/// Between two looks for subscriptions that are new, or whose queue is back.
+const LOOK: Duration = Duration::from_secs(2);
+/// Between two warnings about letters of one subscription.
+const QUIET: Duration = Duration::from_secs(60);
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+pub struct Collector {
+    broker: Broker,
+    queries: PgPool,
+    /// Subscriptions whose queue could not be read, so that it is told once.
+    complained: HashSet<SubscriptionName>,
+}
+
+/// How the emptying of a mailbox ended.
+type Ended = (SubscriptionName, anyhow::Result<()>);
+
+impl Collector {
+    pub fn new(db: &Db, broker: Broker) -> Self {
+        Self { broker, queries: db.pool("collector", []), complained: HashSet::new() }
+    }
+}
+
+impl Duty for Collector {
+    const NAME: &'static str = "dead letters";
+    /// "letters" in ASCII.
+    const KEY: i64 = 0x6c_65_74_74_65_72_73;
+
+    async fn turn(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        // Where nobody is registered no connection is needed.
+        while self.names().await?.is_empty() {
+            if stop.run_until_cancelled(sleep(LOOK)).await.is_none() {
+                return Ok(());
+            }
+        }
+        let Some(connection) = stop.run_until_cancelled(self.broker.connect("dead letters")).await else {
+            return Ok(());
+        };
+        let connection = connection?;
+        let mut mailboxes = JoinSet::new();
+        let outcome = self.collect(&connection, &mut mailboxes, stop).await;
+        mailboxes.shutdown().await;
+        let _ = timeout(CLOSE_DEADLINE, connection.close(200, "bye".into())).await;
+        outcome
+    }
+}
+
+impl Collector {
+    /// One task a subscription, each on a channel of its own: what closes one leaves the others alone.
+    async fn collect(
+        &mut self,
+        connection: &Connection,
+        mailboxes: &mut JoinSet<Ended>,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<()> {
+        let mut open = HashSet::new();
+        while !stop.is_cancelled() {
+            ensure!(connection.status().connected(), "the connection to the broker is lost");
+            for name in self.names().await? {
+                if open.insert(name.clone()) {
+                    let channel = request(connection.create_channel()).await?;
+                    mailboxes.spawn(empty(channel, name, self.queries.clone(), stop.clone()));
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = sleep(LOOK) => {}
+            }
+            while let Some(ended) = mailboxes.try_join_next() {
+                let (name, outcome) = ended.context("a mailbox fell")?;
+                open.remove(&name);
+                self.note(name, outcome);
+            }
+        }
+        // What is under way is finished, so that the next leader need not do it again.
+        while let Some(ended) = mailboxes.join_next().await {
+            ended.context("a mailbox fell")?.1?;
+        }
+        Ok(())
+    }
+
+    /// A mailbox that ended is tried again at the next look.
+    fn note(&mut self, name: SubscriptionName, outcome: anyhow::Result<()>) {
+        match outcome {
+            Ok(()) => {
+                self.complained.remove(&name);
+            }
+            Err(error) => {
+                let causes = with_causes(&error);
+                if self.complained.insert(name.clone()) {
+                    tracing::warn!(subscription = %name, "its dead letters cannot be collected: {causes}");
+                }
+            }
+        }
+    }
+
+    async fn names(&self) -> anyhow::Result<Vec<SubscriptionName>> {
+        let queries = self.queries.clone();
+        let names = db::ask(async move { store::names(&queries).await }).await?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+}
+
+async fn empty(channel: Channel, name: SubscriptionName, queries: PgPool, stop: CancellationToken) -> Ended {
+    let outcome = collect_from(&channel, &name, &queries, &stop).await;
+    // Unless it broke, it has served; else it would stay open as long as the connection.
+    let _ = timeout(CLOSE_DEADLINE, channel.close(200, "bye".into())).await;
+    (name, outcome)
+}
+
+async fn collect_from(
+    channel: &Channel,
+    name: &SubscriptionName,
+    queries: &PgPool,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    request(channel.basic_qos(BATCH, BasicQosOptions::default())).await?;
+    let mut batches = listen(channel, name).await?.ready_chunks(BATCH.into());
+    let mut arrivals = Arrivals::new();
+    while let Some(Some(batch)) = stop.run_until_cancelled(batches.next()).await {
+        let batch: Vec<Delivery> = batch.into_iter().collect::<Result<_, _>>().context("the channel is lost")?;
+        let letters: Vec<DeadLetter> = batch.iter().map(DeadLetter::open).collect();
+        arrivals.count(&letters);
+        let (pool, of) = (queries.clone(), name.clone());
+        db::ask(async move { store::keep(&pool, &of, &letters).await }).await?;
+        let Some(last) = batch.last() else { continue };
+        let acknowledged = request(last.ack(BasicAckOptions { multiple: true })).await?;
+        ensure!(acknowledged, "the channel is lost");
+        arrivals.tell(name);
+    }
+    Ok(())
+}
+
+/// The stream ends when the queue is deleted.
+async fn listen(channel: &Channel, name: &SubscriptionName) -> anyhow::Result<Consumer> {
+    let options = BasicConsumeOptions::default();
+    let consumed = channel.basic_consume(name.dead_queue().into(), "".into(), options, FieldTable::default());
+    request(consumed).await.with_context(|| format!("queue {:?} cannot be consumed", name.dead_queue()))
+}
+
+/// Tells of letters in the log, now and then: how many and why, and nothing of whom.
+struct Arrivals {
+    untold: BTreeMap<Reason, usize>,
+    told_at: Option<Instant>,
+}
+
+impl Arrivals {
+    fn new() -> Self {
+        Self { untold: BTreeMap::new(), told_at: None }
+    }
+
+    fn count(&mut self, letters: &[DeadLetter]) {
+        for letter in letters {
+            *self.untold.entry(letter.reason).or_default() += 1;
+        }
+    }
+
+    fn tell(&mut self, name: &SubscriptionName) {
+        if self.told_at.is_some_and(|told_at| told_at.elapsed() < QUIET) {
+            return;
+        }
+        self.told_at = Some(Instant::now());
+        let untold = std::mem::take(&mut self.untold);
+        let count: usize = untold.values().sum();
+        let reasons: Vec<String> = untold.iter().map(|(reason, count)| format!("{reason}: {count}")).collect();
+        let reasons = reasons.join(", ");
+        tracing::warn!(subscription = %name, count, reasons, "dead letters have come");
+    }
+}

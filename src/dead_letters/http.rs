@@ -1,0 +1,303 @@
+//! The face of dead letters: `/v1/subscriptions/{name}/dead-letters`.
+
+use std::collections::BTreeMap;
+
+use axum::{Json, extract::State, http::StatusCode};
+use serde::{Deserialize, Serialize};
+use tidings_sdk::{envelope::FieldName, letter::Reason};
+use time::OffsetDateTime;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
+
+use super::{DeadLetter, DeadLetters, Error, Redriven, Selection};
+use crate::{
+    json::Fault,
+    telemetry::with_causes,
+    web::{
+        Body, BodyRefusals, MessageId, Name, Params, Problem, ProblemBody, Refusals, body_invalid, cursor,
+        invalid_cursor, read_cursor,
+    },
+};
+
+pub fn routes() -> OpenApiRouter<DeadLetters> {
+    OpenApiRouter::new().routes(routes!(list, purge)).routes(routes!(redrive)).routes(routes!(forget))
+}
+
+/// What a subscription could not handle, in the order in which it came.
+///
+/// Ids, names of fields and reasons; never a value. Letters are here within seconds after the consumer gave up on them.
+#[utoipa::path(get, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "listDeadLetters",
+    params(("name" = String, Path, description = "The subscription", example = "orders"), PageAfter),
+    responses((status = 200, description = "A page of dead letters", body = Page), Unknown, Refusals))]
+async fn list(
+    State(letters): State<DeadLetters>,
+    Name(name): Name,
+    Params(page): Params<PageAfter>,
+) -> Result<Json<Page>, Problem> {
+    let limit = page.limit.unwrap_or(DEFAULT_PAGE);
+    if !(1..=MAX_PAGE).contains(&limit) {
+        return Err(Problem::bad_request("invalid_query", format!("limit is a number from 1 to {MAX_PAGE}")));
+    }
+    let after = page.after.as_deref().map(read_place).transpose()?.unwrap_or_default();
+    let found = letters.list(&name, after, limit, page.reason).await?;
+    let next = found.next.map(|place| cursor(Uuid::from_u128(place.unsigned_abs().into())));
+    let total = found.by_reason.values().sum();
+    let dead_letters = found.letters.into_iter().map(Shown::from).collect();
+    Ok(Json(Page { dead_letters, next, total, by_reason: found.by_reason }))
+}
+
+/// Put dead letters back into the subscription's queue, once what was wrong is mended.
+///
+/// Up to 1,000 a request, the oldest first; repeat while `left` is not 0. Their attempts start anew; the header `tidings-redriven` says
+/// how often a message was put back. A letter goes from the list when the broker has confirmed the message: a crash in between, or two
+/// requests at once, put it into the queue twice, and lose nothing. Malformed letters cannot be put back.
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/dead-letters:redrive", tag = "subscriptions", operation_id = "redriveDeadLetters",
+    request_body(content = Redrive, example = json!({ "reason": "handler_failed" })),
+    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    responses((status = 200, description = "What was done, and what is left", body = Done),
+        (status = 409, description = "`queue_lost`: the subscription's queue is not at the broker. Its letters are kept.",
+         body = ProblemBody, content_type = "application/problem+json"),
+        Unknown, BodyRefusals, Refusals))]
+async fn redrive(
+    State(letters): State<DeadLetters>,
+    Name(name): Name,
+    Params(NoParams {}): Params<NoParams>,
+    Body(asked): Body<Redrive>,
+) -> Result<Json<Done>, Problem> {
+    let selection = asked.selection().map_err(|fault| body_invalid(vec![fault]))?;
+    let up_to = letters.last_place(&name).await?;
+    Ok(Json(letters.redrive(&name, &selection, up_to).await?.into()))
+}
+
+/// Drop dead letters for good.
+///
+/// The users they speak of are not told again. `confirm` repeats the subscription's name; without it nothing is dropped, and the
+/// refusal says how many there are.
+#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "purgeDeadLetters",
+    params(("name" = String, Path, description = "The subscription", example = "orders"), Purge),
+    responses((status = 200, description = "How many were dropped", body = Purged),
+        (status = 409, description = "`confirmation_required`: says how many there are, and how to confirm",
+         body = ProblemBody, content_type = "application/problem+json"),
+        Unknown, Refusals))]
+async fn purge(
+    State(letters): State<DeadLetters>,
+    Name(name): Name,
+    Params(asked): Params<Purge>,
+) -> Result<Json<Purged>, Problem> {
+    if asked.confirm.as_deref() != Some(name.as_str()) {
+        let count = letters.count(&name, asked.reason).await?;
+        let detail = format!("this would drop {count} dead letters for good; repeat it with confirm={name}");
+        return Err(Problem::new(StatusCode::CONFLICT, "confirmation_required", detail));
+    }
+    let up_to = letters.last_place(&name).await?;
+    Ok(Json(Purged { purged: letters.purge(&name, asked.reason, up_to).await? }))
+}
+
+/// Drop one dead letter for good.
+#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters/{message_id}", tag = "subscriptions", operation_id = "forgetDeadLetter",
+    params(("name" = String, Path, description = "The subscription", example = "orders"),
+           ("message_id" = Uuid, Path, description = "The message")),
+    responses((status = 204, description = "It is gone"),
+        (status = 404, description = "`subscription_not_found` or `dead_letter_not_found`",
+         body = ProblemBody, content_type = "application/problem+json"), Refusals))]
+async fn forget(
+    State(letters): State<DeadLetters>,
+    Name(name): Name,
+    MessageId(message_id): MessageId,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<StatusCode, Problem> {
+    letters.forget(&name, message_id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+const DEFAULT_PAGE: i64 = 100;
+const MAX_PAGE: i64 = 500;
+
+fn read_place(text: &str) -> Result<i64, Problem> {
+    i64::try_from(read_cursor(text)?.as_u128()).map_err(|_| invalid_cursor())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoParams {}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct PageAfter {
+    /// Letters in a page.
+    #[param(minimum = 1, maximum = 500, default = 100, required = false)]
+    limit: Option<i64>,
+    /// `next` of the page before.
+    #[param(required = false)]
+    after: Option<String>,
+    /// Only letters of this reason.
+    #[param(required = false, value_type = String, example = "handler_failed")]
+    reason: Option<Reason>,
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Purge {
+    /// The subscription's name once more.
+    #[param(required = false, example = "orders")]
+    confirm: Option<String>,
+    /// Only letters of this reason.
+    #[param(required = false, value_type = String, example = "malformed")]
+    reason: Option<Reason>,
+}
+
+/// Which letters to put back: one of the three.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Redrive {
+    /// These.
+    #[schema(required = false, max_items = 1000)]
+    message_ids: Option<Vec<Uuid>>,
+    /// All of this reason.
+    #[schema(required = false, value_type = String)]
+    reason: Option<Reason>,
+    /// All: `true`.
+    #[schema(required = false)]
+    all: Option<bool>,
+}
+
+impl Redrive {
+    fn selection(self) -> Result<Selection, Fault> {
+        match (self.message_ids, self.reason, self.all) {
+            (Some(ids), None, None) if ids.len() <= 1_000 => Ok(Selection::These(ids)),
+            (Some(_), None, None) => Err(Fault::new("/message_ids", "too_many", "at most 1000 in one request")),
+            (None, Some(reason), None) => Ok(Selection::Reason(reason)),
+            (None, None, Some(true)) => Ok(Selection::All),
+            (None, None, Some(false)) => Err(Fault::new("/all", "value", "is true, or is left out")),
+            _ => Err(Fault::new("", "exactly_one", "has exactly one of \"message_ids\", \"reason\" and \"all\"")),
+        }
+    }
+}
+
+/// What a request to redrive did.
+#[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = Redriven)]
+struct Done {
+    /// Messages that are in the queue again.
+    redriven: u64,
+    /// Selected letters that are still here, and could be put back.
+    left: i64,
+    /// Selected letters that were no notices.
+    not_redrivable: i64,
+}
+
+impl From<Redriven> for Done {
+    fn from(Redriven { redriven, left, not_redrivable }: Redriven) -> Self {
+        Self { redriven, left, not_redrivable }
+    }
+}
+
+#[derive(Serialize, utoipa::ToSchema)]
+struct Purged {
+    purged: u64,
+}
+
+/// A page of dead letters.
+#[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = DeadLetters)]
+struct Page {
+    dead_letters: Vec<Shown>,
+    /// For the page after this one; null on the last page.
+    #[schema(required = true)]
+    next: Option<String>,
+    /// All letters of the subscription, whatever the filter.
+    total: i64,
+    /// The same by reason.
+    #[schema(example = json!({ "handler_failed": 12, "malformed": 1 }))]
+    by_reason: BTreeMap<String, i64>,
+}
+
+/// A dead letter, as programs and people see it.
+#[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = DeadLetter)]
+pub struct Shown {
+    message_id: Uuid,
+    /// Whom it was about; null, as the next three, when the message was no notice.
+    user_id: Option<Uuid>,
+    version: Option<i64>,
+    #[schema(example = "profile.updated")]
+    event: Option<&'static str>,
+    #[schema(value_type = Option<Vec<String>>, example = json!(["job_title"]))]
+    changed_fields: Option<Vec<FieldName>>,
+    /// Why it was given up: `malformed`, `unknown_user`, `fetch_failed`, `handler_failed`, `handler_panicked`, `handler_timed_out`,
+    /// `rejected`, `delivery_limit` or `other`.
+    #[schema(value_type = String, example = "handler_failed")]
+    reason: Reason,
+    /// How often its consumer tried.
+    attempts: i32,
+    /// When it failed last, by the consumer's clock; null when nobody said so.
+    #[serde(with = "time::serde::rfc3339::option")]
+    failed_at: Option<OffsetDateTime>,
+    /// Seconds since then, or since it came here.
+    age_s: i64,
+    /// How often it was put back before.
+    redriven: i32,
+    /// Of the message's body.
+    size_bytes: i64,
+}
+
+impl From<DeadLetter> for Shown {
+    fn from(letter: DeadLetter) -> Self {
+        let notice = letter.notice.as_ref();
+        Self {
+            message_id: letter.message_id,
+            user_id: notice.map(|notice| notice.user_id),
+            version: notice.map(|notice| notice.version),
+            event: notice.map(|notice| notice.event.name()),
+            changed_fields: notice.map(|notice| notice.event.changed_fields().to_vec()),
+            reason: letter.reason,
+            attempts: letter.attempts,
+            failed_at: letter.failed_at,
+            age_s: letter.age_s,
+            redriven: letter.redriven,
+            size_bytes: letter.size_bytes,
+        }
+    }
+}
+
+/// Refusals when there is no such subscription.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "only its derived description is used")]
+enum Unknown {
+    /// `subscription_not_found`: nobody registered this name.
+    #[response(status = 404, content_type = "application/problem+json")]
+    NotFound(ProblemBody),
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::NoSubscription => Self::new(
+                StatusCode::NOT_FOUND,
+                "subscription_not_found",
+                "nobody registered a subscription of this name",
+            ),
+            Error::NoLetter => Self::new(StatusCode::NOT_FOUND, "dead_letter_not_found", error.to_string()),
+            Error::QueueLost => Self::new(StatusCode::CONFLICT, "queue_lost", error.to_string()),
+            Error::NoBroker => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "no_broker_here",
+                "this instance runs without a broker; ask one that relays",
+            ),
+            Error::Broker(cause) => {
+                tracing::warn!("the broker did not take dead letters back: {}", with_causes(&cause));
+                Self::unavailable(
+                    "broker_unavailable",
+                    "the broker does not take messages; what it did not confirm is kept",
+                )
+            }
+            Error::Query(trouble) => {
+                tracing::warn!("a query failed: {}", trouble.report());
+                Self::unavailable("database_unavailable", "the database does not answer; nothing was lost")
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! `tidings subscription ..`: the registry for operators, directly on database and broker.
+//!
+//! Promise: data on stdout and talk on stderr; a refusal says what can be done about it.
+
+use std::{
+    io::{Write, stdout},
+    path::Path,
+    sync::Arc,
+};
+
+use anyhow::anyhow;
+use serde::Serialize;
+use tidings_sdk::subscription::SubscriptionName;
+
+use super::{Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered};
+use crate::{
+    config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers},
+    profile::Schema,
+    telemetry::with_causes,
+};
+
+/// Operators judge idleness by the service's own figures; the command has no setting for it.
+const IDLE_AFTER: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 60 * 60);
+
+/// # Errors
+/// When what was asked for was not done.
+pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<()> {
+    match action {
+        SubscriptionAction::Put(put) => register(put, faults).await,
+        SubscriptionAction::List(list) => {
+            let (_, subscriptions) = open(None, &list.servers, None, faults)?;
+            let listing = ended(&subscriptions, subscriptions.view_all()).await?;
+            if list.servers.json {
+                return print_json(&listing);
+            }
+            print_table(&listing.subscriptions)?;
+            print_unregistered(listing.unregistered.as_deref())
+        }
+        SubscriptionAction::Show(show) => {
+            let (name, subscriptions) = open(Some(&show.name), &show.servers, None, faults)?;
+            print(&ended(&subscriptions, subscriptions.view(&named(name))).await?, show.servers.json)
+        }
+        SubscriptionAction::Recovered(recovered) => {
+            let (name, subscriptions) = open(Some(&recovered.name), &recovered.servers, None, faults)?;
+            ended(&subscriptions, subscriptions.recovered(&named(name))).await?;
+            eprintln!("{} misses nothing any more", recovered.name);
+            Ok(())
+        }
+        SubscriptionAction::Delete(delete) => {
+            let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, faults)?;
+            ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting)).await?;
+            eprintln!("{} is deleted", delete.name);
+            Ok(())
+        }
+        SubscriptionAction::DeadLetters(action) => crate::dead_letters::command::run(action, faults).await,
+        SubscriptionAction::Backfill(action) => crate::backfill::command::run(action, faults).await,
+    }
+}
+
+async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()> {
+    let expires_after = put.expires_after.as_deref().map(config::duration).transpose();
+    let expires_after = faults.note("--expires-after", expires_after).flatten();
+    let (name, subscriptions) = open(Some(&put.name), &put.servers, put.profile_schema.as_deref(), faults)?;
+    let name = named(name);
+    let wish =
+        Wish { routing_keys: put.keys, fields: put.fields, owner: put.owner, purpose: put.purpose, expires_after };
+    let done = async {
+        let put = subscriptions.put(name.clone(), wish).await?;
+        Ok((put, subscriptions.view(&name).await?))
+    };
+    let (done, view) = ended(&subscriptions, done).await?;
+    match done {
+        Put::Created => eprintln!("{name} is registered and declared: its queue misses nothing from now on"),
+        Put::Changed => eprintln!("{name} is registered and declared as asked for now"),
+    }
+    print(&view, put.servers.json)
+}
+
+/// What came of a verb, with the connection to the broker ended in order.
+async fn ended<T>(subscriptions: &Subscriptions, verb: impl Future<Output = Result<T, Error>>) -> anyhow::Result<T> {
+    let outcome = verb.await;
+    subscriptions.close().await;
+    outcome.map_err(explained)
+}
+
+/// The registry, and the name if there is one to parse. All faults of the settings are told at once.
+fn open(
+    name: Option<&str>,
+    servers: &SubscriptionServers,
+    schema: Option<&Path>,
+    mut faults: Faults,
+) -> anyhow::Result<(Option<SubscriptionName>, Subscriptions)> {
+    let name = name.and_then(|name| faults.note("NAME", name.parse::<SubscriptionName>()));
+    let db = servers.database.open(&mut faults);
+    let broker = servers.amqp.open(&mut faults);
+    let schema = faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(schema));
+    let management = broker.as_ref().and_then(|broker| servers.api.open(broker, &mut faults));
+    faults.none()?;
+    let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
+        unreachable!("no faults, so all are there")
+    };
+    let desk = Some(Desk::new(broker));
+    Ok((name, Subscriptions::new(&db, db.pool("queries", []), Arc::new(schema), desk, management, IDLE_AFTER)))
+}
+
+fn named(name: Option<SubscriptionName>) -> SubscriptionName {
+    name.expect("a name that does not parse is a fault, and was told")
+}
+
+/// The error, and on a line of its own what can be done.
+fn explained(error: Error) -> anyhow::Error {
+    let hint = match &error {
+        Error::Invalid(faults) => {
+            let faults: Vec<String> =
+                faults.iter().map(|fault| format!("\n  {}: {}", fault.pointer, fault.detail)).collect();
+            return anyhow!("{error}:{}\nhint: `tidings subscription put --help`", faults.concat());
+        }
+        Error::Taken(_) => "give the same --owner, choose another name, or delete it first",
+        Error::NameOfExchange => "choose another name",
+        Error::NotFound => "`tidings subscription list` tells what there is",
+        Error::NotEmpty(Waiting { .. }) => "have them handled, or lose them with --discard-waiting",
+        Error::Busy => "try again",
+        Error::Differs(_) => "nothing was changed",
+        Error::Undeclared(Trouble::Refused(_)) => {
+            "it is registered; give the broker's user the right, and the running service declares it"
+        }
+        Error::Undeclared(_) => "it is registered; the running service declares it when the broker is back",
+        Error::Database(_) => "is the database up, and migrated? `tidings migrate`",
+        Error::Broker(_) | Error::NoBroker => "nothing was changed; is the broker up?",
+        Error::Full => "delete some",
+    };
+    let error = match error {
+        Error::Database(trouble) => trouble.report(),
+        error => with_causes(&error.into()),
+    };
+    anyhow!("{error}\nhint: {hint}")
+}
+
+fn print_json(data: &impl Serialize) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    serde_json::to_writer_pretty(&mut out, data)?;
+    Ok(out.write_all(b"\n")?)
+}
+
+fn print(view: &View, json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(view);
+    }
+    let serde_json::Value::Object(members) = serde_json::to_value(view)? else { unreachable!("a view is an object") };
+    let mut out = stdout().lock();
+    for (member, value) in members {
+        writeln!(out, "{member:18} {}", readable(&value))?;
+    }
+    Ok(())
+}
+
+/// A JSON value as a person would write it.
+fn readable(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) if items.is_empty() => "-".to_owned(),
+        Value::Array(items) => items.iter().map(readable).collect::<Vec<_>>().join(", "),
+        Value::Object(members) => {
+            let members = members.iter().map(|(name, value)| format!("{name} {}", readable(value)));
+            members.collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn print_table(views: &[View]) -> anyhow::Result<()> {
+    let mut rows = vec![["NAME", "STATE", "READY", "CONSUMERS", "DEAD", "OWNER", "WOKEN BY"].map(str::to_owned)];
+    rows.extend(views.iter().map(|view| {
+        let figure = |figure: Option<u32>| figure.map_or_else(|| "?".to_owned(), |figure| figure.to_string());
+        let woken_by = view.routing_keys.iter().chain(&view.fields).map(String::as_str).collect::<Vec<_>>().join(",");
+        [
+            view.name.clone(),
+            readable(&serde_json::to_value(view.state).unwrap_or_default()),
+            figure(view.queue.as_ref().map(|queue| queue.ready)),
+            figure(view.queue.as_ref().map(|queue| queue.consumers)),
+            figure(view.dead_letters),
+            view.owner.clone(),
+            woken_by,
+        ]
+    }));
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..7).map(width).collect();
+    let mut out = stdout().lock();
+    for row in &rows {
+        let line: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        writeln!(out, "{}", line.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+fn print_unregistered(queues: Option<&[Unregistered]>) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    for found in queues.unwrap_or_default() {
+        writeln!(out, "unregistered: {} ({} ready, {} consumers)", found.queue, found.ready, found.consumers)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! Desk: the registry's connection to the broker, dialled when it is first needed and again after it was lost.
+//!
+//! Promise: every request has its deadline, and a refusal costs its asker a channel and nobody else anything.
+//! Not here, on purpose: messages. Queues are looked at by a passive declaration, which touches none.
+
+use std::sync::Arc;
+
+use lapin::{Channel, Connection};
+use tidings_sdk::{
+    subscription::{Subscription, SubscriptionName},
+    topology::{self, Depth, RETRY_DELAYS},
+};
+use tokio::sync::Mutex;
+
+use crate::broker::{Broker, is_refusal, request};
+
+#[derive(Clone)]
+pub struct Desk {
+    broker: Broker,
+    connection: Arc<Mutex<Option<Connection>>>,
+}
+
+/// Why the broker did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Trouble {
+    /// A part exists with other properties.
+    #[error(transparent)]
+    Differs(topology::Error),
+    /// It answered, and will not: rights are missing, or the exchange is another.
+    #[error("the broker refused")]
+    Refused(#[source] anyhow::Error),
+    #[error("the broker does not answer")]
+    Away(#[source] anyhow::Error),
+}
+
+impl Trouble {
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
+impl From<topology::Error> for Trouble {
+    fn from(error: topology::Error) -> Self {
+        match error {
+            topology::Error::Differs(_) => Self::Differs(error),
+            topology::Error::Forbidden(_) => Self::Refused(error.into()),
+            // What was there a moment ago is missing: somebody deletes it under us. The next try makes it anew.
+            topology::Error::Missing(_) | topology::Error::Silent | topology::Error::Broken(_) => {
+                Self::Away(error.into())
+            }
+        }
+    }
+}
+
+/// What lies in a subscription's queues. `None` where there is no such queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Look {
+    pub work: Option<Depth>,
+    pub dead: Option<Depth>,
+}
+
+impl Desk {
+    pub fn new(broker: Broker) -> Self {
+        Self { broker, connection: Arc::default() }
+    }
+
+    pub fn exchange(&self) -> &str {
+        self.broker.exchange()
+    }
+
+    /// Declares what is registered, and unbinds what was bound beyond it, in this order: nothing is missed in between.
+    pub async fn declare(&self, wanted: &Subscription, bound: &Subscription) -> Result<(), Trouble> {
+        let channel = self.channel().await?;
+        let source = self.broker.topology();
+        topology::declare(&channel, &source, wanted, &RETRY_DELAYS).await?;
+        let keys = bound.keys.difference(&wanted.keys).cloned().collect();
+        let fields = bound.fields.difference(&wanted.fields).cloned().collect();
+        Ok(topology::unbind(&channel, &source, &wanted.name, &keys, &fields).await?)
+    }
+
+    pub async fn delete(&self, name: &SubscriptionName) -> Result<(), Trouble> {
+        Ok(topology::delete(&self.channel().await?, name, &RETRY_DELAYS).await?)
+    }
+
+    /// Looks at queues, in the order of their names.
+    pub async fn look(&self, names: &[&SubscriptionName]) -> Result<Vec<Look>, Trouble> {
+        if names.is_empty() {
+            return Ok(vec![]);
+        }
+        let mut channel = self.channel().await?;
+        let mut looks = Vec::with_capacity(names.len());
+        for name in names {
+            let work = self.depth(&mut channel, name.queue()).await?;
+            let dead = self.depth(&mut channel, &name.dead_queue()).await?;
+            looks.push(Look { work, dead });
+        }
+        Ok(looks)
+    }
+
+    /// Messages on their way back to the queue.
+    pub async fn retrying(&self, name: &SubscriptionName) -> Result<u32, Trouble> {
+        let mut channel = self.channel().await?;
+        let mut retrying = 0;
+        for delay in RETRY_DELAYS {
+            let depth = self.depth(&mut channel, &name.retry_queue(delay)).await?;
+            retrying += depth.map_or(0, |depth| depth.ready);
+        }
+        Ok(retrying)
+    }
+
+    async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {
+        match topology::depth(channel, queue).await {
+            Ok(depth) => Ok(Some(depth)),
+            Err(topology::Error::Missing(_)) => {
+                *channel = self.channel().await?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A channel of the asker's own, on which the owner's exchange is known to be there.
+    async fn channel(&self) -> Result<Channel, Trouble> {
+        let mut kept = self.connection.lock().await;
+        let connection = match kept.take().filter(|connection| connection.status().connected()) {
+            Some(connection) => connection,
+            None => self.broker.connect("subscriptions").await.map_err(Trouble::Away)?,
+        };
+        match self.broker.channel_with_exchange(&connection).await {
+            Ok(channel) => {
+                *kept = Some(connection);
+                Ok(channel)
+            }
+            Err(error) if is_refusal(&error) => {
+                *kept = Some(connection);
+                Err(Trouble::Refused(error))
+            }
+            // The connection goes with the error: the next asker dials anew.
+            Err(error) => Err(Trouble::Away(error)),
+        }
+    }
+
+    /// Ends the connection in order.
+    pub async fn close(&self) {
+        if let Some(connection) = self.connection.lock().await.take() {
+            drop(request(connection.close(200, "bye".into())).await);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Registrar: changes of the registry, each in Postgres and at the broker.
+//!
+//! Promise: one change of a subscription at a time, whichever instance makes it; a registration counts as declared only when the
+//! broker has said so.
+//! Not here, on purpose: clients. A change runs to its end when nobody waits for it any more.
+
+use std::{sync::Arc, time::Duration};
+
+use tidings_sdk::{subscription::SubscriptionName, topology::Depth};
+use tokio::{sync::Semaphore, time::timeout};
+
+use super::{
+    Error, Waiting,
+    desk::{self, Desk},
+    model::{Registered, Registration, rfc3339},
+    store,
+};
+use crate::{
+    backfill,
+    db::{Db, Line},
+};
+
+/// Changes at the same time in one instance; each has connections of its own.
+const AT_ONCE: usize = 4;
+/// For its turn.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Settings of a session that makes one change: it waits a while for another's, and does not keep others waiting when this
+/// instance freezes.
+const CHANGE: [(&str, &str); 2] = [("lock_timeout", "4s"), ("idle_session_timeout", "2min")];
+
+#[derive(Clone)]
+pub struct Registrar {
+    db: Db,
+    desk: Desk,
+    turns: Arc<Semaphore>,
+}
+
+/// Whether a registration is the first under its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    Created,
+    Changed,
+}
+
+impl Registrar {
+    pub fn new(db: Db, desk: Desk) -> Self {
+        Self { db, desk, turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    }
+
+    pub fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
+    pub async fn put(&self, wish: Registration) -> Result<Put, Error> {
+        if wish.subscription.name.as_str() == self.desk.exchange() {
+            return Err(Error::NameOfExchange);
+        }
+        let name = wish.subscription.name.clone();
+        self.in_turn(&name, async |line| self.put_in_turn(line, &wish).await).await
+    }
+
+    async fn put_in_turn(&self, line: &mut Line, wish: &Registration) -> Result<Put, Error> {
+        let name = &wish.subscription.name;
+        let before = find(line, name).await?;
+        if let Some(before) = before.as_ref().filter(|before| before.registration.owner != wish.owner) {
+            return Err(Error::Taken(before.registration.owner.clone()));
+        }
+        // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
+        let noted = match &before {
+            Some(before) => self.note_loss(line, before).await,
+            None => Ok(()),
+        };
+        let revision = line.run_in_session(async |db| store::put(db, wish).await).await?.ok_or(Error::Full)?;
+        let now = find(line, name).await?.ok_or(Error::NotFound)?;
+        noted?;
+        match self.desk.declare(&wish.subscription, &now.bound).await {
+            Ok(()) => {
+                line.run_in_session(async |db| store::mark_declared(db, name, revision).await).await?;
+                Ok(if before.is_some() { Put::Changed } else { Put::Created })
+            }
+            Err(desk::Trouble::Differs(error)) => {
+                take_back(line, before.as_ref(), name, revision).await?;
+                Err(Error::Differs(error))
+            }
+            Err(trouble) => Err(Error::Undeclared(trouble)),
+        }
+    }
+
+    /// Declares what is registered, on a line that is somebody's own. What is registered then; `None` when it is not any more.
+    pub async fn declare_again(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
+        self.locked(line, name, async |line| {
+            let Some(row) = find(line, name).await? else { return Ok(None) };
+            self.note_loss(line, &row).await?;
+            self.desk.declare(&row.registration.subscription, &row.bound).await.map_err(Error::Undeclared)?;
+            line.run_in_session(async |db| store::mark_declared(db, name, row.revision).await).await?;
+            find(line, name).await
+        })
+        .await
+    }
+
+    /// Notes that a queue that the broker had is gone.
+    async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<(), Error> {
+        let looks = self.desk.look(&[row.name()]).await.map_err(Error::Undeclared)?;
+        if row.declared_revision == 0 || looks.iter().any(|look| look.work.is_some()) {
+            return Ok(());
+        }
+        let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
+        let Some(missing_since) = lost else { return Ok(()) };
+        tracing::warn!(
+            subscription = %row.name(),
+            missing_since = rfc3339(missing_since),
+            "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
+        );
+        line.run_in_session(async |db| backfill::make_good(db, row.name(), missing_since).await).await?;
+        Ok(())
+    }
+
+    /// Deletes a subscription; when messages wait in it, only if they may be `discarded`.
+    pub async fn delete(&self, name: SubscriptionName, discard: bool) -> Result<(), Error> {
+        self.in_turn(&name, async |line| {
+            let row = find(line, &name).await?.ok_or(Error::NotFound)?;
+            let waiting = self.waiting(&row).await?;
+            if !discard && waiting != Waiting::default() {
+                return Err(Error::NotEmpty(waiting));
+            }
+            self.remove(line, &row).await
+        })
+        .await
+    }
+
+    /// Deletes a subscription whose time has come, if it still has. What was lost with it, or `None` when it lives on.
+    pub async fn expire(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Waiting>, Error> {
+        self.locked(line, name, async |line| {
+            let row = find(line, name).await?.filter(|row| row.expires_at().is_some_and(|at| at <= row.as_of));
+            let Some(row) = row else { return Ok(None) };
+            let looks = self.desk.look(&[name]).await?;
+            if looks.iter().any(|look| look.work.is_some_and(|depth| depth.consumers > 0)) {
+                return Ok(None);
+            }
+            let waiting = self.waiting(&row).await?;
+            self.remove(line, &row).await?;
+            Ok(Some(waiting))
+        })
+        .await
+    }
+
+    async fn waiting(&self, row: &Registered) -> Result<Waiting, Error> {
+        let name = row.name();
+        let look = self.desk.look(&[name]).await?;
+        let ready = |depth: Option<Depth>| depth.map_or(0, |depth| depth.ready);
+        let (work, dead) = look.first().map_or((0, 0), |look| (ready(look.work), ready(look.dead)));
+        Ok(Waiting { ready: work, retrying: self.desk.retrying(name).await?, dead_letters: dead + row.dead_letters })
+    }
+
+    /// The broker first: a queue that nobody knows of would fill for ever.
+    async fn remove(&self, line: &mut Line, row: &Registered) -> Result<(), Error> {
+        self.desk.delete(row.name()).await?;
+        line.run_in_session(async |db| store::forget(db, row.name(), row.revision).await).await?;
+        Ok(())
+    }
+
+    /// One change, on a line of its own, when nobody else changes the same subscription.
+    async fn in_turn<T>(
+        &self,
+        name: &SubscriptionName,
+        change: impl AsyncFnOnce(&mut Line) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let Ok(Ok(_turn)) = timeout(PATIENCE, self.turns.acquire()).await else { return Err(Error::Busy) };
+        let mut line = self.db.line("subscriptions", CHANGE);
+        let outcome = match line.run(async |db| store::lock(db, name).await).await {
+            Ok(()) => change(&mut line).await,
+            Err(trouble) => Err(trouble.into()),
+        };
+        line.hang_up().await;
+        outcome
+    }
+
+    /// One change, on a line that lives on.
+    async fn locked<T>(
+        &self,
+        line: &mut Line,
+        name: &SubscriptionName,
+        change: impl AsyncFnOnce(&mut Line) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        line.run_in_session(async |db| store::lock(db, name).await).await?;
+        let outcome = change(line).await;
+        // When the session is over, so is its lock.
+        drop(line.run_in_session(async |db| store::unlock(db, name).await).await);
+        outcome
+    }
+}
+
+async fn find(line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
+    Ok(line.run_in_session(async |db| store::find(db, Some(name)).await).await?.pop())
+}
+
+/// Nothing stays registered that was not before.
+async fn take_back(
+    line: &mut Line,
+    before: Option<&Registered>,
+    name: &SubscriptionName,
+    revision: i64,
+) -> Result<(), Error> {
+    match before {
+        Some(before) => line.run_in_session(async |db| store::take_back(db, before, revision).await).await?,
+        None => line.run_in_session(async |db| store::forget(db, name, revision).await).await.map(drop)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! What an operator sees of the subscriptions: figures of the instance whose watch leads.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use time::OffsetDateTime;
+
+use super::{
+    desk::Look,
+    model::{Registered, State},
+};
+
+type ByName<G = Gauge> = Family<NameLabel, G>;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NameLabel {
+    name: String,
+}
+
+#[derive(Clone, Default)]
+pub struct Status {
+    watching: Gauge,
+    ready: ByName,
+    consumers: ByName,
+    dead_letters: ByName,
+    waiting_seconds: ByName<Gauge<f64, AtomicU64>>,
+    idle: ByName,
+    expiring: ByName,
+    undeclared: ByName,
+    queue_lost: ByName,
+    /// Who has figures.
+    shown: Arc<Mutex<Vec<NameLabel>>>,
+}
+
+impl Status {
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "subscriptions_watching",
+            "Whether this instance's watch is the one that looks at the subscriptions, with an answer from the broker",
+            self.watching.clone(),
+        );
+        for (name, help, gauge) in [
+            ("subscription_ready", "Messages that wait for a consumer", &self.ready),
+            ("subscription_consumers", "Consumers", &self.consumers),
+            ("subscription_dead_letters", "Messages that the consumer gave up", &self.dead_letters),
+            ("subscription_idle", "1: no consumer for a long time", &self.idle),
+            ("subscription_expiring", "1: will be deleted, as its owner asked, because nobody listens", &self.expiring),
+            ("subscription_undeclared", "1: registered, and the broker does not have it yet", &self.undeclared),
+            ("subscription_queue_lost", "1: its queue was gone, and news may be missing", &self.queue_lost),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+        registry.register(
+            "subscription_waiting_seconds",
+            "Since when the queue was not seen empty; 0 when it is empty",
+            self.waiting_seconds.clone(),
+        );
+    }
+
+    /// Shows these subscriptions, and no others.
+    pub(super) fn show(&self, rows: &[(Registered, Look)], idle_after: Duration) {
+        self.watching.set(1);
+        let labels: Vec<NameLabel> = rows.iter().map(|(row, _)| NameLabel { name: row.name().to_string() }).collect();
+        let gone = std::mem::replace(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner), labels.clone());
+        gone.iter().filter(|label| !labels.contains(label)).for_each(|label| self.forget(label));
+        for (label, (row, look)) in labels.iter().zip(rows) {
+            self.set(label, row, look, idle_after);
+        }
+    }
+
+    fn set(&self, label: &NameLabel, row: &Registered, look: &Look, idle_after: Duration) {
+        let state = row.state(idle_after);
+        let waits = row.seen.waiting_since.map_or(0.0, |since| seconds_between(since, row.as_of));
+        self.ready.get_or_create(label).set(look.work.map_or(0, |depth| depth.ready.into()));
+        self.consumers.get_or_create(label).set(look.work.map_or(0, |depth| depth.consumers.into()));
+        self.dead_letters.get_or_create(label).set(look.dead.map_or(0, |depth| depth.ready.into()));
+        self.waiting_seconds.get_or_create(label).set(waits);
+        self.idle.get_or_create(label).set(row.is_idle(idle_after).into());
+        self.expiring.get_or_create(label).set(row.expires_at().is_some().into());
+        self.undeclared.get_or_create(label).set((state == State::Undeclared).into());
+        self.queue_lost.get_or_create(label).set(row.is_lost().into());
+    }
+
+    fn forget(&self, label: &NameLabel) {
+        for gauge in [
+            &self.ready,
+            &self.consumers,
+            &self.dead_letters,
+            &self.idle,
+            &self.expiring,
+            &self.undeclared,
+            &self.queue_lost,
+        ] {
+            gauge.remove(label);
+        }
+        self.waiting_seconds.remove(label);
+    }
+
+    /// This instance's watch does not lead, or has no broker: figures of an earlier time would mislead.
+    pub(super) fn hide(&self) {
+        self.watching.set(0);
+        let gone = std::mem::take(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner));
+        gone.iter().for_each(|label| self.forget(label));
+    }
+}
+
+fn seconds_between(from: OffsetDateTime, to: OffsetDateTime) -> f64 {
+    (to - from).as_seconds_f64().max(0.0)
+}

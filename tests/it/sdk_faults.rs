@@ -1,0 +1,406 @@
+//! SDK under faults: a handler that fails, a broker in an alarm, an owner that answers 500, messages made to harm.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use axum::{Router, body::to_bytes, extract::Request};
+use lapin::{
+    options::{QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use reqwest::StatusCode;
+use serde_json::json;
+use sqlx::PgPool;
+use tidings_sdk::{
+    consumer::{CatchUp, Dropped, Failure, Gap, Observer},
+    envelope::{Event, Notice},
+    letter::{Letter, Reason},
+    topology::{self, Depth},
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use uuid::Uuid;
+
+use crate::{
+    house::{House, env, eventually},
+    hurt::HurtBroker,
+    load,
+    proxy::Proxy,
+    sdk::{Curse, Diary, Listener, SOON, notice, said, updated},
+};
+
+/// Counts what was dropped, and why.
+#[derive(Clone, Default)]
+struct Drops(Arc<Mutex<Vec<Dropped>>>);
+
+impl Observer for Drops {
+    fn dropped(&self, why: Dropped) {
+        self.0.lock().unwrap().push(why);
+    }
+}
+
+impl Drops {
+    async fn are(&self, expected: &[Dropped]) {
+        eventually("what is dropped", async || {
+            let dropped = self.0.lock().unwrap().clone();
+            if dropped == expected { Ok(()) } else { Err(dropped) }
+        })
+        .await;
+    }
+}
+
+async fn begun(diary: &Diary, calls: usize) {
+    eventually("calls to begin", async || match diary.begun.load(Ordering::SeqCst) {
+        begun if begun == calls => Ok(()),
+        begun => Err(begun),
+    })
+    .await;
+}
+
+/// Waits until nothing lies in the queue that was not handed out.
+async fn handed_out(listener: &Listener) {
+    eventually("the queue to be handed out", async || {
+        match listener.depth(listener.subscription.name.queue()).await.unwrap().ready {
+            0 => Ok(()),
+            ready => Err(ready),
+        }
+    })
+    .await;
+}
+
+fn letter(dead: &lapin::message::BasicGetMessage) -> Letter {
+    Letter::read(dead.delivery.properties.headers().as_ref()).unwrap()
+}
+
+/// A way to the broker that a test can cut; its URL.
+async fn line() -> (Proxy, String) {
+    let authority = env("AMQP_URL").split_once('@').unwrap().1.split('/').next().unwrap().to_owned();
+    let line = Proxy::before(authority.parse().unwrap()).await;
+    let through = env("AMQP_URL").replace(&authority, &line.address().to_string());
+    (line, through)
+}
+
+/// What stands before the owner and answers 500 to whatever is about this user; its URL.
+async fn curse_before(owner: &str, cursed: Uuid) -> String {
+    let (owner, http) = (owner.to_owned(), reqwest::Client::new());
+    let answer = move |request: Request| {
+        let (owner, http) = (owner.clone(), http.clone());
+        async move {
+            let (head, body) = request.into_parts();
+            let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
+            let id = cursed.to_string();
+            if path.contains(&id) || String::from_utf8_lossy(&body).contains(&id) {
+                return (StatusCode::INTERNAL_SERVER_ERROR, "{}".into());
+            }
+            let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
+            let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
+            (answer.status(), answer.bytes().await.unwrap())
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    url
+}
+
+/// What could not be done is not made old by the news that came after it: it is told together with that.
+#[sqlx::test]
+async fn what_failed_is_told_with_the_next_news_of_that_user(db: PgPool) {
+    let house = House::open(db).await;
+    let (drops, later) = (Drops::default(), [Duration::from_secs(4)]);
+    let watched = drops.clone();
+    let listener =
+        Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(later).observe(watched)).await;
+    let ana = Uuid::new_v4();
+    listener.diary.curse(ana, Curse::Fails);
+    house.put(&ana, json!({})).await.ok();
+    let retry = listener.subscription.name.retry_queue(later[0]);
+    eventually("the failed attempt to be parked", async || match listener.depth(&retry).await.unwrap().ready {
+        1 => Ok(()),
+        ready => Err(ready),
+    })
+    .await;
+    listener.diary.cursed.lock().unwrap().clear();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    assert_eq!(said(&listener.called(1).await), ["2 created"], "not only updated");
+    drops.are(&[Dropped::Old]).await;
+    assert_eq!(listener.diary.calls().len(), 1, "what came back from waiting was done already");
+    let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
+    listener.leave().await;
+    topology::delete(&channel, &name, &later).await.unwrap();
+}
+
+#[sqlx::test]
+async fn a_failed_attempt_waits_as_long_as_it_says_at_the_broker(db: PgPool) {
+    let house = House::open(db).await;
+    let waits = [Duration::from_millis(700), Duration::from_millis(900)];
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(waits)).await;
+    let cursed = Uuid::new_v4();
+    listener.diary.curse(cursed, Curse::Fails);
+    let began = Instant::now();
+    listener.tell(&notice(cursed, 1, Event::Created)).await;
+    assert_eq!(letter(&listener.dead_letter().await).attempts, 3);
+    assert!(began.elapsed() >= waits[0] + waits[1], "{:?}", began.elapsed());
+    let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
+    listener.leave().await;
+    topology::delete(&channel, &name, &waits).await.unwrap();
+}
+
+/// The same message several times is one attempt, and one dead letter.
+#[sqlx::test]
+async fn duplicates_that_wait_together_fail_together(db: PgPool) {
+    let house = House::open(db).await;
+    let drops = Drops::default();
+    let watched = drops.clone();
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.concurrency(1).observe(watched)).await;
+    let gate = listener.diary.gate.clone();
+    gate.forget_permits(Semaphore::MAX_PERMITS);
+    house.user(json!({})).await;
+    begun(&listener.diary, 1).await;
+    let cursed = Uuid::new_v4();
+    listener.diary.curse(cursed, Curse::Fails);
+    let told = notice(cursed, 1, Event::Created);
+    for _ in 0..5 {
+        listener.tell(&told).await;
+    }
+    handed_out(&listener).await;
+    gate.add_permits(1_000);
+    drops.are(&[Dropped::Duplicate; 4]).await;
+    assert_eq!(letter(&listener.dead_letter().await).attempts, 3);
+    begun(&listener.diary, 4).await;
+    assert_eq!(listener.dead_letters().await, 0);
+    listener.end().await;
+}
+
+/// Whoever made the message may not send it elsewhere, let it expire, or have it refused.
+#[sqlx::test]
+async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: PgPool) {
+    let house = House::open(db).await;
+    let listener = Listener::of(&house).await;
+    let name = listener.subscription.name.clone();
+    let elsewhere = format!("{name}-elsewhere");
+    let (declared, bound) =
+        (QueueDeclareOptions { exclusive: true, ..Default::default() }, QueueBindOptions::default());
+    listener.channel.queue_declare(elsewhere.as_str().into(), declared, FieldTable::default()).await.unwrap();
+    let (queue, exchange) = (elsewhere.as_str().into(), name.as_str().into());
+    listener.channel.queue_bind(queue, exchange, "elsewhere".into(), bound, FieldTable::default()).await.unwrap();
+    let cursed = Uuid::new_v4();
+    listener.diary.curse(cursed, Curse::Fails);
+    let told = notice(cursed, 3, updated("city"));
+    let (properties, body) = told.to_message("urn:test");
+    let mut headers = properties.headers().clone().unwrap();
+    headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("elsewhere".into())].into()));
+    headers.insert("city".into(), AMQPValue::LongString("Riga".into()));
+    let hostile = properties.with_headers(headers).with_expiration("600000".into()).with_user_id("guest".into());
+    listener.send(hostile.with_reply_to("elsewhere".into()), &body).await;
+    let dead = listener.dead_letter().await;
+    assert_eq!((letter(&dead).reason, letter(&dead).attempts), (Reason::HandlerFailed, 3));
+    let kept = &dead.delivery.properties;
+    assert_eq!(Notice::from_message(kept, &dead.delivery.data).unwrap(), told);
+    assert_eq!((kept.expiration(), kept.user_id(), kept.reply_to()), (&None, &None, &None));
+    assert!(!kept.headers().as_ref().unwrap().contains_key("city"), "{kept:?}");
+    assert_eq!(listener.depth(&elsewhere).await.unwrap().ready, 0, "nothing goes where a stranger sends it");
+    listener.end().await;
+}
+
+/// The owner answers 500 for one user, for ever: his news ends as a dead letter, and nobody else's.
+#[sqlx::test]
+async fn a_user_whom_the_owner_cannot_show_ends_as_a_dead_letter_alone(db: PgPool) {
+    let mut house = House::open(db).await;
+    let users = load::users(&house, 30).await;
+    let cursed = users[7];
+    let stand_in = curse_before(&house.service.url, cursed).await;
+    let direct = std::mem::replace(&mut house.service.url, stand_in);
+    let listener = Listener::of(&house).await;
+    house.service.url = direct;
+    for user in &users {
+        listener.tell(&notice(*user, 1, Event::Created)).await;
+    }
+    let dead = listener.dead_letter().await;
+    let kept = Notice::from_message(&dead.delivery.properties, &dead.delivery.data).unwrap();
+    assert_eq!((kept.user_id, letter(&dead).reason, letter(&dead).attempts), (cursed, Reason::FetchFailed, 3));
+    let calls = listener.called(29).await;
+    assert!(calls.iter().all(|call| call.user != cursed));
+    assert_eq!(listener.dead_letters().await, 0);
+    listener.end().await;
+}
+
+/// What unacknowledged messages a queue of this broker has, by the broker's own word.
+async fn unacknowledged(broker: &HurtBroker, queue: &str) -> usize {
+    let listed = broker.try_ctl(&["list_queues", "-q", "name", "messages_unacknowledged"]).await.unwrap();
+    let counts: BTreeMap<&str, &str> = listed.lines().filter_map(|line| line.split_once('\t')).collect();
+    counts[queue].trim().parse().unwrap()
+}
+
+/// A broker in an alarm takes no message to be parked. What was handled is acknowledged all the same, more users fail than are handled
+/// at once, and nothing is there twice when the alarm is over.
+#[sqlx::test]
+async fn a_broker_in_an_alarm_holds_back_what_failed_and_nothing_else(db: PgPool) {
+    const CURSED: usize = 24;
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    let listener = Listener::with(&house, &broker.amqp_url, |consumer| consumer.concurrency(4)).await;
+    let gate = listener.diary.gate.clone();
+    gate.forget_permits(Semaphore::MAX_PERMITS);
+    let cursed: Vec<Uuid> = (0..CURSED).map(|_| Uuid::new_v4()).collect();
+    for user in &cursed {
+        listener.diary.curse(*user, Curse::Fails);
+        listener.tell(&notice(*user, 1, Event::Created)).await;
+    }
+    load::users(&house, 20).await;
+    house.settle().await;
+    handed_out(&listener).await;
+    broker.alarm().await;
+    let alarm = Instant::now();
+    gate.add_permits(10_000);
+    listener.called(20).await;
+    let queue = listener.subscription.name.queue();
+    eventually("what was handled to be acknowledged", async || match unacknowledged(&broker, queue).await {
+        CURSED => Ok(()),
+        others => Err(others),
+    })
+    .await;
+    // Longer than a confirm is waited for when there is no alarm.
+    eventually("the alarm to last", async || match alarm.elapsed() {
+        long if long > Duration::from_secs(12) => Ok(()),
+        short => Err(short),
+    })
+    .await;
+    broker.end_alarm().await;
+    eventually("the dead letters", async || match listener.dead_letters().await {
+        dead if dead as usize == CURSED => Ok(()),
+        dead => Err(dead),
+    })
+    .await;
+    assert_eq!(listener.diary.begun.load(Ordering::SeqCst), 20 + 3 * CURSED, "three attempts each, nothing twice");
+    listener.end().await;
+}
+
+#[sqlx::test]
+async fn an_alarm_does_not_hold_up_the_leaving(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    let bound = Duration::from_secs(2);
+    let listener = Listener::with(&house, &broker.amqp_url, |consumer| consumer.farewell(bound)).await;
+    listener.diary.gate.forget_permits(Semaphore::MAX_PERMITS);
+    let cursed = Uuid::new_v4();
+    listener.diary.curse(cursed, Curse::Fails);
+    listener.tell(&notice(cursed, 1, Event::Created)).await;
+    begun(&listener.diary, 1).await;
+    broker.alarm().await;
+    listener.diary.gate.add_permits(10);
+    let Listener { stop, running, channel, subscription, .. } = listener;
+    stop.cancel();
+    let asked = Instant::now();
+    running.await.unwrap().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    broker.end_alarm().await;
+    let depth = topology::depth(&channel, subscription.name.queue()).await.unwrap();
+    // What was under way may have arrived as well.
+    assert!(matches!(depth, Depth { ready: 1..=2, consumers: 0 }), "it goes back: {depth:?}");
+    topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
+}
+
+/// Who waits for an outage to end does not wait for it when he is to leave.
+#[sqlx::test]
+async fn an_outage_of_the_owner_does_not_hold_up_the_leaving(db: PgPool) {
+    let mut house = House::open(db).await;
+    let real = house.service.url.strip_prefix("http://").unwrap().parse().unwrap();
+    let before = Proxy::before(real).await;
+    let direct = std::mem::replace(&mut house.service.url, format!("http://{}", before.address()));
+    let bound = Duration::from_secs(60);
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.farewell(bound)).await;
+    house.service.url = direct;
+    before.down();
+    load::users(&house, 5).await;
+    eventually("calls to begin again", async || match listener.diary.begun.load(Ordering::SeqCst) {
+        begun if begun > 5 => Ok(()),
+        begun => Err(begun),
+    })
+    .await;
+    listener.stop.cancel();
+    let asked = Instant::now();
+    let Listener { running, channel, subscription, .. } = listener;
+    running.await.unwrap().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    let depth = topology::depth(&channel, subscription.name.queue()).await.unwrap();
+    assert_eq!((depth.ready, depth.consumers), (5, 0), "nothing was given up");
+    topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
+}
+
+/// Killed after its work and before the acknowledgement arrived.
+#[sqlx::test]
+async fn what_was_done_and_not_acknowledged_comes_again(db: PgPool) {
+    let house = House::open(db).await;
+    let (line, through) = line().await;
+    let first = Listener::with(&house, &through, |consumer| consumer).await;
+    first.diary.gate.forget_permits(Semaphore::MAX_PERMITS);
+    let ana = house.user(json!({})).await;
+    begun(&first.diary, 1).await;
+    line.freeze();
+    first.diary.gate.add_permits(10);
+    first.called(1).await;
+    line.down();
+    first.running.abort();
+    let second = Listener::of(&house).await;
+    assert_eq!(second.called(1).await[0].user, ana);
+    second.end().await;
+}
+
+/// Gone while nobody was connected: what was told meanwhile is missing, although the queue is there.
+#[sqlx::test]
+async fn an_exchange_that_was_deleted_while_away_is_a_loss(db: PgPool) {
+    let house = House::open(db).await;
+    let (line, through) = line().await;
+    let listener = Listener::with(&house, &through, |consumer| consumer).await;
+    line.down();
+    listener.channel.exchange_delete(house.exchange.as_str().into(), Default::default()).await.unwrap();
+    line.up();
+    // The first to be told of finds no exchange; the owner then makes it again.
+    house.user(json!({})).await;
+    eventually("the loss to be caught up with", async || {
+        let gaps = listener.diary.gaps.lock().unwrap().clone();
+        if gaps == [Gap::FirstStart, Gap::QueueLost] { Ok(()) } else { Err(gaps) }
+    })
+    .await;
+    listener.listens().await;
+    let bo = house.user(json!({})).await;
+    eventually("news", async || match listener.diary.of(&bo).len() {
+        1 => Ok(()),
+        calls => Err(calls),
+    })
+    .await;
+    listener.end().await;
+}
+
+/// Panics, then fails, then succeeds.
+#[derive(Clone, Default)]
+struct Stubborn(Arc<AtomicUsize>);
+
+impl CatchUp for Stubborn {
+    async fn catch_up(&self, gap: Gap) -> Result<(), Failure> {
+        assert_eq!(gap, Gap::FirstStart, "it is not done until it succeeded");
+        match self.0.fetch_add(1, Ordering::SeqCst) {
+            0 => panic!("stubborn"),
+            1 => Err(Failure::because("stubborn")),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[sqlx::test]
+async fn nothing_is_consumed_before_it_was_caught_up(db: PgPool) {
+    let house = House::open(db).await;
+    let stubborn = Stubborn::default();
+    let tries = stubborn.0.clone();
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.catch_up(stubborn)).await;
+    assert_eq!(tries.load(Ordering::SeqCst), 3, "it listens now, and not earlier");
+    let ana = house.user(json!({})).await;
+    assert_eq!(listener.called(1).await[0].user, ana);
+    listener.end().await;
+}
