@@ -3,6 +3,7 @@
 //! Each program of `examples/consumers` goes through the same stories. It reaches the broker and the service through faulty proxies.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     process::Stdio,
     sync::{Arc, LazyLock, Mutex},
@@ -201,6 +202,15 @@ impl Consumer {
         self.send(properties, &body).await;
     }
 
+    /// Tells of a user as a backfill does: nobody knows what the consumer still holds.
+    async fn backfill(&self, user: Uuid, version: i64) {
+        let headers =
+            [("version", AMQPValue::LongLongInt(version)), ("tidings-backfill", AMQPValue::LongString("x".into()))];
+        let headers: BTreeMap<_, _> = headers.map(|(name, value)| (name.into(), value)).into();
+        let properties = BasicProperties::default().with_type("user.created".into()).with_headers(headers.into());
+        self.send(properties, json!({ "user_id": user }).to_string().as_bytes()).await;
+    }
+
     /// Makes a user of whom this consumer is told nothing but by a message of a kind that nobody knows.
     async fn blessed(&self, house: &House) -> Uuid {
         let (queue, exchange) = (self.name.queue(), house.exchange.as_str());
@@ -324,6 +334,8 @@ async fn keeps_up(db: PgPool, language: Language) {
     let bo = house.user(json!({})).await;
     assert_eq!(consumer.next().await, line("user.created", &bo, 1, json!({})));
     assert_eq!((reads(&house, 200), reads(&house, 410)), (3, 1), "{}", house.service.log());
+    consumer.backfill(bo, 1).await;
+    assert_eq!(consumer.next().await, line("user.created", &bo, 1, json!({})));
     assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
 
     // News of while it was down waits for it. By then there is only the latest state to see, and one look is enough.
@@ -396,6 +408,8 @@ async fn sets_aside(db: PgPool, language: Language) {
         consumer.send(properties, body.as_bytes()).await;
         assert_eq!(consumer.dead_letter().await, body.as_bytes());
     }
+    let refused = consumer.log().matches("set aside: not a notice").count();
+    assert_eq!(refused, poison(ana).len(), "nobody was asked about it: {}", consumer.log());
     // Nobody ever had this id, and somebody will never be at this version.
     let nobody = Uuid::new_v4();
     consumer.forge(nobody, 1).await;

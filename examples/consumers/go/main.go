@@ -172,7 +172,8 @@ func handle(ctx context.Context, message amqp.Delivery) error {
 	if err != nil {
 		return err
 	}
-	if version > versions.kept[userID] {
+	_, isBackfill := message.Headers["tidings-backfill"] // for those who lost what they held
+	if version > versions.kept[userID] || isBackfill {
 		var latest record
 		if err := fetch(ctx, fmt.Sprintf("/v1/users/%s?min_version=%d", userID, version), &latest); err != nil {
 			return err

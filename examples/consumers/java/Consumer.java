@@ -141,7 +141,8 @@ public class Consumer {
         String id = message.properties.getMessageId();
         if (id != null && seen.containsKey(id)) return;
         Notice notice = read(message);
-        if (isNews(notice.userId, notice.version)) {
+        boolean isBackfill = message.properties.getHeaders().containsKey("tidings-backfill"); // for those who lost what they held
+        if (isNews(notice.userId, notice.version) || isBackfill) {
             String path = "/v1/users/" + notice.userId + "?min_version=" + notice.version;
             keep(message.properties.getType(), notice.userId, fetch(path));
         }

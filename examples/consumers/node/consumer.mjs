@@ -81,7 +81,8 @@ async function handle(message) {
   const { messageId, type = null } = message.properties;
   if (seen.has(messageId)) return;
   const { id, version } = read(message);
-  if (isNews(id, version)) keep(type, id, await ask(`/v1/users/${id}?min_version=${version}`));
+  const isBackfill = "tidings-backfill" in message.properties.headers; // for those who lost what they held
+  if (isNews(id, version) || isBackfill) keep(type, id, await ask(`/v1/users/${id}?min_version=${version}`));
   if (messageId) seen.remember(messageId, true);
 }
 

@@ -156,7 +156,8 @@ final class Consumer
             return;
         }
         [$id, $version] = $this->read($message);
-        if ($this->isNews($id, $version)) {
+        $isBackfill = isset($message->get('application_headers')->getNativeData()['tidings-backfill']); // for those who lost what they held
+        if ($this->isNews($id, $version) || $isBackfill) {
             $this->keep($message->has('type') ? $message->get('type') : null, $id, $this->fetch("/v1/users/$id?min_version=$version"));
         }
         if ($messageId !== '') {

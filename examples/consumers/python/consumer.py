@@ -104,7 +104,8 @@ class Consumer:
         if properties.message_id in self.seen:
             return
         user_id, version = read(properties, body)
-        if version > self.versions.get(user_id, 0):
+        # A backfill is for those who lost what they held.
+        if version > self.versions.get(user_id, 0) or "tidings-backfill" in properties.headers:
             self.keep(properties.type, user_id, self.fetch(f"/v1/users/{user_id}?min_version={version}"))
         if properties.message_id:
             self.seen.remember(properties.message_id, True)

@@ -87,7 +87,9 @@ end
 def handle(properties, body)
   return if SEEN.key?(properties.message_id)
   user_id, version = read(properties, body)
-  keep(properties.type, user_id, fetch("/v1/users/#{user_id}?min_version=#{version}")) if version > VERSIONS.fetch(user_id, 0)
+  if version > VERSIONS.fetch(user_id, 0) || properties.headers.key?("tidings-backfill") # for those who lost what they held
+    keep(properties.type, user_id, fetch("/v1/users/#{user_id}?min_version=#{version}"))
+  end
   SEEN.remember(properties.message_id, true) if properties.message_id
 end
 
