@@ -1,6 +1,6 @@
 //! A session: one connection to the broker, from being bound to being lost.
 
-use std::{cmp::Reverse, collections::HashSet, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::HashSet, fmt, mem, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt};
 use lapin::{
