@@ -12,6 +12,10 @@ package_of() {
         curl) echo curl ;;
         python) echo python3-pika ;;
         ruby) echo ruby-bunny ;;
+        node) echo nodejs npm ;;
+        go) echo golang-go golang-github-rabbitmq-amqp091-go-dev ;;
+        java) echo default-jdk-headless librabbitmq-client-java libgoogle-gson-java ;;
+        php) echo php-cli php-amqplib php-curl ;;
         linker) echo gcc libc6-dev ;;
     esac
 }

@@ -57,7 +57,7 @@ impl Duty for Runner {
         let mut table = self.db.line("backfill table", []);
         let (broker, db) = (self.broker.clone(), self.db.clone());
         let mut runs = Runs { broker, db, tasks: JoinSet::new(), hands: HashMap::new() };
-        let outcome = runs.carry_on(&mut table, stop).await;
+        let outcome = stop.run_until_cancelled(runs.carry_on(&mut table)).await.unwrap_or(Ok(()));
         runs.end().await;
         table.hang_up().await;
         outcome
@@ -79,22 +79,19 @@ struct Hand {
 }
 
 impl Runs {
-    async fn carry_on(&mut self, table: &mut Line, stop: &CancellationToken) -> anyhow::Result<()> {
+    /// Until the first fault.
+    async fn carry_on(&mut self, table: &mut Line) -> anyhow::Result<()> {
         let mut connection = None;
-        while !stop.is_cancelled() {
+        loop {
             let wanted = table.run(async |session| store::running(session).await).await?;
             self.stop_others(&wanted);
             if !wanted.is_empty() {
                 let connection = self.connection(&mut connection, table, &wanted).await?;
                 self.arrange(table, connection, &wanted).await?;
             }
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = sleep(LOOK) => {}
-            }
+            sleep(LOOK).await;
             self.see_who_ended().await;
         }
-        Ok(())
     }
 
     fn stop_others(&self, wanted: &[Running]) {

@@ -158,7 +158,7 @@ struct NoParams {}
 #[into_params(parameter_in = Query)]
 struct Deletion {
     /// `discard`: also when messages wait, which are lost then.
-    #[param(required = false)]
+    #[param(required = false, inline)]
     waiting: Option<MayBe>,
 }
 

@@ -29,8 +29,10 @@ use crate::{
 /// Key of the advisory lock that the leading watch of a database holds: "watching" in ASCII.
 const LEAD: i64 = 0x77_61_74_63_68_69_6e_67;
 pub const TRY_LEAD: &str = "select pg_try_advisory_lock($1)";
-/// Between two tries of a watch that stands by, or whose session failed.
+/// Between two tries of a watch that stands by.
 const STAND_BY: Duration = Duration::from_secs(1);
+/// Before a session begins in place of one that failed.
+const RECOVERY: Duration = Duration::from_secs(3);
 /// A leader that says nothing for this long is frozen, or cut off.
 const LEADER_IDLE_TIMEOUT: &str = "2min";
 /// After so many looks everything is declared anew: a binding that somebody removed is not seen by looking.
@@ -75,7 +77,7 @@ impl Watch {
             line.hang_up().await;
             self.status.hide();
             self.memory = Memory::default();
-            let _ = stop.run_until_cancelled(sleep(STAND_BY)).await;
+            let _ = stop.run_until_cancelled(sleep(RECOVERY)).await;
         }
         self.registrar.desk().close().await;
     }
@@ -194,6 +196,7 @@ impl Watch {
     }
 
     fn tell_idle(&mut self, rows: &[(Registered, Look)]) {
+        self.memory.idle.retain(|name| rows.iter().any(|(row, _)| row.name() == name));
         for (row, _) in rows {
             if !row.is_idle(self.idle_after) {
                 self.memory.idle.remove(row.name());

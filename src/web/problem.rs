@@ -142,7 +142,7 @@ fn title(status: StatusCode) -> String {
 /// The refusals that any route may answer with, for the OpenAPI document.
 #[derive(utoipa::IntoResponses)]
 pub enum Refusals {
-    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_bucket`, `invalid_query`,
+    /// Malformed: `malformed_json`, `malformed_body`, `invalid_user_id`, `invalid_bucket`, `invalid_subscription_name`, `invalid_query`,
     /// `invalid_header`, `invalid_cursor`.
     #[response(status = 400, content_type = "application/problem+json")]
     BadRequest(ProblemBody),
@@ -155,8 +155,9 @@ pub enum Refusals {
     /// `internal`: the service failed.
     #[response(status = 500, content_type = "application/problem+json")]
     Internal(ProblemBody),
-    /// Not now, see `Retry-After`: `database_unavailable`, `overloaded`, `not_yet_visible`, `deadline_exceeded`. After
-    /// `outcome_unknown` a change may have been made: read before you repeat it.
+    /// Not now, see `Retry-After`: `database_unavailable`, `overloaded`, `not_yet_visible`, `deadline_exceeded`; for subscriptions
+    /// also `broker_unavailable`, `broker_refused`, `no_broker_here`, `subscription_busy`. After `outcome_unknown` a change may have
+    /// been made: read before you repeat it.
     #[response(status = 503, content_type = "application/problem+json")]
     Unavailable(ProblemBody),
 }

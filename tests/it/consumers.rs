@@ -1,17 +1,25 @@
 //! Consumers in other languages: the contract is the protocol, and no library of ours is needed to keep up.
+//!
+//! Each program of `examples/consumers` goes through the same stories. It reaches the broker and the service through faulty proxies.
 
 use std::{
+    path::PathBuf,
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use lapin::{
-    BasicProperties, Channel,
-    options::{BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions},
+    BasicProperties, Channel, Connection,
+    options::{BasicGetOptions, BasicPublishOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tidings_sdk::envelope::{Event, Notice};
+use tidings_sdk::{
+    envelope::{Event, Notice},
+    subscription::{Subscription, SubscriptionName},
+    topology::{self, Source},
+};
 use time::OffsetDateTime;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
@@ -20,85 +28,152 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{self, House, PATIENCE, collect, env, eventually};
+use crate::{
+    house::{self, House, PATIENCE, collect, env, eventually, proxy_before, through},
+    proxy::Proxy,
+};
+
+#[derive(Debug, Clone, Copy)]
+enum Language {
+    Ruby,
+    Python,
+    Node,
+    Go,
+    Java,
+    Php,
+}
+
+impl Language {
+    /// The program, without its arguments.
+    fn program(self) -> Command {
+        let example = |path: &str| format!("{}/examples/consumers/{path}", env!("CARGO_MANIFEST_DIR"));
+        let mut program = match self {
+            Self::Ruby => Command::new(tool("TIDINGS_TEST_RUBY", "ruby")),
+            Self::Python => Command::new(tool("TIDINGS_TEST_PYTHON", "python3")),
+            Self::Node => Command::new(tool("TIDINGS_TEST_NODE", "node")),
+            Self::Go => return Command::new(&*GO),
+            Self::Java => Command::new("java"),
+            Self::Php => Command::new("php"),
+        };
+        match self {
+            Self::Ruby => program.arg(example("ruby/consumer.rb")),
+            Self::Python => program.arg(example("python/consumer.py")),
+            Self::Node => program.arg(example("node/consumer.mjs")),
+            Self::Php => program.arg(example("php/consumer.php")),
+            // It lives for seconds: optimising it would cost more than it gains.
+            Self::Java => program.args(["-XX:TieredStopAtLevel=1", "-cp", &JAVA, "Consumer"]),
+            Self::Go => unreachable!("it is its own program"),
+        };
+        program
+    }
+}
+
+fn tool(variable: &str, otherwise: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| otherwise.to_owned())
+}
+
+/// The program in Go, built once, from Debian's copy of the library.
+static GO: LazyLock<PathBuf> = LazyLock::new(|| {
+    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("consumer-in-go");
+    let mut go = std::process::Command::new("go");
+    go.args(["build", "-o"]).arg(&program).arg(".").current_dir(example_folder("go"));
+    built(go.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode"));
+    program
+});
+
+/// The class path of the program in Java, compiled once.
+static JAVA: LazyLock<String> = LazyLock::new(|| {
+    let classes = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("consumer-in-java");
+    let jars =
+        ["amqp-client", "gson", "slf4j-api", "slf4j-nop"].map(|jar| format!("/usr/share/java/{jar}.jar")).join(":");
+    let mut javac = std::process::Command::new("javac");
+    javac.args(["-cp", &jars, "-d"]).arg(&classes).arg("Consumer.java").current_dir(example_folder("java"));
+    built(&mut javac);
+    format!("{}:{jars}", classes.display())
+});
+
+fn example_folder(language: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/consumers").join(language)
+}
+
+fn built(compiler: &mut std::process::Command) {
+    let output = compiler.output().unwrap_or_else(|error| panic!("{compiler:?}: {error}"));
+    assert!(output.status.success(), "{compiler:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
 
 struct Consumer {
-    queue: String,
+    language: Language,
+    name: SubscriptionName,
+    broker: Proxy,
+    owner: Proxy,
+    connection: Connection,
     channel: Channel,
+    settings: Vec<(String, String)>,
     lines: Lines<BufReader<ChildStdout>>,
     log: Arc<Mutex<String>>,
     process: Child,
 }
 
 impl Consumer {
-    /// A consumer of this House that listens already.
-    async fn start(house: &House, script: &str, keys: &[&str]) -> Self {
-        let queue = format!("{}.consumer", house.exchange);
+    /// A consumer of everything in this House, which listens already.
+    async fn start(house: &House, language: Language) -> Self {
+        let name: SubscriptionName = format!("{}.consumer", house.exchange).parse().unwrap();
+        let (broker, owner) =
+            (proxy_before(&env("AMQP_URL")).await, proxy_before(&format!("{}/", house.service.url)).await);
         let connection = house::connect(&env("AMQP_URL")).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
-        let (process, lines, log) = Self::spawn(house, script, keys, &queue);
-        let consumer = Self { queue, channel, lines, log, process };
+        let settings = [
+            ("AMQP_URL", through(&env("AMQP_URL"), &broker)),
+            ("TIDINGS_URL", format!("http://{}", owner.address())),
+            ("TIDINGS_EXCHANGE", house.exchange.clone()),
+            ("TIDINGS_QUEUE", name.to_string()),
+            ("TIDINGS_PATIENCE_S", "0".to_owned()),
+        ];
+        let settings: Vec<_> = settings.map(|(name, value)| (name.to_owned(), value)).into();
+        let (process, lines, log) = spawn(language, &settings);
+        let consumer = Self { language, name, broker, owner, connection, channel, settings, lines, log, process };
         consumer.listens().await;
-        // The channel keeps its connection.
-        drop(connection);
         consumer
     }
 
-    fn spawn(
-        house: &House,
-        script: &str,
-        keys: &[&str],
-        queue: &str,
-    ) -> (Child, Lines<BufReader<ChildStdout>>, Arc<Mutex<String>>) {
-        let (interpreter, otherwise) =
-            if script.ends_with(".rb") { ("TIDINGS_TEST_RUBY", "ruby") } else { ("TIDINGS_TEST_PYTHON", "python3") };
-        let interpreter = std::env::var(interpreter).unwrap_or_else(|_| otherwise.to_owned());
-        let mut process = Command::new(interpreter)
-            .arg(format!("{}/tests/consumers/{script}", env!("CARGO_MANIFEST_DIR")))
-            .args(keys)
-            .env("AMQP_URL", env("AMQP_URL"))
-            .env("TIDINGS_URL", &house.service.url)
-            .env("TIDINGS_EXCHANGE", &house.exchange)
-            .env("TIDINGS_QUEUE", queue)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let log = Arc::<Mutex<String>>::default();
-        collect(process.stderr.take().unwrap(), log.clone());
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        (process, lines, log)
+    /// A new process in place of this one, which has left or is killed now, with these settings on top.
+    async fn restart(&mut self, settings: &[(&str, &str)]) {
+        self.process.kill().await.unwrap();
+        let mut all = self.settings.clone();
+        all.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        (self.process, self.lines, self.log) = spawn(self.language, &all);
     }
 
-    /// A new process in place of this one, which is killed with whatever it was about to do.
-    async fn restart(&mut self, house: &House, script: &str, keys: &[&str]) {
-        self.process.kill().await.unwrap();
-        let (process, lines, log) = Self::spawn(house, script, keys, &self.queue);
-        (self.process, self.lines, self.log) = (process, lines, log);
+    fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn resyncs(&self) -> usize {
+        self.log().matches("news may have been missed: resync").count()
     }
 
     /// Waits until somebody consumes from its queue.
     async fn listens(&self) {
         eventually("the consumer to listen", async || {
-            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-            let connection = house::connect(&env("AMQP_URL")).await.unwrap();
-            let channel = connection.create_channel().await.unwrap();
-            let queue = channel.queue_declare(self.queue.as_str().into(), passive, Default::default()).await;
-            match queue.map(|queue| queue.consumer_count()) {
-                Ok(1) => Ok(()),
-                other => Err((other.map_err(|error| error.to_string()), self.log.lock().unwrap().clone())),
+            let channel = self.connection.create_channel().await.unwrap();
+            match topology::depth(&channel, self.name.queue()).await {
+                Ok(depth) if depth.consumers == 1 => Ok(()),
+                other => Err((other.map_err(|error| error.to_string()), self.log())),
             }
         })
         .await;
     }
 
+    /// The next line that it printed; `None` when it has left.
+    async fn line(&mut self) -> Option<Value> {
+        let line =
+            timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("silence: {}", self.log()));
+        line.unwrap().map(|line| serde_json::from_str(&line).unwrap())
+    }
+
     /// The next notice that it handled.
     async fn next(&mut self) -> Value {
-        let line =
-            timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("{}", self.log.lock().unwrap()));
-        serde_json::from_str(&line.unwrap().unwrap_or_else(|| panic!("{}", self.log.lock().unwrap()))).unwrap()
+        self.line().await.unwrap_or_else(|| panic!("it has left: {}", self.log()))
     }
 
     /// The next one about this user: a process that was killed may not have acknowledged what it handled last.
@@ -113,17 +188,89 @@ impl Consumer {
 
     /// Puts a message into its queue that came from nowhere in the House.
     async fn send(&self, properties: BasicProperties, body: &[u8]) {
-        let options = BasicPublishOptions::default();
-        let sent = self.channel.basic_publish("".into(), self.queue.as_str().into(), options, body, properties).await;
-        sent.unwrap().await.unwrap();
+        let (options, queue) = (BasicPublishOptions::default(), self.name.queue().into());
+        self.channel.basic_publish("".into(), queue, options, body, properties).await.unwrap().await.unwrap();
+    }
+
+    async fn forge(&self, user: Uuid, version: i64) {
+        let event = Event::Updated { changed_fields: vec!["city".parse().unwrap()] };
+        let occurred_at = OffsetDateTime::now_utc();
+        let forged =
+            Notice { message_id: Uuid::new_v4(), user_id: user, version, event, occurred_at, traceparent: None };
+        let (properties, body) = forged.to_message("urn:test");
+        self.send(properties, &body).await;
+    }
+
+    /// Makes a user of whom this consumer is told nothing but by a message of a kind that nobody knows.
+    async fn blessed(&self, house: &House) -> Uuid {
+        let (queue, exchange) = (self.name.queue(), house.exchange.as_str());
+        self.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+        let user = house.user(json!({})).await;
+        house.settle().await;
+        house::bind(&self.channel, queue, exchange, "#").await;
+        let mut headers = FieldTable::default();
+        headers.insert("version".into(), AMQPValue::ShortInt(1));
+        let properties = BasicProperties::default().with_type("user.blessed".into()).with_headers(headers);
+        self.send(properties, json!({ "user_id": user }).to_string().as_bytes()).await;
+        user
+    }
+
+    /// The body of the next dead letter.
+    async fn dead_letter(&self) -> Vec<u8> {
+        let letter = eventually("a dead letter", async || {
+            let options = BasicGetOptions { no_ack: true };
+            let letter = self.channel.basic_get(self.name.dead_queue().into(), options).await.unwrap();
+            letter.ok_or_else(|| self.log())
+        });
+        letter.await.delivery.data.clone()
+    }
+
+    async fn dead_letters(&self) -> u32 {
+        let channel = self.connection.create_channel().await.unwrap();
+        topology::depth(&channel, &self.name.dead_queue()).await.unwrap().ready
+    }
+
+    /// Declares what the SDK declares for this subscription: the broker refuses when anything differs.
+    async fn agrees_with_the_sdk(&self, house: &House) {
+        let channel = self.connection.create_channel().await.unwrap();
+        let source = Source { exchange: house.exchange.clone(), prefix: None };
+        let mut subscription = Subscription::new(self.name.clone());
+        subscription.keys.insert("#".parse().unwrap());
+        topology::declare(&channel, &source, &subscription, &[]).await.unwrap();
+    }
+
+    async fn ask_to_leave(&self) {
+        let pid = self.process.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    }
+
+    /// What it still printed before it left.
+    async fn leaves(&mut self) -> Vec<Value> {
+        let mut last_words = vec![];
+        while let Some(line) = self.line().await {
+            last_words.push(line);
+        }
+        let left = timeout(PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
+        assert_eq!(left.code(), Some(0), "{}", self.log());
+        last_words
     }
 
     async fn end(mut self) {
         self.process.kill().await.unwrap();
-        for queue in [self.queue.clone(), format!("{}.dead", self.queue)] {
-            self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
-        }
+        topology::delete(&self.channel, &self.name, &[]).await.unwrap();
     }
+}
+
+type Lived = (Child, Lines<BufReader<ChildStdout>>, Arc<Mutex<String>>);
+
+fn spawn(language: Language, settings: &[(String, String)]) -> Lived {
+    let mut program = language.program();
+    program.envs(settings.iter().cloned()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = program.kill_on_drop(true).spawn().unwrap_or_else(|error| panic!("{program:?}: {error}"));
+    let log = Arc::<Mutex<String>>::default();
+    collect(process.stderr.take().unwrap(), log.clone());
+    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    (process, lines, log)
 }
 
 fn line(event: &str, user: &Uuid, version: i64, profile: Value) -> Value {
@@ -134,87 +281,228 @@ fn forgotten(event: &str, user: &Uuid) -> Value {
     json!({ "event": event, "user_id": user, "version": null, "profile": null })
 }
 
-/// What every consumer has to do right, whatever it is written in.
-async fn keeps_up(db: PgPool, script: &str) {
-    let house = House::open(db).await;
-    let mut consumer = Consumer::start(&house, script, &[]).await;
+/// A House that says of each request how it went.
+async fn talkative_house(db: PgPool) -> House {
+    House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await
+}
+
+/// How many reads of one user were answered with this status.
+fn reads(house: &House, status: u16) -> usize {
+    let (read, status) = ("route=\"/v1/users/{id}\"", format!("status={status}"));
+    house
+        .service
+        .log()
+        .lines()
+        .filter(|line| line.contains("GET") && line.contains(read) && line.contains(&status))
+        .count()
+}
+
+async fn is_read(house: &House, status: u16) {
+    eventually("a read", async || if reads(house, status) > 0 { Ok(()) } else { Err(house.service.log()) }).await;
+}
+
+/// Created, changed, deleted, and what happened while it was down; a duplicate and an old notice cost nothing.
+async fn keeps_up(db: PgPool, language: Language) {
+    let house = talkative_house(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.agrees_with_the_sdk(&house).await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "first_name": "Ana" })));
     house.amend(&ana, json!({ "job_title": "Editor" })).await.ok();
     let editor = json!({ "first_name": "Ana", "job_title": "Editor" });
     assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, editor));
 
-    // A duplicate is dropped, and what is no notice is set aside; neither holds up what comes after it.
+    // A message that came already is not looked at again, and what is old is not asked for.
     house.settle().await;
     let id = house.audit.heard()[1].message_id.to_string();
     consumer.send(BasicProperties::default().with_message_id(id.into()), b"{}").await;
-    consumer.send(BasicProperties::default().with_message_id("poison".into()), b"no notice").await;
+    consumer.forge(ana, 1).await;
+    consumer.forge(ana, 2).await;
     house.delete(&ana).await;
     assert_eq!(consumer.next().await, forgotten("user.deleted", &ana));
-    let dead = format!("{}.dead", consumer.queue);
-    let poison = eventually("a dead letter", async || {
-        let letter = consumer.channel.basic_get(dead.as_str().into(), BasicGetOptions { no_ack: true }).await.unwrap();
-        letter.ok_or("none")
-    })
-    .await;
-    assert_eq!(poison.delivery.data, b"no notice");
+    consumer.forge(ana, 2).await;
+    let bo = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("user.created", &bo, 1, json!({})));
+    assert_eq!((reads(&house, 200), reads(&house, 410)), (3, 1), "{}", house.service.log());
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
 
-    // News of while it was down waits for it.
+    // News of while it was down waits for it. By then there is only the latest state to see, and one look is enough.
     consumer.process.kill().await.unwrap();
     let eve = house.user(json!({ "city": "Riga" })).await;
     house.amend(&eve, json!({ "city": "Oslo" })).await.ok();
+    let cy = house.user(json!({})).await;
     house.settle().await;
-    consumer.restart(&house, script, &[]).await;
-    // By now there is only the latest state to see, for the older news too.
-    for event in ["user.created", "profile.updated"] {
-        assert_eq!(consumer.next_of(&eve).await, line(event, &eve, 2, json!({ "city": "Oslo" })));
-    }
+    consumer.restart(&[]).await;
+    assert_eq!(consumer.next_of(&eve).await, line("user.created", &eve, 2, json!({ "city": "Oslo" })));
+    assert_eq!(consumer.next().await, line("user.created", &cy, 1, json!({})));
     consumer.end().await;
 }
 
 /// A notice may be ahead of what a consumer is shown: then it asks again until it sees that state or a later one.
-async fn asks_until_it_sees(db: PgPool, script: &str) {
-    let house = House::with(db, &[("TIDINGS_LOG", "tidings=debug")]).await;
-    let mut consumer = Consumer::start(&house, script, &["profile.updated", "user.deleted"]).await;
+async fn asks_until_it_sees(db: PgPool, language: Language) {
+    let house = talkative_house(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.restart(&[("TIDINGS_PATIENCE_S", "60")]).await;
     let ana = house.user(json!({ "city": "Riga" })).await;
-    let early = Notice {
-        message_id: Uuid::new_v4(),
-        user_id: ana,
-        version: 2,
-        event: Event::Updated { changed_fields: vec!["city".parse().unwrap()] },
-        occurred_at: OffsetDateTime::now_utc(),
-        traceparent: None,
-    };
-    let (properties, body) = early.to_message("urn:test");
-    consumer.send(properties, &body).await;
-    eventually("an answer that it cannot be seen yet", async || {
-        let log = house.service.log();
-        if log.contains("status=503") { Ok(()) } else { Err(log) }
-    })
-    .await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "city": "Riga" })));
+    consumer.forge(ana, 2).await;
+    is_read(&house, 503).await;
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
-    for _ in ["the early notice", "the real one"] {
-        assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
-    }
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
+    // An owner that cannot be reached is no reason to give up either.
+    consumer.owner.down();
+    house.amend(&ana, json!({ "city": "Bern" })).await.ok();
+    house.settle().await;
+    consumer.owner.up();
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 3, json!({ "city": "Bern" })));
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
     consumer.end().await;
 }
 
-#[sqlx::test]
-async fn a_consumer_in_ruby_keeps_up(db: PgPool) {
-    keeps_up(db, "bunny.rb").await;
+/// What is no notice: properties and body.
+fn poison(user: Uuid) -> Vec<(BasicProperties, String)> {
+    let good = json!({ "user_id": user }).to_string();
+    let with = |version: Option<AMQPValue>| {
+        let mut headers = FieldTable::default();
+        if let Some(version) = version {
+            headers.insert("version".into(), version);
+        }
+        BasicProperties::default().with_message_id(Uuid::new_v4().to_string().into()).with_headers(headers)
+    };
+    let seven = || with(Some(AMQPValue::LongLongInt(7)));
+    vec![
+        (seven(), "secret".to_owned()),
+        (seven(), "[\"secret\"]".to_owned()),
+        (seven(), "{}".to_owned()),
+        (seven(), json!({ "user_id": 7 }).to_string()),
+        (seven(), json!({ "user_id": "secret" }).to_string()),
+        (seven(), json!({ "user_id": format!("{user}/secret") }).to_string()),
+        (seven(), "[".repeat(60_000)),
+        (BasicProperties::default(), good.clone()),
+        (with(None), good.clone()),
+        (with(Some(AMQPValue::LongString("7".into()))), good.clone()),
+        (with(Some(AMQPValue::Boolean(true))), good.clone()),
+        (with(Some(AMQPValue::LongLongInt(0))), good),
+    ]
 }
 
-#[sqlx::test]
-async fn a_consumer_in_python_keeps_up(db: PgPool) {
-    keeps_up(db, "pika_consumer.py").await;
+/// What can never be handled goes to the dead letters, holds nothing up, and its content is not in the log. A 404 is no deletion.
+async fn sets_aside(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "city": "Riga" })));
+    for (properties, body) in poison(ana) {
+        consumer.send(properties, body.as_bytes()).await;
+        assert_eq!(consumer.dead_letter().await, body.as_bytes());
+    }
+    // Nobody ever had this id, and somebody will never be at this version.
+    let nobody = Uuid::new_v4();
+    consumer.forge(nobody, 1).await;
+    consumer.forge(ana, 1_000).await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
+    for user in [nobody, ana] {
+        assert!(String::from_utf8(consumer.dead_letter().await).unwrap().contains(&user.to_string()));
+    }
+    // A type that it does not know is a change like any other, and a version may come in any width.
+    let eve = consumer.blessed(&house).await;
+    assert_eq!(consumer.next().await, line("user.blessed", &eve, 1, json!({})));
+    assert!(!consumer.log().contains("secret"), "{}", consumer.log());
+
+    // The wrong service answers 404 to everything. This time the queue is not its own to declare.
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+    let elsewhere = format!("http://{}/elsewhere", consumer.owner.address());
+    consumer.restart(&[("TIDINGS_URL", &elsewhere), ("TIDINGS_DECLARE", "no")]).await;
+    consumer.listens().await;
+    let bo = house.user(json!({})).await;
+    assert!(String::from_utf8(consumer.dead_letter().await).unwrap().contains(&bo.to_string()));
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty(), "somebody was forgotten");
+    consumer.end().await;
 }
 
-#[sqlx::test]
-async fn a_consumer_in_ruby_never_takes_an_older_state_than_it_was_told_of(db: PgPool) {
-    asks_until_it_sees(db, "bunny.rb").await;
+/// A queue that is deleted under it is made anew, and what was missed is read; a broken connection is made anew and nothing was missed.
+async fn heals(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "city": "Riga" })));
+    let (queue, exchange) = (consumer.name.queue(), house.exchange.as_str());
+    consumer.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    house.settle().await;
+    consumer.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    assert_eq!(consumer.next().await, line("resync", &ana, 2, json!({ "city": "Oslo" })));
+    consumer.listens().await;
+    assert_eq!(consumer.resyncs(), 2, "at its first start, and now: {}", consumer.log());
+
+    consumer.broker.down();
+    house.amend(&ana, json!({ "city": "Bern" })).await.ok();
+    house.settle().await;
+    consumer.broker.up();
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 3, json!({ "city": "Bern" })));
+    assert_eq!(consumer.resyncs(), 2, "{}", consumer.log());
+    consumer.end().await;
 }
 
-#[sqlx::test]
-async fn a_consumer_in_python_never_takes_an_older_state_than_it_was_told_of(db: PgPool) {
-    asks_until_it_sees(db, "pika_consumer.py").await;
+/// Asked to leave, it finishes what it has in hand; what waits behind goes back. Nothing is lost and nothing comes twice.
+async fn leaves_in_order(db: PgPool, language: Language) {
+    let house = talkative_house(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.owner.hold_answers();
+    let users = [house.user(json!({})).await, house.user(json!({})).await];
+    house.settle().await;
+    is_read(&house, 200).await;
+    consumer.ask_to_leave().await;
+    consumer.owner.up();
+    let mut handled = consumer.leaves().await;
+    assert!(!handled.is_empty(), "what it had in hand was dropped: {}", consumer.log());
+
+    consumer.restart(&[]).await;
+    let last = house.user(json!({})).await;
+    while !handled.contains(&line("user.created", &last, 1, json!({}))) {
+        handled.push(consumer.next().await);
+    }
+    assert_eq!(handled, [users[0], users[1], last].map(|user| line("user.created", &user, 1, json!({}))));
+    consumer.end().await;
 }
+
+/// Every language goes through every story.
+macro_rules! stories {
+    ($($module:ident $language:ident),+) => {$(
+        mod $module {
+            use sqlx::PgPool;
+
+            use super::Language::$language;
+
+            #[sqlx::test]
+            async fn keeps_up(db: PgPool) {
+                super::keeps_up(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn never_takes_an_older_state_than_it_was_told_of(db: PgPool) {
+                super::asks_until_it_sees(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn sets_aside_what_it_can_never_handle(db: PgPool) {
+                super::sets_aside(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn heals(db: PgPool) {
+                super::heals(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn leaves_in_order(db: PgPool) {
+                super::leaves_in_order(db, $language).await;
+            }
+        }
+    )+};
+}
+
+stories!(ruby Ruby, python Python, node Node, go Go, java Java, php Php);

@@ -54,14 +54,14 @@ pub async fn eventually<T, Seen: Debug>(what: &str, mut look: impl AsyncFnMut() 
 }
 
 /// A URL with its host and port replaced by those of a proxy.
-fn through(url: &str, proxy: &Proxy) -> String {
+pub fn through(url: &str, proxy: &Proxy) -> String {
     let (head, rest) = url.split_once("://").unwrap();
     let (authority, path) = rest.split_once('/').unwrap();
     let user = authority.rsplit_once('@').map(|(user, _)| format!("{user}@")).unwrap_or_default();
     format!("{head}://{user}{}/{path}", proxy.address())
 }
 
-async fn proxy_before(url: &str) -> Proxy {
+pub async fn proxy_before(url: &str) -> Proxy {
     let authority = url.split_once("://").unwrap().1.split('/').next().unwrap();
     let host = authority.rsplit('@').next().unwrap();
     Proxy::before(tokio::net::lookup_host(host).await.unwrap().next().unwrap()).await

@@ -16,6 +16,7 @@ use tidings_sdk::{
     envelope::Notice,
     topology::{self, Depth, RETRY_DELAYS},
 };
+use time::OffsetDateTime;
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -58,6 +59,18 @@ impl House {
             if seen["state"] == state { Ok(seen) } else { Err(seen) }
         })
         .await
+    }
+
+    /// Waits until the watch has looked twice more: the second look began after this was asked.
+    async fn looks_again(&self) {
+        for _ in 0..2 {
+            let looked_at = async || -> Option<OffsetDateTime> {
+                let when = "select looked_at from subscriptions_looked_at";
+                sqlx::query_scalar(when).fetch_optional(&self.db).await.unwrap()
+            };
+            let before = looked_at().await;
+            eventually("another look", async || if looked_at().await > before { Ok(()) } else { Err(before) }).await;
+        }
     }
 
     async fn logs(&self, words: &[&str]) {
@@ -489,7 +502,6 @@ async fn a_binding_or_an_exchange_that_an_admin_deleted_is_made_again(db: PgPool
     );
     unbound.await.unwrap();
     channel.exchange_delete(format!("{orders}.fields").as_str().into(), Default::default()).await.unwrap();
-    admin.delete_queue(&format!("{orders}.dead")).await;
     eventually("news to be heard again", async || {
         let ana = house.user(json!({})).await;
         house.amend(&ana, json!({ "address": "Here" })).await.ok();
@@ -498,7 +510,12 @@ async fn a_binding_or_an_exchange_that_an_admin_deleted_is_made_again(db: PgPool
         if heard == ["user.created", "profile.updated[address]"] { Ok(()) } else { Err(heard) }
     })
     .await;
-    assert_eq!(parts(&admin, &orders).await.len(), 8);
+    admin.delete_queue(&format!("{orders}.dead")).await;
+    eventually("all parts", async || match parts(&admin, &orders).await {
+        all if all.len() == 8 => Ok(()),
+        some => Err(some),
+    })
+    .await;
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
 
@@ -592,6 +609,7 @@ async fn one_that_nobody_attends_is_idle_until_somebody_does(db: PgPool) {
     house.logs(&["WARN", &orders, "team-orders", "idle: nobody listens"]).await;
     let idle = format!("tidings_subscription_idle{{name=\"{orders}\"}}");
     assert_eq!(house.metric(&idle).await, 1.0);
+    house.looks_again().await;
     let attendance = admin.attend(&orders).await;
     house.comes_to_be(&orders, "active").await;
     eventually("the metric", async || match house.metric(&idle).await {
@@ -632,7 +650,8 @@ async fn one_expires_only_if_its_owner_said_so_and_after_a_warning(db: PgPool) {
     assert_eq!(parts(&admin, &brief).await, [""; 0]);
     let log = house.service.log();
     assert_eq!(log.matches("expiring: nobody listens").count(), 2, "{log}");
-    assert_eq!(house.subscription(&lasting).await.ok().body["state"], "active");
+    let lasting_now = house.subscription(&lasting).await.ok().body;
+    assert_eq!((&lasting_now["state"], &lasting_now["expires_at"]), (&json!("active"), &Value::Null));
     house.unsubscribe(&lasting, "?waiting=discard").await.ok();
 }
 

@@ -1,0 +1,355 @@
+// A consumer in Go with amqp091-go: hears that users changed, and keeps up by fetching their latest record.
+//
+//	AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges go run . 'user.*' profile.updated
+//
+// A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math/rand"
+	"net/http"
+	"os"
+	"os/signal"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+var (
+	amqpURL  = required("AMQP_URL")
+	owner    = strings.TrimSuffix(required("TIDINGS_URL"), "/")
+	exchange = setting("TIDINGS_EXCHANGE", "masterdata")
+	queue    = required("TIDINGS_QUEUE")
+	declares = os.Getenv("TIDINGS_DECLARE") != "no"
+	patience = setting("TIDINGS_PATIENCE_S", "30") // for a state that the owner has told of and does not show
+	keys     = os.Args[1:]
+
+	uuid     = regexp.MustCompile(`^(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+	client   = http.Client{Timeout: 10 * time.Second} // keeps its connections
+	seen     = newMemory[bool]()                      // message ids
+	versions = newMemory[int64]()                     // highest version handled, by user; your own copy would keep it beside the data
+	missed   = false
+	failures = 0
+)
+
+// A message that no repetition helps; the text never quotes the message.
+type setAside string
+
+func (reason setAside) Error() string { return string(reason) }
+
+type record struct {
+	ID      string          `json:"id"`
+	Version int64           `json:"version"`
+	Profile json.RawMessage `json:"profile"`
+}
+
+type line struct {
+	Event   *string         `json:"event"`
+	UserID  string          `json:"user_id"`
+	Version *int64          `json:"version"`
+	Profile json.RawMessage `json:"profile"`
+}
+
+// The latest 10,000 entries. What is forgotten costs one needless fetch.
+type memory[T any] struct {
+	kept map[string]T
+	ring [10_000]string
+	next int
+}
+
+func newMemory[T any]() *memory[T] { return &memory[T]{kept: map[string]T{}} }
+
+func (m *memory[T]) remember(key string, value T) {
+	if _, known := m.kept[key]; !known {
+		delete(m.kept, m.ring[m.next])
+		m.ring[m.next] = key
+		m.next = (m.next + 1) % len(m.ring)
+	}
+	m.kept[key] = value
+}
+
+// Jitter keeps consumers from coming back all at once. The library sends heartbeats from a goroutine of its own.
+func pause(ctx context.Context, atLeast time.Duration) error {
+	select {
+	case <-time.After(atLeast + time.Duration(rand.Int63n(int64(atLeast)))):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// What the owner says, asked for as long as it takes.
+func fetch(ctx context.Context, path string, found any) error {
+	seconds, _ := strconv.Atoi(patience)
+	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	for {
+		answer, body, err := ask(path)
+		wait := time.Second
+		if err == nil {
+			switch status := answer.StatusCode; status {
+			case 200, 410:
+				return json.Unmarshal(body, found)
+			case 404: // no deletion: that is 410
+				return setAside("the owner never knew this user")
+			case 408, 429, 502, 503, 504:
+				if strings.Contains(string(body), `"not_yet_visible"`) && time.Now().After(end) {
+					return setAside("the owner shows no state this new")
+				}
+				if seconds, err := strconv.Atoi(answer.Header.Get("Retry-After")); err == nil && seconds > 0 {
+					wait = time.Duration(seconds) * time.Second
+				}
+			default:
+				return setAside(fmt.Sprintf("the owner answered %d", status))
+			}
+		}
+		if err := pause(ctx, wait); err != nil {
+			return err
+		}
+	}
+}
+
+func ask(path string) (*http.Response, []byte, error) {
+	answer, err := client.Get(owner + path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer answer.Body.Close()
+	body, err := io.ReadAll(answer.Body) // in full, or the connection cannot be used again
+	return answer, body, err
+}
+
+func read(message amqp.Delivery) (userID string, version int64, err error) {
+	var notice struct {
+		UserID string `json:"user_id"`
+	}
+	if json.Unmarshal(message.Body, &notice) != nil || !uuid.MatchString(notice.UserID) {
+		return "", 0, setAside("not a notice")
+	}
+	switch given := message.Headers["version"].(type) { // whoever republishes a message may narrow the integer
+	case int64:
+		version = given
+	case int32:
+		version = int64(given)
+	case int16:
+		version = int64(given)
+	case int8:
+		version = int64(given)
+	case byte:
+		version = int64(given)
+	}
+	if version < 1 {
+		return "", 0, setAside("not a notice")
+	}
+	return strings.ToLower(notice.UserID), version, nil
+}
+
+// Here your own copy would be written, or forgotten when there is no profile any more.
+func keep(event *string, userID string, latest record) {
+	versions.remember(userID, latest.Version) // of the deleted too: no late notice brings them back
+	out := line{Event: event, UserID: userID, Profile: latest.Profile}
+	if latest.Profile != nil {
+		out.Version = &latest.Version
+	}
+	_ = json.NewEncoder(os.Stdout).Encode(out)
+}
+
+// The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too.
+func handle(ctx context.Context, message amqp.Delivery) error {
+	if seen.kept[message.MessageId] {
+		return nil
+	}
+	userID, version, err := read(message)
+	if err != nil {
+		return err
+	}
+	if version > versions.kept[userID] {
+		var latest record
+		if err := fetch(ctx, fmt.Sprintf("/v1/users/%s?min_version=%d", userID, version), &latest); err != nil {
+			return err
+		}
+		keep(&message.Type, userID, latest)
+	}
+	if message.MessageId != "" {
+		seen.remember(message.MessageId, true)
+	}
+	return nil
+}
+
+// Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each.
+func resync(ctx context.Context) error {
+	log.Print("news may have been missed: resync")
+	event, after := "resync", ""
+	for {
+		var page struct {
+			Users []record
+			Next  *string
+		}
+		if err := fetch(ctx, "/v1/users?limit=500"+after, &page); err != nil {
+			return err
+		}
+		for _, user := range page.Users {
+			if user.Version > versions.kept[user.ID] {
+				keep(&event, user.ID, user)
+			}
+		}
+		if page.Next == nil {
+			return nil
+		}
+		after = "&after=" + *page.Next
+	}
+}
+
+// Whether the queue exists. A channel is spent when the broker says no.
+func isThere(connection *amqp.Connection) (bool, error) {
+	channel, err := connection.Channel()
+	if err != nil {
+		return false, err
+	}
+	defer channel.Close()
+	_, err = channel.QueueDeclarePassive(queue, true, false, false, false, nil)
+	if refusal := (*amqp.Error)(nil); errors.As(err, &refusal) && refusal.Code == amqp.NotFound {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func declare(channel *amqp.Channel) error {
+	work := amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": int32(1000),
+		"x-dead-letter-exchange": queue, "x-dead-letter-routing-key": "dead"}
+	dead := amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": int32(1_000_000)}
+	// Our own door: dead letters go through it, backfills come.
+	err := channel.ExchangeDeclare(queue, "direct", true, false, false, false, nil)
+	for name, arguments := range map[string]amqp.Table{queue: work, queue + ".dead": dead} {
+		if err == nil {
+			_, err = channel.QueueDeclare(name, true, false, false, false, arguments)
+		}
+	}
+	bindings := [][3]string{{queue + ".dead", "dead", queue}, {queue, "work", queue}}
+	for _, key := range keys {
+		bindings = append(bindings, [3]string{queue, key, exchange})
+	}
+	for _, b := range bindings {
+		if err == nil {
+			err = channel.QueueBind(b[0], b[1], b[2], false, nil)
+		}
+	}
+	return err
+}
+
+func deliver(ctx context.Context, message amqp.Delivery) error {
+	err := handle(ctx, message)
+	switch reason := setAside(""); {
+	case err == nil:
+		return message.Ack(false)
+	case ctx.Err() != nil && errors.Is(err, ctx.Err()):
+		return nil // not ours any more: it goes back
+	case errors.As(err, &reason):
+		log.Printf("message %s is set aside: %s", message.MessageId, reason)
+	default:
+		log.Printf("message %s is set aside: %T", message.MessageId, err)
+	}
+	return message.Reject(false)
+}
+
+func session(ctx context.Context) error {
+	connection, err := amqp.DialConfig(amqpURL, amqp.Config{Heartbeat: 30 * time.Second, Dial: amqp.DefaultDial(10 * time.Second)})
+	if err != nil {
+		return err
+	}
+	defer connection.Close() // gives back what was not acknowledged
+	there, err := isThere(connection)
+	if err != nil {
+		return err
+	}
+	missed = missed || !there
+	channel, err := connection.Channel()
+	if err != nil {
+		return err
+	}
+	// With room for one: a notification that nobody takes would hold up the library.
+	lost, cancelled := channel.NotifyClose(make(chan *amqp.Error, 1)), channel.NotifyCancel(make(chan string, 1))
+	if err := channel.Qos(20, 0, false); err != nil {
+		return err
+	}
+	if declares {
+		if err := declare(channel); err != nil {
+			return err
+		}
+	}
+	if _, err := channel.QueueDeclarePassive(queue, true, false, false, false, nil); err != nil {
+		return err
+	}
+	// After the bindings and before the first message, so that there is no gap between the two.
+	if missed {
+		if err := resync(ctx); err != nil {
+			return err
+		}
+	}
+	missed = false
+	messages, err := channel.Consume(queue, "tidings", false, false, false, false, nil)
+	if err != nil {
+		return err
+	}
+	failures = 0
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case message, open := <-messages:
+			if open {
+				if err := deliver(ctx, message); err != nil {
+					return err
+				}
+				continue
+			}
+			select {
+			case <-cancelled: // the queue was deleted
+				missed = true
+				return errors.New("cancelled")
+			case err := <-lost:
+				return err
+			}
+		}
+	}
+	return channel.Cancel("tidings", false)
+}
+
+func main() {
+	log.SetFlags(0)
+	ctx, leave := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer leave()
+	if len(keys) == 0 {
+		keys = []string{"#"}
+	}
+	for ctx.Err() == nil {
+		if err := session(ctx); ctx.Err() == nil {
+			log.Printf("session ended: %v", err)
+		}
+		_ = pause(ctx, 250*time.Millisecond<<failures)
+		failures = (failures + 1) % 6 // up to 8 s, then anew
+	}
+}
+
+func setting(name, otherwise string) string {
+	if value := os.Getenv(name); value != "" {
+		return value
+	}
+	return otherwise
+}
+
+func required(name string) string {
+	value := os.Getenv(name)
+	if value == "" {
+		log.Fatalf("%s is not set", name)
+	}
+	return value
+}

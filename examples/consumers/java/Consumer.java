@@ -1,0 +1,298 @@
+// A consumer in Java with RabbitMQ's client: hears that users changed, and keeps up by fetching their latest record.
+//
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges java -cp JARS Consumer.java 'user.*' profile.updated
+//
+// A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+
+import com.google.gson.Gson;
+import com.google.gson.GsonBuilder;
+import com.google.gson.JsonObject;
+import com.google.gson.JsonParseException;
+import com.rabbitmq.client.AMQP.BasicProperties;
+import com.rabbitmq.client.AlreadyClosedException;
+import com.rabbitmq.client.Channel;
+import com.rabbitmq.client.Connection;
+import com.rabbitmq.client.ConnectionFactory;
+import com.rabbitmq.client.DefaultConsumer;
+import com.rabbitmq.client.Envelope;
+import com.rabbitmq.client.ShutdownSignalException;
+import java.io.IOException;
+import java.net.URI;
+import java.net.http.HttpClient;
+import java.net.http.HttpRequest;
+import java.net.http.HttpResponse;
+import java.net.http.HttpResponse.BodyHandlers;
+import java.nio.charset.StandardCharsets;
+import java.time.Duration;
+import java.util.LinkedHashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.concurrent.BlockingQueue;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.LinkedBlockingQueue;
+import java.util.concurrent.ThreadLocalRandom;
+import java.util.concurrent.TimeUnit;
+import java.util.regex.Pattern;
+
+public class Consumer {
+    static final String OWNER = required("TIDINGS_URL").replaceAll("/$", "");
+    static final String EXCHANGE = setting("TIDINGS_EXCHANGE", "masterdata");
+    static final String QUEUE = required("TIDINGS_QUEUE");
+    static final boolean DECLARE = !"no".equals(System.getenv("TIDINGS_DECLARE"));
+    // For a state that the owner has told of and does not show.
+    static final Duration PATIENCE = Duration.ofSeconds(Long.parseLong(setting("TIDINGS_PATIENCE_S", "30")));
+
+    static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
+    static final Set<Integer> OUTAGES = Set.of(408, 429, 502, 503, 504);
+    static final Gson JSON = new GsonBuilder().serializeNulls().create();
+    static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
+
+    /** A message that no repetition helps; the text never quotes the message. */
+    static class SetAside extends Exception {
+        SetAside(String reason) { super(reason); }
+    }
+
+    /** Somebody asked us to leave. */
+    static class Stop extends Exception {}
+
+    /** The latest 10,000 entries. What is forgotten costs one needless fetch. */
+    static class Memory<T> extends LinkedHashMap<String, T> {
+        Memory() { super(16, 0.75f, true); }
+        @Override protected boolean removeEldestEntry(Map.Entry<String, T> eldest) { return size() > 10_000; }
+    }
+
+    record Message(long tag, BasicProperties properties, byte[] body) {}
+
+    static final Message LOST = new Message(0, null, null), CANCELLED = new Message(0, null, null), LEAVE = new Message(0, null, null);
+
+    final Memory<Boolean> seen = new Memory<>(); // message ids
+    final Memory<Long> versions = new Memory<>(); // highest version handled, by user; your own copy would keep it beside the data
+    final List<String> keys;
+    final CountDownLatch stop = new CountDownLatch(1);
+    volatile BlockingQueue<Message> inbox = new LinkedBlockingQueue<>();
+    boolean missed;
+    int failures;
+
+    Consumer(String[] keys) { this.keys = keys.length > 0 ? List.of(keys) : List.of("#"); }
+
+    /** The library sends heartbeats from a thread of its own meanwhile. Jitter keeps consumers from coming back all at once. */
+    void pause(long ms) throws InterruptedException, Stop {
+        if (stop.await((long) (ms * ThreadLocalRandom.current().nextDouble(1, 2)), TimeUnit.MILLISECONDS)) throw new Stop();
+    }
+
+    /** What the owner says, asked for as long as it takes. */
+    JsonObject fetch(String path) throws InterruptedException, SetAside, Stop {
+        long end = System.nanoTime() + PATIENCE.toNanos();
+        HttpRequest request = HttpRequest.newBuilder(URI.create(OWNER + path)).timeout(Duration.ofSeconds(10)).build();
+        while (true) {
+            HttpResponse<String> answer;
+            try {
+                answer = HTTP.send(request, BodyHandlers.ofString());
+            } catch (IOException outage) {
+                pause(1000);
+                continue;
+            }
+            int status = answer.statusCode();
+            if (status == 200 || status == 410) return JSON.fromJson(answer.body(), JsonObject.class);
+            if (status == 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+            if (!OUTAGES.contains(status)) throw new SetAside("the owner answered " + status);
+            if (answer.body().contains("\"not_yet_visible\"") && System.nanoTime() > end) {
+                throw new SetAside("the owner shows no state this new");
+            }
+            String after = answer.headers().firstValue("Retry-After").orElse("");
+            pause(after.matches("\\d{1,4}") ? 1000 * Long.parseLong(after) : 1000);
+        }
+    }
+
+    record Notice(String userId, long version) {}
+
+    static Notice read(Message message) throws SetAside {
+        try {
+            JsonObject notice = JSON.fromJson(new String(message.body, StandardCharsets.UTF_8), JsonObject.class);
+            String userId = notice.getAsJsonPrimitive("user_id").getAsString();
+            // Whoever republishes a message may narrow the integer: Long, Integer, Short, Byte.
+            Object version = message.properties.getHeaders().get("version");
+            boolean isWhole = version instanceof Long || version instanceof Integer || version instanceof Short || version instanceof Byte;
+            if (isWhole && ((Number) version).longValue() > 0 && UUID.matcher(userId).matches()) {
+                return new Notice(userId.toLowerCase(), ((Number) version).longValue());
+            }
+        } catch (JsonParseException | ClassCastException | NullPointerException e) {
+            // Falls through: whatever is missing or of another kind, it is no notice.
+        }
+        throw new SetAside("not a notice");
+    }
+
+    /** Here your own copy would be written, or forgotten when there is no profile any more. */
+    void keep(String event, String userId, JsonObject latest) {
+        versions.put(userId, latest.get("version").getAsLong()); // of the deleted too: no late notice brings them back
+        Map<String, Object> line = new LinkedHashMap<>();
+        line.put("event", event);
+        line.put("user_id", userId);
+        line.put("version", latest.has("profile") ? latest.get("version") : null);
+        line.put("profile", latest.get("profile"));
+        System.out.println(JSON.toJson(line));
+    }
+
+    boolean isNews(String userId, long version) { return version > versions.getOrDefault(userId, 0L); }
+
+    /** The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too. */
+    void handle(Message message) throws InterruptedException, SetAside, Stop {
+        String id = message.properties.getMessageId();
+        if (id != null && seen.containsKey(id)) return;
+        Notice notice = read(message);
+        if (isNews(notice.userId, notice.version)) {
+            String path = "/v1/users/" + notice.userId + "?min_version=" + notice.version;
+            keep(message.properties.getType(), notice.userId, fetch(path));
+        }
+        if (id != null) seen.put(id, true);
+    }
+
+    /** Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each. */
+    void resync() throws InterruptedException, SetAside, Stop {
+        System.err.println("news may have been missed: resync");
+        String after = "";
+        while (true) {
+            JsonObject page = fetch("/v1/users?limit=500" + after);
+            for (var user : page.getAsJsonArray("users")) {
+                JsonObject latest = user.getAsJsonObject();
+                String id = latest.get("id").getAsString();
+                if (isNews(id, latest.get("version").getAsLong())) keep("resync", id, latest);
+            }
+            if (page.get("next").isJsonNull()) return;
+            after = "&after=" + page.get("next").getAsString();
+        }
+    }
+
+    /** A channel is spent when the broker says no. */
+    static boolean isThere(Connection connection) throws IOException {
+        Channel channel = connection.createChannel();
+        try {
+            channel.queueDeclarePassive(QUEUE);
+            channel.close();
+            return true;
+        } catch (IOException | java.util.concurrent.TimeoutException refused) {
+            if (reason(refused).contains("NOT_FOUND")) return false;
+            throw new IOException(refused);
+        }
+    }
+
+    void declare(Channel channel) throws IOException {
+        channel.exchangeDeclare(QUEUE, "direct", true); // our own door: dead letters go through it, backfills come
+        Map<String, Object> kept = Map.of("x-queue-type", "quorum", "x-delivery-limit", 1_000_000);
+        channel.queueDeclare(QUEUE + ".dead", true, false, false, kept);
+        channel.queueBind(QUEUE + ".dead", QUEUE, "dead");
+        channel.queueDeclare(QUEUE, true, false, false, Map.of("x-queue-type", "quorum", "x-delivery-limit", 1000,
+                "x-dead-letter-exchange", QUEUE, "x-dead-letter-routing-key", "dead"));
+        channel.queueBind(QUEUE, QUEUE, "work");
+        for (String key : keys) channel.queueBind(QUEUE, EXCHANGE, key);
+    }
+
+    void deliver(Channel channel, Message message) throws IOException, InterruptedException, Stop {
+        try {
+            handle(message);
+        } catch (SetAside | RuntimeException error) {
+            String reason = error instanceof SetAside ? error.getMessage() : error.getClass().getSimpleName();
+            System.err.println("message " + message.properties.getMessageId() + " is set aside: " + reason);
+            channel.basicReject(message.tag, false);
+            return;
+        }
+        channel.basicAck(message.tag, false);
+    }
+
+    /** Puts what happens into the inbox: the library's own threads do none of the work, and nothing interrupts it. */
+    static DefaultConsumer into(BlockingQueue<Message> inbox, Channel channel) {
+        return new DefaultConsumer(channel) {
+            @Override public void handleDelivery(String tag, Envelope envelope, BasicProperties properties, byte[] body) {
+                inbox.add(new Message(envelope.getDeliveryTag(), properties, body));
+            }
+            @Override public void handleCancel(String tag) { inbox.add(CANCELLED); } // the queue was deleted
+            @Override public void handleShutdownSignal(String tag, ShutdownSignalException cause) { inbox.add(LOST); }
+        };
+    }
+
+    void session() throws Exception {
+        ConnectionFactory factory = new ConnectionFactory();
+        factory.setUri(required("AMQP_URL"));
+        factory.setRequestedHeartbeat(30);
+        factory.setConnectionTimeout(10_000);
+        factory.setAutomaticRecoveryEnabled(false); // it would not tell us what was lost meanwhile
+        inbox = new LinkedBlockingQueue<>();
+        Connection connection = factory.newConnection();
+        try {
+            missed |= !isThere(connection);
+            Channel channel = connection.createChannel();
+            channel.basicQos(20);
+            if (DECLARE) declare(channel);
+            channel.queueDeclarePassive(QUEUE);
+            // After the bindings and before the first message, so that there is no gap between the two.
+            if (missed) resync();
+            missed = false;
+            String tag = channel.basicConsume(QUEUE, false, into(inbox, channel));
+            failures = 0;
+            while (stop.getCount() > 0) {
+                Message message = inbox.take();
+                missed |= message == CANCELLED;
+                if (message == LOST || message == CANCELLED) throw new IOException(message == LOST ? "lost" : "cancelled");
+                if (message != LEAVE) deliver(channel, message);
+            }
+            channel.basicCancel(tag);
+        } finally {
+            connection.abort(10_000); // gives back what was not acknowledged
+        }
+    }
+
+    void run() throws InterruptedException {
+        try {
+            while (true) {
+                try {
+                    session();
+                } catch (IOException | AlreadyClosedException | SetAside error) {
+                    System.err.println("session ended: " + reason(error));
+                } catch (Stop stop) {
+                    throw stop;
+                } catch (Exception error) {
+                    // Its text may quote what was fetched.
+                    System.err.println("session ended: " + error.getClass().getName());
+                }
+                pause(Math.min(250L << failures, 10_000));
+                failures = Math.min(failures + 1, 6);
+            }
+        } catch (Stop stop) {
+            // Gladly.
+        }
+    }
+
+    /** The broker's own words are in the cause. */
+    static String reason(Throwable error) {
+        return error.getCause() == null ? String.valueOf(error.getMessage()) : reason(error.getCause());
+    }
+
+    public static void main(String[] keys) throws InterruptedException {
+        Consumer consumer = new Consumer(keys);
+        Thread main = Thread.currentThread();
+        // The JVM leaves with 143 after SIGTERM, unless the last word is ours.
+        Runtime.getRuntime().addShutdownHook(new Thread(() -> {
+            consumer.stop.countDown();
+            consumer.inbox.add(LEAVE);
+            try {
+                main.join();
+            } catch (InterruptedException e) {
+                // Nobody interrupts a hook.
+            }
+            Runtime.getRuntime().halt(0);
+        }));
+        consumer.run();
+    }
+
+    static String setting(String name, String otherwise) {
+        String value = System.getenv(name);
+        return value == null || value.isEmpty() ? otherwise : value;
+    }
+
+    static String required(String name) {
+        String value = System.getenv(name);
+        if (value == null) throw new IllegalStateException(name + " is not set");
+        return value;
+    }
+}

@@ -1,0 +1,179 @@
+// A consumer in Node with amqplib: hears that users changed, and keeps up by fetching their latest record.
+//
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges node consumer.mjs 'user.*' profile.updated
+//
+// A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+
+import { setTimeout as sleep } from "node:timers/promises";
+import amqp from "amqplib";
+
+const { AMQP_URL, TIDINGS_URL, TIDINGS_EXCHANGE: EXCHANGE = "masterdata", TIDINGS_QUEUE: QUEUE } = process.env;
+const DECLARE = process.env.TIDINGS_DECLARE !== "no";
+const PATIENCE_MS = 1000 * (process.env.TIDINGS_PATIENCE_S ?? 30); // for a state that the owner has told of and does not show
+const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
+for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
+  if (!process.env[name]) throw new Error(`${name} is not set`);
+}
+
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+const OUTAGES = [408, 429, 502, 503, 504];
+
+class SetAside extends Error {} // a message that no repetition helps; its text never quotes the message
+
+// The latest 10,000 entries. What is forgotten costs one needless fetch.
+class Memory extends Map {
+  remember(key, value) {
+    this.delete(key);
+    this.set(key, value);
+    if (this.size > 10_000) this.delete(this.keys().next().value);
+  }
+}
+
+const seen = new Memory(); // message ids
+const versions = new Memory(); // highest version handled, by user; your own copy would keep it beside the data
+const stop = new AbortController();
+let missed = false;
+let failures = 0;
+
+// Throws when somebody asks us to leave. Jitter keeps consumers from coming back all at once.
+const pause = (ms) => sleep(ms * (1 + Math.random()), undefined, { signal: stop.signal });
+
+// What the owner says, asked for as long as it takes. Node's fetch keeps connections open by itself.
+async function ask(path) {
+  const patience = Date.now() + PATIENCE_MS;
+  for (;;) {
+    let answer, found;
+    try {
+      answer = await fetch(TIDINGS_URL.replace(/\/$/, "") + path, { signal: AbortSignal.timeout(10_000) });
+      found = await answer.text(); // in full, or the connection cannot be used again
+    } catch {
+      await pause(1000);
+      continue;
+    }
+    if (answer.status === 200 || answer.status === 410) return JSON.parse(found);
+    if (answer.status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+    if (!OUTAGES.includes(answer.status)) throw new SetAside(`the owner answered ${answer.status}`);
+    if (found.includes('"not_yet_visible"') && Date.now() > patience) throw new SetAside("the owner shows no state this new");
+    await pause(1000 * (Number(answer.headers.get("retry-after")) || 1));
+  }
+}
+
+function read({ properties, content }) {
+  let notice;
+  try {
+    notice = JSON.parse(content);
+  } catch {}
+  const version = properties.headers?.version;
+  if (!UUID.test(notice?.user_id) || !Number.isSafeInteger(version) || version < 1) throw new SetAside("not a notice");
+  return { id: notice.user_id.toLowerCase(), version };
+}
+
+// Here your own copy would be written, or forgotten when there is no profile any more.
+function keep(event, id, { version, profile = null }) {
+  versions.remember(id, version); // of the deleted too: no late notice brings them back
+  console.log(JSON.stringify({ event, user_id: id, version: profile && version, profile }));
+}
+
+const isNews = (id, version) => version > (versions.get(id) ?? 0);
+
+// The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too.
+async function handle(message) {
+  const { messageId, type = null } = message.properties;
+  if (seen.has(messageId)) return;
+  const { id, version } = read(message);
+  if (isNews(id, version)) keep(type, id, await ask(`/v1/users/${id}?min_version=${version}`));
+  if (messageId) seen.remember(messageId, true);
+}
+
+// Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each.
+async function resync() {
+  console.error("news may have been missed: resync");
+  let page = { next: "" };
+  while (page.next !== null) {
+    page = await ask(`/v1/users?limit=500${page.next && `&after=${page.next}`}`);
+    for (const { id, ...record } of page.users) if (isNews(id, record.version)) keep("resync", id, record);
+  }
+}
+
+async function isThere(connection) {
+  const channel = await connection.createChannel();
+  channel.on("error", () => {}); // or the whole process ends; the promise below tells the same
+  try {
+    await channel.checkQueue(QUEUE);
+    await channel.close();
+    return true;
+  } catch (error) {
+    if (error.code === 404) return false;
+    throw error;
+  }
+}
+
+async function declare(channel) {
+  await channel.assertExchange(QUEUE, "direct"); // our own door: dead letters go through it, backfills come
+  const kept = { "x-queue-type": "quorum", "x-delivery-limit": 1_000_000 };
+  await channel.assertQueue(`${QUEUE}.dead`, { arguments: kept });
+  await channel.bindQueue(`${QUEUE}.dead`, QUEUE, "dead");
+  const dead = { deadLetterExchange: QUEUE, deadLetterRoutingKey: "dead" };
+  await channel.assertQueue(QUEUE, { ...dead, arguments: { "x-queue-type": "quorum", "x-delivery-limit": 1000 } });
+  await channel.bindQueue(QUEUE, QUEUE, "work");
+  for (const key of KEYS) await channel.bindQueue(QUEUE, EXCHANGE, key);
+}
+
+async function deliver(channel, message) {
+  if (stop.signal.aborted) return; // what waits behind the message in hand goes back
+  try {
+    await handle(message);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    console.error(`message ${message.properties.messageId} is set aside: ${error instanceof SetAside ? error.message : error.name}`);
+    return channel.reject(message, false);
+  }
+  channel.ack(message);
+}
+
+async function session(connection) {
+  let end;
+  const ended = new Promise((resolve, reject) => (end = (error) => (error ? reject(error) : resolve())));
+  ended.catch(() => {}); // it may end before anybody waits for it
+  connection.on("error", end).on("close", () => end(new Error("connection closed")));
+  stop.signal.addEventListener("abort", () => end());
+  missed ||= !(await isThere(connection));
+  const channel = await connection.createChannel();
+  channel.on("error", end);
+  await channel.prefetch(20);
+  if (DECLARE) await declare(channel);
+  await channel.checkQueue(QUEUE);
+  // After the bindings and before the first message, so that there is no gap between the two.
+  if (missed) await resync();
+  missed = false;
+  let work = Promise.resolve(); // one after the other: amqplib does not wait for a handler before it calls the next
+  const { consumerTag } = await channel.consume(QUEUE, (message) => {
+    missed ||= message === null; // the queue was deleted
+    if (message) work = work.then(() => deliver(channel, message)).catch(end);
+    else end(new Error("cancelled"));
+  });
+  failures = 0;
+  try {
+    await ended;
+    await channel.cancel(consumerTag);
+  } finally {
+    await work;
+  }
+  await channel.close(); // first, or the last acknowledgement may be overtaken by the end of the connection
+}
+
+for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => stop.abort());
+while (!stop.signal.aborted) {
+  let connection;
+  try {
+    const url = new URL(AMQP_URL);
+    url.searchParams.set("heartbeat", "30");
+    connection = await amqp.connect(url.href, { timeout: 10_000 });
+    await session(connection);
+  } catch (error) {
+    // The broker's own words are safe to show; another error's may quote what was fetched.
+    if (!stop.signal.aborted) console.error(`session ended: ${error instanceof SyntaxError ? error.name : error.message}`);
+  }
+  await connection?.close().catch(() => {}); // gives back what was not acknowledged
+  await pause(Math.min(250 * 2 ** failures++, 10_000)).catch(() => {});
+}

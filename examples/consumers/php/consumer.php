@@ -1,0 +1,308 @@
+<?php
+// A consumer in PHP with php-amqplib: hears that users changed, and keeps up by fetching their latest record.
+//
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges php consumer.php 'user.*' profile.updated
+//
+// A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+
+declare(strict_types=1);
+
+use PhpAmqpLib\Channel\AMQPChannel;
+use PhpAmqpLib\Connection\AbstractConnection;
+use PhpAmqpLib\Connection\AMQPConnectionConfig;
+use PhpAmqpLib\Connection\AMQPConnectionFactory;
+use PhpAmqpLib\Exception\AMQPBasicCancelException;
+use PhpAmqpLib\Exception\AMQPExceptionInterface;
+use PhpAmqpLib\Exception\AMQPProtocolChannelException;
+use PhpAmqpLib\Exception\AMQPTimeoutException;
+use PhpAmqpLib\Message\AMQPMessage;
+use PhpAmqpLib\Wire\AMQPTable;
+
+// Composer's, or Debian's.
+require is_file(__DIR__ . '/vendor/autoload.php') ? __DIR__ . '/vendor/autoload.php' : 'PhpAmqpLib/autoload.php';
+
+function setting(string $name, ?string $otherwise = null): string
+{
+    $value = getenv($name);
+    return $value === false ? $otherwise ?? throw new RuntimeException("$name is not set") : $value; // "0" is false to PHP
+}
+
+define('AMQP_URL', setting('AMQP_URL'));
+define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
+define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
+define('QUEUE', setting('TIDINGS_QUEUE'));
+define('DECLARES', getenv('TIDINGS_DECLARE') !== 'no');
+define('PATIENCE_S', (float) setting('TIDINGS_PATIENCE_S', '30')); // for a state that the owner has told of and does not show
+define('KEYS', array_slice($argv, 1) ?: ['#']);
+
+const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
+const OUTAGES = [0, 408, 429, 502, 503, 504]; // 0: not reached at all
+
+/** A message that no repetition helps; the text never quotes the message. */
+final class SetAside extends Exception {}
+
+/** Somebody asked us to leave. */
+final class Stop extends Exception {}
+
+/** The latest 10,000 entries. What is forgotten costs one needless fetch. */
+final class Memory
+{
+    private array $kept = [];
+
+    public function of(string $key): mixed
+    {
+        return $this->kept[$key] ?? null;
+    }
+
+    public function remember(string $key, mixed $value): void
+    {
+        unset($this->kept[$key]);
+        $this->kept[$key] = $value;
+        if (count($this->kept) > 10_000) {
+            unset($this->kept[array_key_first($this->kept)]);
+        }
+    }
+}
+
+final class Consumer
+{
+    public bool $stopping = false;
+    private bool $missed = false;
+    private int $failures = 0;
+    private ?AbstractConnection $connection = null;
+    private CurlHandle $http; // one handle keeps its connection
+
+    public function __construct(
+        private Memory $seen = new Memory(), // message ids
+        private Memory $versions = new Memory(), // highest version handled, by user; your own copy would keep it beside the data
+    ) {
+        $this->http = curl_init();
+    }
+
+    /** Sends heartbeats meanwhile: PHP has no thread for them. Jitter keeps consumers from coming back all at once. */
+    private function pause(float $seconds): void
+    {
+        $over = microtime(true) + $seconds * (1 + lcg_value());
+        while (!$this->stopping && microtime(true) < $over) {
+            usleep(50_000);
+            $this->connection?->checkHeartBeat();
+        }
+        if ($this->stopping) {
+            throw new Stop();
+        }
+    }
+
+    /** What the owner says, asked for as long as it takes. */
+    private function fetch(string $path): array
+    {
+        $patience = microtime(true) + PATIENCE_S;
+        while (true) {
+            $after = 1;
+            $header = function ($http, string $line) use (&$after): int {
+                $after = preg_match('/^retry-after: *(\d{1,4})\s*$/i', $line, $found) ? (int) $found[1] : $after;
+                return strlen($line);
+            };
+            curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,
+                CURLOPT_HEADERFUNCTION => $header]);
+            $body = curl_exec($this->http);
+            $status = $body === false ? 0 : curl_getinfo($this->http, CURLINFO_RESPONSE_CODE);
+            if ($status === 200 || $status === 410) {
+                // Objects stay objects: an empty profile is {} and not [].
+                return (array) json_decode($body, flags: JSON_THROW_ON_ERROR);
+            }
+            if ($status === 404) { // no deletion: that is 410
+                throw new SetAside('the owner never knew this user');
+            }
+            if (!in_array($status, OUTAGES, true)) {
+                throw new SetAside("the owner answered $status");
+            }
+            if (str_contains((string) $body, '"not_yet_visible"') && microtime(true) > $patience) {
+                throw new SetAside('the owner shows no state this new');
+            }
+            $this->pause($after);
+        }
+    }
+
+    private function read(AMQPMessage $message): array
+    {
+        $notice = json_decode($message->getBody());
+        $id = $notice instanceof stdClass ? $notice->user_id ?? null : null;
+        $version = $message->has('application_headers') ? $message->get('application_headers')->getNativeData()['version'] ?? null : null;
+        if (!is_string($id) || !preg_match(UUID, $id) || !is_int($version) || $version < 1) {
+            throw new SetAside('not a notice');
+        }
+        return [strtolower($id), $version];
+    }
+
+    /** Here your own copy would be written, or forgotten when there is no profile any more. */
+    private function keep(?string $event, string $id, array $latest): void
+    {
+        $this->versions->remember($id, $latest['version']); // of the deleted too: no late notice brings them back
+        $profile = $latest['profile'] ?? null;
+        $version = $profile === null ? null : $latest['version'];
+        echo json_encode(['event' => $event, 'user_id' => $id, 'version' => $version, 'profile' => $profile], JSON_THROW_ON_ERROR), "\n";
+    }
+
+    private function isNews(string $id, int $version): bool
+    {
+        return $version > ($this->versions->of($id) ?? 0);
+    }
+
+    /** The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too. */
+    private function handle(AMQPMessage $message): void
+    {
+        $messageId = $message->has('message_id') ? $message->get('message_id') : '';
+        if ($this->seen->of($messageId)) {
+            return;
+        }
+        [$id, $version] = $this->read($message);
+        if ($this->isNews($id, $version)) {
+            $this->keep($message->has('type') ? $message->get('type') : null, $id, $this->fetch("/v1/users/$id?min_version=$version"));
+        }
+        if ($messageId !== '') {
+            $this->seen->remember($messageId, true);
+        }
+    }
+
+    /** Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each. */
+    private function resync(): void
+    {
+        fwrite(STDERR, "news may have been missed: resync\n");
+        $after = '';
+        do {
+            $page = $this->fetch("/v1/users?limit=500$after");
+            foreach ($page['users'] as $user) {
+                if ($this->isNews($user->id, $user->version)) {
+                    $this->keep('resync', $user->id, (array) $user);
+                }
+            }
+            $after = "&after={$page['next']}";
+            $this->pause(0);
+        } while ($page['next'] !== null);
+    }
+
+    /** A channel is spent when the broker says no. */
+    private function isThere(): bool
+    {
+        try {
+            $channel = $this->connection->channel();
+            $channel->queue_declare(QUEUE, passive: true);
+            $channel->close();
+            return true;
+        } catch (AMQPProtocolChannelException $refusal) {
+            return $refusal->amqp_reply_code === 404 ? false : throw $refusal;
+        }
+    }
+
+    private function declare(AMQPChannel $channel): void
+    {
+        $channel->exchange_declare(QUEUE, 'direct', durable: true, auto_delete: false); // our own door: dead letters go through it, backfills come
+        $kept = new AMQPTable(['x-queue-type' => 'quorum', 'x-delivery-limit' => 1_000_000]);
+        $channel->queue_declare(QUEUE . '.dead', durable: true, auto_delete: false, arguments: $kept);
+        $channel->queue_bind(QUEUE . '.dead', QUEUE, 'dead');
+        $channel->queue_declare(QUEUE, durable: true, auto_delete: false, arguments: new AMQPTable([
+            'x-queue-type' => 'quorum', 'x-delivery-limit' => 1000,
+            'x-dead-letter-exchange' => QUEUE, 'x-dead-letter-routing-key' => 'dead',
+        ]));
+        $channel->queue_bind(QUEUE, QUEUE, 'work');
+        foreach (KEYS as $key) {
+            $channel->queue_bind(QUEUE, EXCHANGE, $key);
+        }
+    }
+
+    private function deliver(AMQPMessage $message): void
+    {
+        // What waits behind the message in hand goes back.
+        if ($this->stopping) {
+            return;
+        }
+        try {
+            $this->handle($message);
+        } catch (Stop | AMQPExceptionInterface $error) {
+            throw $error;
+        } catch (Throwable $error) {
+            $id = $message->has('message_id') ? $message->get('message_id') : '';
+            $reason = $error instanceof SetAside ? $error->getMessage() : $error::class;
+            fwrite(STDERR, "message $id is set aside: $reason\n");
+            $message->reject(false);
+            return;
+        }
+        $message->ack();
+    }
+
+    private function session(): void
+    {
+        $this->connection = connect();
+        $this->missed = !$this->isThere() || $this->missed;
+        $channel = $this->connection->channel();
+        $channel->basic_qos(0, 20, false);
+        if (DECLARES) {
+            $this->declare($channel);
+        }
+        $channel->queue_declare(QUEUE, passive: true);
+        // After the bindings and before the first message, so that there is no gap between the two.
+        if ($this->missed) {
+            $this->resync();
+        }
+        $this->missed = false;
+        $tag = $channel->basic_consume(QUEUE, callback: fn(AMQPMessage $message) => $this->deliver($message));
+        $this->failures = 0;
+        while (!$this->stopping) {
+            try {
+                $channel->wait(timeout: 1); // then it is time to look whether we should leave
+            } catch (AMQPTimeoutException) {
+                $this->connection->checkHeartBeat();
+            } catch (AMQPBasicCancelException $cancelled) { // the queue was deleted
+                $this->missed = true;
+                throw $cancelled;
+            }
+        }
+        $channel->basic_cancel($tag);
+    }
+
+    public function run(): void
+    {
+        while (!$this->stopping) {
+            try {
+                $this->session();
+            } catch (Stop) {
+            } catch (Throwable $error) {
+                // The broker's own words are safe to show; another error's may quote what was fetched.
+                fwrite(STDERR, 'session ended: ' . $error::class . ' ' . ($error instanceof AMQPExceptionInterface ? $error->getMessage() : '') . "\n");
+            }
+            try {
+                $this->connection?->close(); // gives back what was not acknowledged
+            } catch (Throwable) {
+            }
+            $this->connection = null;
+            try {
+                $this->pause(min(0.25 * 2 ** $this->failures++, 10));
+            } catch (Stop) {
+            }
+        }
+    }
+}
+
+function connect(): AbstractConnection
+{
+    $url = parse_url(AMQP_URL);
+    $config = new AMQPConnectionConfig();
+    $config->setIsSecure($url['scheme'] === 'amqps');
+    $config->setHost($url['host']);
+    $config->setPort($url['port'] ?? ($config->isSecure() ? 5671 : 5672));
+    $config->setUser(rawurldecode($url['user'] ?? 'guest'));
+    $config->setPassword(rawurldecode($url['pass'] ?? 'guest'));
+    $config->setVhost(rawurldecode(substr($url['path'] ?? '', 1)) ?: '/');
+    $config->setHeartbeat(30);
+    $config->setConnectionTimeout(10);
+    $config->setReadTimeout(65); // the library wants twice the heartbeat and more
+    $config->setWriteTimeout(65);
+    return AMQPConnectionFactory::create($config);
+}
+
+pcntl_async_signals(true);
+$consumer = new Consumer();
+foreach ([SIGTERM, SIGINT] as $signal) {
+    pcntl_signal($signal, function () use ($consumer): void { $consumer->stopping = true; });
+}
+$consumer->run();

@@ -1,0 +1,235 @@
+"""A consumer in Python with pika: hears that users changed, and keeps up by fetching their latest record.
+
+    AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges python3 consumer.py 'user.*' profile.updated
+
+A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import OrderedDict
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pika
+from pika.exceptions import AMQPError, ChannelClosedByBroker
+
+AMQP_URL = os.environ["AMQP_URL"]
+OWNER = os.environ["TIDINGS_URL"].rstrip("/")
+EXCHANGE = os.environ.get("TIDINGS_EXCHANGE", "masterdata")
+QUEUE = os.environ["TIDINGS_QUEUE"]
+DECLARE = os.environ.get("TIDINGS_DECLARE") != "no"
+PATIENCE_S = float(os.environ.get("TIDINGS_PATIENCE_S", "30"))  # for a state that the owner has told of and does not show
+KEYS = sys.argv[1:] or ["#"]
+
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+OUTAGES = (408, 429, 502, 503, 504)
+
+
+class SetAside(Exception):
+    """A message that no repetition helps; the text never quotes the message."""
+
+
+class Stop(Exception):
+    """Somebody asked us to leave."""
+
+
+class Memory(OrderedDict):
+    """The latest 10,000 entries. What is forgotten costs one needless fetch."""
+
+    def remember(self, key, value):
+        self[key] = value
+        self.move_to_end(key)
+        if len(self) > 10_000:
+            self.popitem(last=False)
+
+
+def complain(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class Consumer:
+    def __init__(self):
+        self.seen = Memory()  # message ids
+        self.versions = Memory()  # highest version handled, by user; your own copy would keep it beside the data
+        self.connection = None
+        self.missed = False
+        self.stopping = False
+        self.failures = 0
+
+    def pause(self, seconds):
+        """Waits, while pika sends its heartbeats: it has no thread of its own for them. Jitter keeps consumers apart."""
+        over = time.monotonic() + seconds * random.uniform(1, 2)
+        while not self.stopping and time.monotonic() < over:
+            self.connection.sleep(0.05) if self.connection else time.sleep(0.05)
+        if self.stopping:
+            raise Stop
+
+    def fetch(self, path):
+        """What the owner says, asked for as long as it takes."""
+        patience = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                status, headers, body = ask(path)
+            except (OSError, HTTPException):
+                self.pause(1)
+                continue
+            if status in (200, 410):
+                return json.loads(body)
+            if status == 404:  # no deletion: that is 410
+                raise SetAside("the owner never knew this user")
+            if status not in OUTAGES:
+                raise SetAside(f"the owner answered {status}")
+            if b'"not_yet_visible"' in body and time.monotonic() > patience:
+                raise SetAside("the owner shows no state this new")
+            after = headers.get("Retry-After", "")
+            self.pause(int(after) if after.isdecimal() else 1)
+
+    def keep(self, event, user_id, record):
+        """Here your own copy would be written, or forgotten when there is no profile any more."""
+        self.versions.remember(user_id, record["version"])  # of the deleted too: no late notice brings them back
+        profile = record.get("profile")
+        version = record["version"] if profile is not None else None
+        line = {"event": event, "user_id": user_id, "version": version, "profile": profile}
+        print(json.dumps(line), flush=True)
+
+    def handle(self, properties, body):
+        """The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too."""
+        if properties.message_id in self.seen:
+            return
+        user_id, version = read(properties, body)
+        if version > self.versions.get(user_id, 0):
+            self.keep(properties.type, user_id, self.fetch(f"/v1/users/{user_id}?min_version={version}"))
+        if properties.message_id:
+            self.seen.remember(properties.message_id, True)
+
+    def resync(self):
+        """Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each."""
+        complain("news may have been missed: resync")
+        page = {"next": ""}
+        while page["next"] is not None:
+            page = self.fetch("/v1/users?limit=500" + (f"&after={page['next']}" if page["next"] else ""))
+            for user in page["users"]:
+                if user["version"] > self.versions.get(user["id"], 0):
+                    self.keep("resync", user["id"], user)
+            self.pause(0)
+
+    def deliver(self, channel, delivery, properties, body):
+        try:
+            self.handle(properties, body)
+        except (Stop, AMQPError):
+            raise
+        except Exception as error:
+            reason = error if isinstance(error, SetAside) else type(error).__name__
+            complain(f"message {properties.message_id} is set aside: {reason}")
+            channel.basic_reject(delivery.delivery_tag, requeue=False)
+        else:
+            channel.basic_ack(delivery.delivery_tag)
+
+    def session(self):
+        parameters = pika.URLParameters(AMQP_URL)
+        parameters.heartbeat = 30  # longer than a fetch may take
+        self.connection = pika.BlockingConnection(parameters)
+        self.missed = self.missed or not is_there(self.connection)
+        channel = self.connection.channel()
+        channel.basic_qos(prefetch_count=20)
+        if DECLARE:
+            declare(channel)
+        channel.queue_declare(QUEUE, passive=True)
+        # After the bindings and before the first message, so that there is no gap between the two.
+        if self.missed:
+            self.resync()
+        self.missed = False
+        # Once a second the loop looks whether it should leave.
+        for delivery, properties, body in channel.consume(QUEUE, inactivity_timeout=1):
+            self.failures = 0
+            if self.stopping:
+                return
+            if delivery:
+                self.deliver(channel, delivery, properties, body)
+        self.missed = True  # a loop that ends by itself: the queue was deleted
+
+    def run(self):
+        while not self.stopping:
+            try:
+                self.session()
+            except Stop:
+                raise
+            except Exception as error:
+                # The broker's own words are safe to show; another error's may quote what was fetched.
+                complain(f"session ended: {type(error).__name__} {getattr(error, 'reply_text', '')}")
+            finally:
+                self.connection = close(self.connection)
+            self.pause(min(0.25 * 2**self.failures, 10))
+            self.failures = min(self.failures + 1, 6)
+
+
+def ask(path):
+    try:
+        with urlopen(OWNER + path, timeout=10) as answer:
+            return answer.status, answer.headers, answer.read()
+    except HTTPError as refusal:
+        with refusal:
+            return refusal.code, refusal.headers, refusal.read()
+
+
+def read(properties, body):
+    try:
+        notice = json.loads(body)
+        user_id, version = notice["user_id"], (properties.headers or {})["version"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise SetAside("not a notice") from None
+    # pika gives a subclass of int for 64 bits, and a bool is an int to Python, though not to us.
+    is_whole = isinstance(version, int) and not isinstance(version, bool)
+    if not isinstance(user_id, str) or not UUID.fullmatch(user_id) or not is_whole or version < 1:
+        raise SetAside("not a notice")
+    return user_id.lower(), version
+
+
+def is_there(connection):
+    channel = connection.channel()
+    try:
+        channel.queue_declare(QUEUE, passive=True)
+        channel.close()
+        return True
+    except ChannelClosedByBroker as error:
+        if error.reply_code != 404:
+            raise
+        return False
+
+
+def declare(channel):
+    channel.exchange_declare(QUEUE, "direct", durable=True)  # our own door: dead letters go through it, backfills come
+    kept = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
+    channel.queue_declare(f"{QUEUE}.dead", durable=True, arguments=kept)
+    channel.queue_bind(f"{QUEUE}.dead", QUEUE, "dead")
+    dead = {"x-dead-letter-exchange": QUEUE, "x-dead-letter-routing-key": "dead"}
+    channel.queue_declare(QUEUE, durable=True, arguments={"x-queue-type": "quorum", "x-delivery-limit": 1000, **dead})
+    channel.queue_bind(QUEUE, QUEUE, "work")
+    for key in KEYS:
+        channel.queue_bind(QUEUE, EXCHANGE, key)
+
+
+def close(connection):
+    """Gives back what was not acknowledged."""
+    try:
+        if connection:
+            connection.close()
+    except AMQPError:
+        pass
+
+
+if __name__ == "__main__":
+    consumer = Consumer()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: setattr(consumer, "stopping", True))
+    try:
+        consumer.run()
+    except Stop:
+        pass

@@ -1,0 +1,170 @@
+# A consumer in Ruby with Bunny: hears that users changed, and keeps up by fetching their latest record.
+#
+#   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges ruby consumer.rb 'user.*' profile.updated
+#
+# A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
+
+require "bunny"
+require "json"
+require "net/http"
+
+AMQP_URL = ENV.fetch("AMQP_URL")
+OWNER = URI(ENV.fetch("TIDINGS_URL"))
+EXCHANGE = ENV.fetch("TIDINGS_EXCHANGE", "masterdata")
+QUEUE = ENV.fetch("TIDINGS_QUEUE")
+DECLARE = ENV["TIDINGS_DECLARE"] != "no"
+PATIENCE_S = Float(ENV.fetch("TIDINGS_PATIENCE_S", "30")) # for a state that the owner has told of and does not show
+KEYS = ARGV.empty? ? ["#"] : ARGV
+
+UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
+OUTAGES = %w[408 429 502 503 504]
+NETWORK = [SystemCallError, SocketError, IOError, Timeout::Error, Net::ProtocolError, Net::HTTPBadResponse, OpenSSL::SSL::SSLError]
+
+class SetAside < StandardError; end # a message that no repetition helps; its text never quotes the message
+class Stop < StandardError; end
+
+# The latest 10,000 entries. What is forgotten costs one needless fetch.
+class Memory < Hash
+  def remember(key, value)
+    delete(key)
+    store(key, value)
+    shift if size > 10_000
+  end
+end
+
+SEEN = Memory.new     # message ids
+VERSIONS = Memory.new # highest version handled, by user; your own copy would keep it beside the data
+HTTP = Net::HTTP.new(OWNER.host, OWNER.port)
+HTTP.use_ssl = OWNER.scheme == "https"
+HTTP.open_timeout = HTTP.read_timeout = 10
+
+def now = Process.clock_gettime(Process::CLOCK_MONOTONIC)
+
+# Bunny sends heartbeats from a thread of its own meanwhile. The jitter keeps consumers from coming back all at once.
+def pause(seconds)
+  over = now + seconds * (1 + rand)
+  sleep 0.05 until $stopping || now >= over
+  raise Stop if $stopping
+end
+
+# What the owner says, asked for as long as it takes.
+def fetch(path)
+  patience = now + PATIENCE_S
+  loop do
+    HTTP.start unless HTTP.started?
+    answer = HTTP.get(OWNER.path.chomp("/") + path)
+    found = JSON.parse(answer.body) rescue {}
+    case answer.code
+    when "200", "410" then return found
+    when "404" then raise SetAside, "the owner never knew this user" # no deletion: that is 410
+    when *OUTAGES
+      raise SetAside, "the owner shows no state this new" if found["code"] == "not_yet_visible" && now > patience
+      pause(Float(answer["Retry-After"] || 1, exception: false) || 1)
+    else raise SetAside, "the owner answered #{answer.code}"
+    end
+  rescue *NETWORK
+    HTTP.finish if HTTP.started?
+    pause(1)
+  end
+end
+
+def read(properties, body)
+  notice = JSON.parse(body) rescue nil
+  version = properties.headers&.fetch("version", nil)
+  unless notice.is_a?(Hash) && UUID.match?(notice["user_id"].to_s) && version.is_a?(Integer) && version.positive?
+    raise SetAside, "not a notice"
+  end
+  [notice["user_id"].downcase, version]
+end
+
+# Here your own copy would be written, or forgotten when there is no profile any more.
+def keep(event, user_id, record)
+  VERSIONS.remember(user_id, record.fetch("version")) # of the deleted too: no late notice brings them back
+  puts JSON.generate(event:, user_id:, version: record["profile"] && record["version"], profile: record["profile"])
+end
+
+# The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too.
+def handle(properties, body)
+  return if SEEN.key?(properties.message_id)
+  user_id, version = read(properties, body)
+  keep(properties.type, user_id, fetch("/v1/users/#{user_id}?min_version=#{version}")) if version > VERSIONS.fetch(user_id, 0)
+  SEEN.remember(properties.message_id, true) if properties.message_id
+end
+
+# Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each.
+def resync
+  warn "news may have been missed: resync"
+  after = nil
+  loop do
+    page = fetch("/v1/users?limit=500#{after && "&after=#{after}"}")
+    page["users"].each { |user| keep("resync", user["id"], user) if user["version"] > VERSIONS.fetch(user["id"], 0) }
+    after = page["next"] or return
+  end
+end
+
+def declare(channel)
+  channel.direct(QUEUE, durable: true) # our own door, through which dead letters go and backfills come
+  dead = channel.queue("#{QUEUE}.dead", durable: true, arguments: { "x-queue-type" => "quorum", "x-delivery-limit" => 1_000_000 })
+  dead.bind(QUEUE, routing_key: "dead")
+  queue = channel.queue(QUEUE, durable: true, arguments: {
+    "x-queue-type" => "quorum", "x-delivery-limit" => 1000,
+    "x-dead-letter-exchange" => QUEUE, "x-dead-letter-routing-key" => "dead"
+  })
+  queue.bind(QUEUE, routing_key: "work")
+  KEYS.each { |key| queue.bind(EXCHANGE, routing_key: key) }
+end
+
+def deliver(channel, delivery, properties, body)
+  begin
+    handle(properties, body)
+  rescue Stop
+    raise
+  rescue StandardError => error
+    warn "message #{properties.message_id} is set aside: #{error.is_a?(SetAside) ? error.message : error.class}"
+    return channel.reject(delivery.delivery_tag)
+  end
+  channel.ack(delivery.delivery_tag)
+end
+
+# Everything that happens comes through one inbox, so that nothing interrupts the work: Bunny would raise in the main thread.
+Inbox = Class.new(Queue) { def raise(*) = push(:lost) }
+
+def session
+  inbox = $inbox = Inbox.new
+  # Bunny's log goes to stdout by default. Its own recovery would not tell us what was lost meanwhile.
+  connection = Bunny.new(AMQP_URL, heartbeat: 30, connection_timeout: 10, automatically_recover: false, logger: Logger.new(nil),
+                                   recover_from_connection_close: false, session_error_handler: inbox)
+  connection.start
+  $missed = true unless connection.queue_exists?(QUEUE)
+  channel = connection.create_channel
+  channel.prefetch(20)
+  declare(channel) if DECLARE
+  queue = channel.queue(QUEUE, passive: true)
+  # After the bindings and before the first message, so that there is no gap between the two.
+  resync if $missed
+  $missed = false
+  consumer = queue.subscribe(manual_ack: true, on_cancellation: ->(*) { inbox << :cancelled }) { |*message| inbox << message }
+  $failures = 0
+  until $stopping || (message = inbox.pop) == :stop
+    $missed = true if message == :cancelled # the queue was deleted
+    raise Bunny::Exception, message.to_s if message.is_a?(Symbol)
+    deliver(channel, *message)
+  end
+  consumer.cancel
+ensure
+  connection&.close rescue nil # gives back what was not acknowledged
+end
+
+$stdout.sync = true
+$failures = 0
+%w[TERM INT].each { |signal| trap(signal) { ($stopping = true) && $inbox&.push(:stop) } }
+begin
+  session
+rescue Stop
+rescue StandardError => error
+  # The broker's own words are safe to show; another error's may quote what was fetched.
+  warn "session ended: #{error.is_a?(Bunny::Exception) ? error.message : error.class}"
+  pause([0.25 * 2**$failures, 10].min) rescue exit
+  $failures += 1 if $failures < 6
+  retry
+end
