@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool, Row};
 use tidings_sdk::topology::{self, RETRY_DELAYS};
@@ -13,7 +14,7 @@ use tokio::process::{Child, Command};
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, collect, database_url, env, eventually},
+    house::{self, Answer, House, collect, database_url, env, eventually},
     load::{self, Load},
 };
 
@@ -248,4 +249,44 @@ async fn a_mirror_finds_and_mends_what_was_falsified(db: PgPool) {
     is_level(&house, &mirror).await;
     mirror.close().await;
     crm.end().await;
+}
+
+/// Invoices joins while the others run: registered, it misses nothing; a backfill tells it of those who were there before.
+#[sqlx::test]
+async fn an_application_that_joins_under_load_has_everybody_without_a_change_to_anything(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 50).await;
+    house.delete(&users[0]).await.ok();
+    let load = Load::on(&house, &users[1..], 4);
+    load.goes_on(50).await;
+    let invoices = App::of(&house, "invoices").await;
+    let fields = ["address", "city", "postcode", "country"];
+    let wish = json!({ "routing_keys": ["user.created", "user.deleted"], "fields": fields,
+                       "owner": "team-invoices", "purpose": "addresses on invoices" });
+    let path = format!("/v1/subscriptions/{}", invoices.subscription);
+    Answer::to(house.request(Method::PUT, &path).json(&wish)).await.ok();
+    let newcomer = house.user(json!({ "city": "Riga" })).await;
+    let listening = invoices.run(&[]).await;
+    let backfill = house.request(Method::POST, &format!("{path}/backfill")).json(&json!({ "users": "all" }));
+    Answer::to(backfill).await.ok();
+    load.goes_on(50).await;
+    house.amend(&users[1], json!({ "city": "Oslo" })).await.ok();
+    house.delete(&users[2]).await.ok();
+    load.end_well().await;
+    let store = invoices.database().await;
+    let known = "select id, address->>'city' from debtors where address is not null order by id";
+    eventually("everybody who lives, where they live now", async || {
+        let known: Vec<(Uuid, Option<String>)> = sqlx::query_as(known).fetch_all(&store).await.unwrap();
+        let living = "select id, profile->>'city' from users where deleted_at is null order by id";
+        let living: Vec<(Uuid, Option<String>)> = sqlx::query_as(living).fetch_all(&house.db).await.unwrap();
+        if known == living { Ok(()) } else { Err((known.len(), living.len())) }
+    })
+    .await;
+    let issued = invoices.ask(&["issue", &newcomer.to_string(), "4900"]).await.unwrap();
+    assert!(issued.starts_with("invoice"), "{issued}");
+    assert!(invoices.ask(&["issue", &users[2].to_string(), "4900"]).await.is_err(), "nobody bills the dead");
+    listening.leave().await;
+    store.close().await;
+    Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
+    invoices.end().await;
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -11,7 +12,7 @@ use std::{
 
 use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{
-    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
+    options::{QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use reqwest::StatusCode;
@@ -27,7 +28,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use uuid::Uuid;
 
 use crate::{
-    house::{House, env, eventually},
+    house::{House, connect, env, eventually},
     hurt::HurtBroker,
     load,
     proxy::Proxy,
@@ -69,6 +70,17 @@ async fn handed_out(listener: &Listener) {
             0 => Ok(()),
             ready => Err(ready),
         }
+    })
+    .await;
+}
+
+/// Waits until nobody consumes from a queue, and so many messages lie in it.
+async fn gives_back(amqp_url: &str, queue: &str, messages: RangeInclusive<u32>) {
+    let connection = connect(amqp_url).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    eventually("what was not done to go back", async || match topology::depth(&channel, queue).await.unwrap() {
+        Depth { ready, consumers: 0 } if messages.contains(&ready) => Ok(()),
+        depth => Err(depth),
     })
     .await;
 }
@@ -184,7 +196,8 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     let listener = Listener::of(&house).await;
     let name = listener.subscription.name.clone();
     let elsewhere = format!("{name}-elsewhere");
-    let (declared, bound) = (QueueDeclareOptions { durable: true, ..Default::default() }, QueueBindOptions::default());
+    let (declared, bound) =
+        (QueueDeclareOptions { exclusive: true, ..Default::default() }, QueueBindOptions::default());
     listener.channel.queue_declare(elsewhere.as_str().into(), declared, FieldTable::default()).await.unwrap();
     let (queue, exchange) = (elsewhere.as_str().into(), name.as_str().into());
     listener.channel.queue_bind(queue, exchange, "elsewhere".into(), bound, FieldTable::default()).await.unwrap();
@@ -203,8 +216,11 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     assert_eq!(Notice::from_message(kept, &dead.delivery.data).unwrap(), told);
     assert_eq!((kept.expiration(), kept.user_id(), kept.reply_to()), (&None, &None, &None));
     assert!(!kept.headers().as_ref().unwrap().contains_key("city"), "{kept:?}");
-    assert_eq!(listener.depth(&elsewhere).await.unwrap().ready, 0, "nothing goes where a stranger sends it");
-    listener.channel.queue_delete(elsewhere.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    assert_eq!(
+        topology::depth(&listener.channel, &elsewhere).await.unwrap().ready,
+        0,
+        "nothing goes where a stranger sends it"
+    );
     listener.end().await;
 }
 
@@ -300,9 +316,8 @@ async fn an_alarm_does_not_hold_up_the_leaving(db: PgPool) {
     running.await.unwrap().unwrap();
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     broker.end_alarm().await;
-    let depth = topology::depth(&channel, subscription.name.queue()).await.unwrap();
     // What was under way may have arrived as well.
-    assert!(matches!(depth, Depth { ready: 1..=2, consumers: 0 }), "it goes back: {depth:?}");
+    gives_back(&broker.amqp_url, subscription.name.queue(), 1..=2).await;
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
 }
 
@@ -328,8 +343,7 @@ async fn an_outage_of_the_owner_does_not_hold_up_the_leaving(db: PgPool) {
     let Listener { running, channel, subscription, .. } = listener;
     running.await.unwrap().unwrap();
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
-    let depth = topology::depth(&channel, subscription.name.queue()).await.unwrap();
-    assert_eq!((depth.ready, depth.consumers), (5, 0), "nothing was given up");
+    gives_back(&env("AMQP_URL"), subscription.name.queue(), 5..=5).await;
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
 }
 
@@ -352,15 +366,34 @@ async fn what_was_done_and_not_acknowledged_comes_again(db: PgPool) {
     second.end().await;
 }
 
+/// Counts how often listening ended, or could not begin.
+#[derive(Clone, Default)]
+struct Disconnections(Arc<AtomicUsize>);
+
+impl Observer for Disconnections {
+    fn disconnected(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 /// Gone while nobody was connected: what was told meanwhile is missing, although the queue is there.
 #[sqlx::test]
 async fn an_exchange_that_was_deleted_while_away_is_a_loss(db: PgPool) {
     let house = House::open(db).await;
     let (line, through) = line().await;
-    let listener = Listener::with(&house, &through, |consumer| consumer).await;
+    let disconnections = Disconnections::default();
+    let watched = disconnections.clone();
+    let listener = Listener::with(&house, &through, |consumer| consumer.observe(watched)).await;
     line.down();
     listener.channel.exchange_delete(house.exchange.as_str().into(), Default::default()).await.unwrap();
     line.up();
+    let before = disconnections.0.load(Ordering::SeqCst);
+    // The first of the two may have begun before the line was up.
+    eventually("two looks that find no exchange", async || match disconnections.0.load(Ordering::SeqCst) - before {
+        0 | 1 => Err(listener.running.is_finished()),
+        _ => Ok(()),
+    })
+    .await;
     // The first to be told of finds no exchange; the owner then makes it again.
     house.user(json!({})).await;
     eventually("the loss to be caught up with", async || {
