@@ -160,7 +160,7 @@ async function session(connection) {
   } finally {
     await work;
   }
-  await channel.close(); // first, or the last acknowledgement may be overtaken by the end of the connection
+  await channel.close(); // first: with its connection a channel ends at once, and the last acknowledgement would be lost
 }
 
 for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => stop.abort());
