@@ -597,8 +597,14 @@ async fn who_is_asked_to_leave_finishes_what_is_under_way_and_gives_back_the_res
     let Listener { diary, subscription, _connection: connection, channel, running, .. } = listener;
     running.await.unwrap().unwrap();
     assert_eq!(diary.calls().len(), 1);
-    let depth = topology::depth(&connection.create_channel().await.unwrap(), subscription.name.queue()).await.unwrap();
-    assert_eq!(depth, Depth { ready: 4, consumers: 0 });
+    eventually("the rest to be back in the queue", async || {
+        let looking = connection.create_channel().await.unwrap();
+        match topology::depth(&looking, subscription.name.queue()).await.unwrap() {
+            Depth { ready: 4, consumers: 0 } => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
 }
 
