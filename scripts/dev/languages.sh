@@ -33,7 +33,10 @@ find_php() {
 }
 
 # Debian has no amqplib. npm checks what it gets against the committed lock.
-get_amqplib() { logged "$DEV/log/packages.log" "getting amqplib with npm" npm --prefix "$NODE_CONSUMER" ci --no-audit --no-fund; }
+get_amqplib() {
+    logged "$DEV/log/packages.log" "getting amqplib with npm" \
+        npm --prefix "$NODE_CONSUMER" ci --no-audit --no-fund --fetch-retries=1 --fetch-retry-mintimeout=1000
+}
 
 find_amqplib() {
     (cd "$NODE_CONSUMER" && node -e 'const { version } = require("./node_modules/amqplib/package.json");
@@ -55,4 +58,5 @@ say_languages_are_missing() {
     [[ -z ${TIDINGS_TEST_ALL_LANGUAGES-} ]] || die "these languages cannot be tested here: ${MISSING_LANGUAGES[*]}" "sudo apt-get install ${packages[*]}"
     say "SKIPPED: the consumers in ${MISSING_LANGUAGES[*]} are not tested, as there is no interpreter or no library for them here"
     say "hint: sudo apt-get install ${packages[*]}"
+    [[ " ${MISSING_LANGUAGES[*]} " != *" node "* ]] || say "hint: and for node, where npm finds its registry: cd $NODE_CONSUMER && npm ci"
 }

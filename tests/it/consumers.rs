@@ -165,17 +165,6 @@ impl Consumer {
         .await;
     }
 
-    async fn takes_no_more(&self) {
-        eventually("nobody to listen", async || {
-            let channel = self.connection.create_channel().await.unwrap();
-            match topology::depth(&channel, self.name.queue()).await {
-                Ok(depth) if depth.consumers == 0 => Ok(()),
-                other => Err((other.map_err(|error| error.to_string()), self.log())),
-            }
-        })
-        .await;
-    }
-
     /// The next line that it printed; `None` when it has left.
     async fn line(&mut self) -> Option<Value> {
         let line =
@@ -481,10 +470,6 @@ async fn leaves_in_order(db: PgPool, language: Language) {
     house.settle().await;
     is_read(&house, 200).await;
     consumer.ask_to_leave().await;
-    if matches!(language, Language::Node) {
-        // It takes no more at once; the others when they are done with what they have in hand.
-        consumer.takes_no_more().await;
-    }
     consumer.owner.up();
     let mut handled = consumer.leaves().await;
     assert!(!handled.is_empty(), "what it had in hand was dropped: {}", consumer.log());
