@@ -16,10 +16,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     db::{Db, Line},
-    relay::TRY_LEAD,
     telemetry::with_causes,
 };
 
+pub const TRY_LEAD: &str = "select pg_try_advisory_lock($1)";
 /// Between two tries of an instance that stands by.
 const STAND_BY: Duration = Duration::from_secs(1);
 /// Between two signs of life of the leader's session.
@@ -30,7 +30,7 @@ const IDLE_TIMEOUT: &str = "10s";
 const FAREWELL: Duration = Duration::from_secs(5);
 /// A turn that lasted this long was a good one: the next back-off starts small again.
 const GOOD_TURN: Duration = Duration::from_secs(10);
-const LONGEST_DELAY: Duration = Duration::from_secs(5);
+pub const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
 /// What a leader does.
 pub trait Duty: Send {
@@ -112,7 +112,7 @@ async fn lead_lost(line: &mut Line) -> anyhow::Error {
 }
 
 /// From a tenth of a second to five, jittered so that a restarted server does not meet all instances at once.
-fn back_off() -> impl Iterator<Item = Duration> + Send {
+pub fn back_off() -> impl Iterator<Item = Duration> + Send {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(LONGEST_DELAY / 2)

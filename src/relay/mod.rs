@@ -13,13 +13,13 @@ pub use status::Status;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     broker::{Broker, Publisher},
     db::{Db, Line},
+    lead::{LONGEST_DELAY, TRY_LEAD, back_off},
     outbox::{self, Bell, OutboxId},
     telemetry::with_causes,
 };
@@ -29,7 +29,6 @@ use settler::Settler;
 
 /// Key of the advisory lock that the leading relay of a database holds: "tidings" in ASCII.
 const LEAD: i64 = 0x74_69_64_69_6e_67_73;
-pub const TRY_LEAD: &str = "select pg_try_advisory_lock($1)";
 /// Between two tries of a relay that stands by.
 const STAND_BY: Duration = Duration::from_millis(500);
 /// A leader that says nothing for this long loses its session, and with it the lead: it is frozen, or cut off. A working leader
@@ -132,16 +131,4 @@ async fn wait_for_lead(publisher: &mut Publisher, lead: &mut Line, stop: &Cancel
             return Ok(false);
         }
     }
-}
-
-const LONGEST_DELAY: Duration = Duration::from_secs(5);
-
-/// Delays between sessions: from a tenth of a second to five, jittered so that a restarted broker does not meet all relays at once.
-fn back_off() -> impl Iterator<Item = Duration> {
-    ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(LONGEST_DELAY / 2)
-        .with_jitter()
-        .without_max_times()
-        .build()
 }

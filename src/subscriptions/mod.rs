@@ -24,7 +24,7 @@ pub use registrar::{Put, Registrar};
 pub use status::Status;
 pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, TAKE_BACK, UNLOCK};
 pub use view::{Listing, View};
-pub use watch::{TRY_LEAD, Watch};
+pub use watch::Watch;
 
 use std::{sync::Arc, time::Duration};
 

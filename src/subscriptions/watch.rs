@@ -23,12 +23,12 @@ use super::{
 };
 use crate::{
     db::{Db, Line, Trouble},
+    lead::TRY_LEAD,
     telemetry::with_causes,
 };
 
 /// Key of the advisory lock that the leading watch of a database holds: "watching" in ASCII.
 const LEAD: i64 = 0x77_61_74_63_68_69_6e_67;
-pub const TRY_LEAD: &str = "select pg_try_advisory_lock($1)";
 /// Between two tries of a watch that stands by.
 const STAND_BY: Duration = Duration::from_secs(1);
 /// Before a session begins in place of one that failed.

@@ -16,24 +16,13 @@ use crate::{
     load::{self, Load},
 };
 
+const CHANGES: usize = 10_000;
 const TIMES: usize = 5;
 const KILLS: usize = 50;
 
 /// A number below `bound`; nobody knows which.
 fn any(bound: usize) -> usize {
     (Uuid::new_v4().as_u128() % bound as u128) as usize
-}
-
-/// A life of many users: changes of all kinds.
-async fn many_changes(house: &House, users: usize, changes: usize) {
-    let users = load::users(house, users).await;
-    let load = Load::on(house, &users, 8);
-    load.goes_on(changes - users.len() - users.len() / 4).await;
-    load.end_well().await;
-    for user in &users[..users.len() / 4] {
-        house.delete(user).await.ok();
-    }
-    house.settle().await;
 }
 
 /// Every message several times, in an order that nobody chose.
@@ -54,10 +43,11 @@ async fn shuffled(notices: Vec<Notice>, channel: &Channel, exchange: &str) {
     }
 }
 
+/// Changes and kills go on side by side: what a killed consumer had in hand is, for many a user, the last there is to hear of him.
 #[sqlx::test]
 async fn ten_thousand_changes_told_five_times_each_in_any_order_to_a_consumer_that_is_killed_fifty_times(db: PgPool) {
     let house = House::open(db).await;
-    many_changes(&house, 400, 10_000).await;
+    let users = load::users(&house, 400).await;
     let connection = connect(&env("AMQP_URL")).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -65,14 +55,19 @@ async fn ten_thousand_changes_told_five_times_each_in_any_order_to_a_consumer_th
     declare(&channel, &elsewhere).await;
     let crm = App::of(&house, "crm").await.at(&elsewhere);
     let mut listening = crm.run(&["--no-catch-up"]).await;
-    let notices = house.audit.heard();
-    assert!(notices.len() >= 10_000, "{} changes", notices.len());
-    shuffled(notices, &channel, &elsewhere).await;
-    for kill in 0..KILLS {
-        // Somewhere in what is left, with enough left for the kills to come.
-        let left = crm.depth().await.unwrap().ready as usize;
-        let until = left.saturating_sub(any(2 * left / (KILLS - kill) + 1));
-        eventually("the consumer to get on", async || match crm.depth().await.unwrap().ready as usize {
+    let (mut told, mut living) = (0, &users[..]);
+    for _ in 0..KILLS {
+        let load = Load::on(&house, living, 8);
+        load.goes_on(CHANGES / KILLS).await;
+        load.end_well().await;
+        house.delete(&living[0]).await.ok();
+        living = &living[1..];
+        house.settle().await;
+        let news = house.audit.heard().split_off(told);
+        told += news.len();
+        shuffled(news, &channel, &elsewhere).await;
+        let until = any(CHANGES / KILLS * TIMES) as u32;
+        eventually("the consumer to get on", async || match crm.depth().await.unwrap().ready {
             ready if ready <= until => Ok(()),
             ready => Err((ready, until)),
         })
@@ -80,6 +75,7 @@ async fn ten_thousand_changes_told_five_times_each_in_any_order_to_a_consumer_th
         listening.process.kill().await.unwrap();
         listening = crm.run(&["--no-catch-up"]).await;
     }
+    assert!(told >= CHANGES, "{told} changes");
     let mirror = crm.database().await;
     is_level(&house, &mirror).await;
     eventually("the queue to be empty", async || match crm.depth().await.unwrap().ready {

@@ -1,7 +1,7 @@
 //! Statements: every SQL constant is good SQL on the migrated schema, and finds its way by index.
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Postgres, Row, SqlSafeStr, Statement, pool::PoolConnection};
-use tidings::{backfill, dead_letters, feed, outbox, relay, subscriptions, users};
+use tidings::{backfill, dead_letters, feed, lead, outbox, subscriptions, users};
 
 #[sqlx::test]
 async fn every_statement_can_be_prepared(db: PgPool) {
@@ -21,7 +21,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (outbox::SETTLE, 0),
         (outbox::LAG, 2),
         (outbox::LAST_ID, 1),
-        (relay::TRY_LEAD, 1),
+        (lead::TRY_LEAD, 1),
         (subscriptions::FIND, 22),
         (subscriptions::PUT, 1),
         (subscriptions::MARK_DECLARED, 0),
@@ -33,7 +33,6 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (subscriptions::LOOKED, 0),
         (subscriptions::LOCK, 1),
         (subscriptions::UNLOCK, 1),
-        (subscriptions::TRY_LEAD, 1),
         (dead_letters::COUNTS, 2),
         (dead_letters::DROP, 0),
         (dead_letters::FORGET, 0),
