@@ -328,6 +328,10 @@ func main() {
 	log.SetFlags(0)
 	ctx, leave := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer leave()
+	// Looked at here, as the library's own complaint would quote it with the password.
+	if _, err := amqp.ParseURI(amqpURL); err != nil {
+		log.Fatal("AMQP_URL is not the address of a broker")
+	}
 	if len(keys) == 0 {
 		keys = []string{"#"}
 	}

@@ -286,7 +286,7 @@ final class Consumer
 
 function connect(): AbstractConnection
 {
-    $url = parse_url(AMQP_URL);
+    $url = parse_url(AMQP_URL) ?: throw new RuntimeException('AMQP_URL is not the address of a broker');
     $config = new AMQPConnectionConfig();
     $config->setIsSecure($url['scheme'] === 'amqps');
     $config->setHost($url['host']);
