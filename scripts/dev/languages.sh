@@ -18,13 +18,16 @@ provide_languages() {
     for language in node go java php; do
         can_test "$language" || MISSING_LANGUAGES+=("$language")
     done
+    TIDINGS_TEST_NODE=$(find_node || true)
+    [[ -z $TIDINGS_TEST_NODE ]] || export TIDINGS_TEST_NODE
     ((${#MISSING_LANGUAGES[@]} == 0)) || say_languages_are_missing
 }
 
 can_test() { "find_$1" >/dev/null && { [[ $1 != node ]] || find_amqplib; }; }
 
 # Both parts, program and library, or nothing.
-find_node() { command -v node && command -v npm >/dev/null; }
+# The program itself: what is called node may be a wrapper, and a signal to it would not reach the consumer.
+find_node() { command -v npm >/dev/null && node -p process.execPath 2>/dev/null; }
 find_go() { command -v go && [[ -d /usr/share/gocode/src/github.com/rabbitmq/amqp091-go ]]; }
 find_java() { command -v java && command -v javac >/dev/null && [[ -e $JARS/amqp-client.jar && -e $JARS/gson.jar && -e $JARS/slf4j-nop.jar ]]; }
 find_php() {
