@@ -12,8 +12,9 @@ use tidings_sdk::{
 use uuid::Uuid;
 
 use crate::{
-    house::House,
+    house::{House, eventually},
     load::{self, Load},
+    proxy::Proxy,
 };
 
 fn owner(house: &House) -> Owner {
@@ -139,6 +140,35 @@ async fn a_mirror_never_takes_a_step_back(db: PgPool) {
     assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Written);
     assert_eq!(mirror.apply(&mut connection, &second).await.unwrap(), Applied::Old, "nobody is brought back to life");
     assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
+}
+
+/// Two processes of an application handle one user at the same time, and the one that asked first hears last: what it brings is old.
+#[sqlx::test]
+async fn an_answer_that_was_long_under_way_does_not_take_a_mirror_back(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let (fast, mirror) = (owner(&house), mirror(&house).await);
+    let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let slow = Owner::at(&format!("http://{}", line.address())).unwrap();
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let before = requests(&house);
+    line.hold_answers();
+    let first = tokio::spawn(async move { slow.latest(ana, 1).await.unwrap() });
+    eventually("the question to be answered, and the answer to be under way", async || {
+        match requests(&house) - before {
+            1 => Ok(()),
+            answered => Err(answered),
+        }
+    })
+    .await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    let mut connection = house.db.acquire().await.unwrap();
+    let second = fast.latest(ana, 2).await.unwrap();
+    assert_eq!(mirror.apply(&mut connection, &second).await.unwrap(), Applied::Written);
+    line.up();
+    let first = first.await.unwrap();
+    assert_eq!(first.version(), 1);
+    assert_eq!(mirror.apply(&mut connection, &first).await.unwrap(), Applied::Old);
+    assert_eq!(mirror.get(&mut connection, ana).await.unwrap().unwrap().profile["city"], "Oslo");
 }
 
 /// What an application does not need it does not hold.
