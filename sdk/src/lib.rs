@@ -1,7 +1,10 @@
-//! What the service and its consumers agree on, and nothing of either side.
+//! What the service and its consumers agree on, and what a consumer in Rust needs to keep up.
+//!
+//! [`envelope`], [`subscription`], [`topology`], [`letter`], [`digest`] and [`trace`] are the contract, which the service stands on too;
+//! [`consumer`], [`owner`], [`cache`] and (with the feature of that name) `mirror` are for applications that listen.
 //!
 //! Promise: one definition of the wire contract; the service publishes with it, a consumer reads with it.
-//! Not here, on purpose: SQL by default, and any place in a message for a user's data.
+//! Not here, on purpose: SQL unless a feature asks for it, and any place in a message for a user's data.
 
 pub mod cache;
 pub mod consumer;

@@ -41,7 +41,7 @@ pub const WORK: &str = "work";
 /// Routing key of the subscription's own exchange: to its dead letters.
 pub const DEAD: &str = "dead";
 
-/// Header of a message that a backfill sent; its value is the backfill's id.
+/// Header of a message that tells a state, not a change; its value is the id of the backfill that it belongs to.
 pub const BACKFILL: &str = "tidings-backfill";
 
 /// For one request to the broker.

@@ -10,9 +10,6 @@ use tidings_sdk::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Header of a message that tells a state, not a change: which backfill it belongs to.
-pub(super) const BACKFILL: &str = "tidings-backfill";
-
 pub const RATES: std::ops::RangeInclusive<i32> = 1..=50_000;
 pub const DEFAULT_RATE: i32 = 1_000;
 pub const DEFAULT_MAX_WAITING: i32 = 2_000;

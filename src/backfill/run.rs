@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    model::{BACKFILL, Pace, Passed, WaitingFor, notice},
+    model::{Pace, Passed, WaitingFor, notice},
     store::{self, Running},
 };
 use crate::{
@@ -278,7 +278,7 @@ impl Run {
 
     fn parcel(&self, notice: &Notice) -> Parcel {
         let id = AMQPValue::LongString(self.backfill.id.to_string().into());
-        Parcel::new(notice, &self.broker, BACKFILL, id)
+        Parcel::new(notice, &self.broker, topology::BACKFILL, id)
     }
 
     /// Returns when all are in the queue.

@@ -434,6 +434,24 @@ async fn a_cursed_user_delays_nobody_but_himself(db: PgPool) {
     listener.end().await;
 }
 
+/// One whose handler never comes back, and that may go on for an hour: nobody waits for him.
+#[sqlx::test]
+async fn nobody_waits_for_a_user_whose_handler_hangs(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 100).await;
+    let diary = Diary::new();
+    diary.curse(users[0], Curse::Hangs);
+    let patient = |consumer: Consumer| consumer.concurrency(2).handler_deadline(Duration::from_secs(3_600));
+    let brief = |consumer: Consumer| patient(consumer).farewell(Duration::ZERO);
+    let listener = Listener::keeping(&house, &env("AMQP_URL"), diary, brief).await;
+    for user in &users {
+        listener.tell(&notice(*user, 1, Event::Created)).await;
+    }
+    let calls = listener.called(99).await;
+    assert!(calls.iter().all(|call| call.user != users[0]));
+    listener.end().await;
+}
+
 /// An outage of the owner is nobody's fault: it is waited for, and costs no attempt.
 #[sqlx::test]
 async fn an_outage_of_the_owner_makes_no_dead_letters(db: PgPool) {
