@@ -18,8 +18,7 @@ provide_languages() {
     for language in node go java php; do
         can_test "$language" || MISSING_LANGUAGES+=("$language")
     done
-    TIDINGS_TEST_NODE=$(find_node || true)
-    [[ -z $TIDINGS_TEST_NODE ]] || export TIDINGS_TEST_NODE
+    ! TIDINGS_TEST_NODE=$(find_node) || export TIDINGS_TEST_NODE
     ((${#MISSING_LANGUAGES[@]} == 0)) || say_languages_are_missing
 }
 
