@@ -4,8 +4,10 @@ WORKDIR /src
 # The dependencies alone first, around empty crates: this layer is rebuilt only when a manifest or the lock file changes.
 COPY Cargo.toml Cargo.lock ./
 COPY sdk/Cargo.toml sdk/
-RUN mkdir -p src sdk/src \
+COPY bench/Cargo.toml bench/
+RUN mkdir -p src sdk/src bench/src \
     && echo 'fn main() {}' > src/main.rs \
+    && cp src/main.rs bench/src/ \
     && touch src/lib.rs sdk/src/lib.rs \
     && cargo build --locked --release --bin tidings
 

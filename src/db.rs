@@ -4,17 +4,21 @@
 //! Not here, on purpose: SQL of a feature, and a pool behind request handlers. A handler's future dies with its
 //! client, and a pool then lends out what it left behind; work on a [`Line`] runs in the task that owns it.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
+    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
 use tokio::time::timeout;
 
 use crate::telemetry::with_causes;
+
+mod server_log;
+
+pub use server_log::SETTINGS as SERVER_LOG_SETTINGS;
 
 /// Until a new connection stands. An API that cannot have one in this time says 503 rather than wait on.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -36,10 +40,10 @@ pub enum Trouble {
     /// No connection: nothing was sent.
     #[error("the database cannot be reached")]
     Unreachable(#[source] anyhow::Error),
-    /// The database refused the statement and rolled it back. The SQLSTATE is all we keep of it: message and detail of a
-    /// database error quote the row, and with it a user's values.
-    #[error("the database refused a statement (SQLSTATE {0})")]
-    Refused(String),
+    /// The database refused the statement and rolled it back. The SQLSTATE and the constraint's name are all we keep of it: message
+    /// and detail of a database error quote the row, and with it a user's values.
+    #[error("the database refused a statement (SQLSTATE {code})")]
+    Refused { code: String, constraint: Option<String> },
     /// The connection broke, or fell silent, while the statement was under way: it may have been committed.
     #[error("the connection to the database broke before it answered")]
     Broken(#[source] anyhow::Error),
@@ -55,7 +59,7 @@ impl From<sqlx::Error> for Trouble {
                 if code.starts_with("57P") || code.starts_with("08") {
                     Self::Broken(anyhow::anyhow!("the database ended the session (SQLSTATE {code})"))
                 } else {
-                    Self::Refused(code)
+                    Self::Refused { code, constraint: refusal.constraint().map(str::to_owned) }
                 }
             }
             sqlx::Error::PoolTimedOut => Self::Unreachable(error.into()),
@@ -69,8 +73,14 @@ impl Trouble {
     pub fn report(&self) -> String {
         match self {
             Self::Unreachable(cause) | Self::Broken(cause) => format!("{self}: {}", with_causes(cause)),
-            Self::Refused(_) => self.to_string(),
+            Self::Refused { constraint: Some(constraint), .. } => format!("{self}: {constraint}"),
+            Self::Refused { constraint: None, .. } => self.to_string(),
         }
+    }
+
+    /// Whether the statement broke this constraint.
+    pub fn broke(&self, name: &str) -> bool {
+        matches!(self, Self::Refused { constraint: Some(constraint), .. } if constraint == name)
     }
 }
 
@@ -94,7 +104,9 @@ impl Db {
         // sqlx would take a URL of any scheme, and what belongs to another database, for one of Postgres.
         let is_ours = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
         let options: Option<PgConnectOptions> = url.parse().ok().filter(|_| is_ours);
-        let options = options.context("expected postgres://USER:PASSWORD@HOST/DATABASE")?;
+        let options = options.context(
+            "expected postgres://USER:PASSWORD@HOST/DATABASE, and for TLS ?sslmode=verify-full&sslrootcert=FILE behind it",
+        )?;
         Ok(Self {
             options: options
                 .application_name("tidings")
@@ -104,9 +116,17 @@ impl Db {
                     // and only the changes of that one row should fail for it.
                     ("lock_timeout", "1s"),
                     ("idle_in_transaction_session_timeout", "10s"),
+                    // Whatever role and database say: names mean our tables, never something put before them.
+                    ("search_path", "public,pg_temp"),
                 ])
                 .disable_statement_logging(),
         })
+    }
+
+    /// Whether what is said travels in the clear, or to whoever claims to be the database, beyond this machine.
+    pub fn is_overheard(&self) -> bool {
+        let stays_here = self.options.get_socket().is_some() || is_loopback(self.options.get_host());
+        !stays_here && !matches!(self.options.get_ssl_mode(), PgSslMode::VerifyFull)
     }
 
     /// A line of this purpose's own; `settings` are session settings on top of the common ones.
@@ -149,6 +169,18 @@ impl Db {
         connect(&options).await
     }
 
+    /// What the server would write into its log of users' values, a line for each setting. Nothing when it cannot be asked.
+    pub async fn told_to_the_log(&self) -> Vec<String> {
+        let look = async {
+            let mut connection = connect(&self.options).await?;
+            let found = server_log::tells(&mut connection).await.map_err(Trouble::from)?;
+            // Whoever looked has seen it; the session ends either way.
+            drop(connection.close().await);
+            Ok::<_, Trouble>(found)
+        };
+        look.await.unwrap_or_default()
+    }
+
     /// Refuses a database that forgets what it acknowledged.
     ///
     /// # Errors
@@ -168,6 +200,12 @@ impl Db {
         );
         Ok(connection.close().await?)
     }
+}
+
+/// Whether a host is this machine.
+pub fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
@@ -201,7 +239,7 @@ impl Line {
         let keeps = match &outcome {
             Ok(_) => true,
             // "cached plan must not change result type": a migration ran under us; a new session has no cached plans.
-            Err(Trouble::Refused(code)) => code != "0A000",
+            Err(Trouble::Refused { code, .. }) => code != "0A000",
             Err(_) => false,
         };
         self.connection = keeps.then_some(connection);
@@ -225,5 +263,25 @@ impl Line {
             // The session ends either way; saying goodbye only makes it sooner.
             let _ = timeout(Duration::from_secs(1), connection.close()).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_listen_is_told_by_the_address() {
+        let is_overheard = |url: &str| Db::new(&url.into()).unwrap().is_overheard();
+        for here in
+            ["postgres://localhost/x", "postgres://127.0.0.2/x", "postgres://[::1]/x", "postgres:///x?host=/run"]
+        {
+            assert!(!is_overheard(here), "{here}");
+        }
+        for mode in ["disable", "prefer", "require", "verify-ca"] {
+            assert!(is_overheard(&format!("postgres://db/x?sslmode={mode}")), "{mode}");
+        }
+        assert!(is_overheard("postgres://db/x?sslrootcert=/ca.pem"), "a certificate that nobody checks");
+        assert!(!is_overheard("postgres://db/x?sslmode=verify-full"));
     }
 }

@@ -7,7 +7,7 @@
 use std::{cell::RefCell, fmt};
 
 use serde::{
-    Serialize,
+    Deserialize, Serialize,
     de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Number, Value};
@@ -20,7 +20,7 @@ const MAX_FAULTS: usize = 50;
 const MAX_INTEGER: f64 = 9_007_199_254_740_991.0;
 
 /// One thing wrong with a document.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Fault {
     /// Where, as a JSON pointer (RFC 6901) into the request body.
     #[schema(example = "/profile/birthday")]

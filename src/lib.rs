@@ -4,12 +4,18 @@
 //! [`relay`] carries the event to the [`broker`], a consumer fetches the latest record over [`web`].
 
 pub mod app;
+pub mod audit_leaks;
 pub mod backfill;
 pub mod broker;
+pub mod clients;
 pub mod config;
 pub mod db;
 pub mod dead_letters;
+pub mod deletions;
+pub mod descriptors;
+pub mod docs;
 pub mod feed;
+pub mod import;
 pub mod json;
 pub mod lead;
 pub mod lifecycle;

@@ -10,18 +10,23 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::Parser;
 use tidings::{
-    app,
+    app, audit_leaks, clients,
     config::{self, Cli, Command, Faults, WrongSettings},
-    lifecycle, roles, subscriptions,
+    deletions, docs, import, lifecycle, roles, subscriptions,
     tail::{self, Wanted},
     telemetry,
 };
+use tidings_sdk::topology::Source;
 use tokio_util::sync::CancellationToken;
+
+/// A request is many small texts that live for a moment: docs/performance.md tells what this one brings.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     match run(Cli::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {}", telemetry::with_causes(&error));
             if error.is::<WrongSettings>() {
@@ -33,7 +38,7 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> anyhow::Result<()> {
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut faults = Faults::default();
     faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format));
     match cli.command {
@@ -42,9 +47,20 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,
         Command::Subscription(subscription) => Box::pin(subscriptions::command::run(subscription.action, faults)).await,
-        Command::Openapi => openapi(faults),
+        Command::Deletions(action) => deletions::command::run(action, faults).await,
+        Command::Client(client) => clients::command::run(client.action, faults).await,
+        Command::AuditLeaks(settings) => {
+            let is_clean = audit_leaks::run(settings, faults).await?;
+            return Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Import(settings) => Box::pin(import(settings, faults)).await,
+        Command::Openapi => print(faults, app::openapi),
+        Command::Asyncapi => {
+            print(faults, || docs::asyncapi(&Source { exchange: config::DEFAULT_EXCHANGE.to_owned(), prefix: None }))
+        }
         Command::Healthcheck(settings) => healthcheck(&settings, faults),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn migrate(settings: &config::Migrate, mut faults: Faults) -> anyhow::Result<()> {
@@ -63,12 +79,19 @@ async fn tail(settings: config::Tail, mut faults: Faults) -> anyhow::Result<()> 
     let Some(broker) = broker else { unreachable!("no faults, so it is there") };
     let stop = CancellationToken::new();
     lifecycle::leave_on_signal(stop.clone())?;
-    tail::run(&broker, &Wanted { keys: settings.keys, fields }, &stop).await
+    tail::run(&broker.as_registry(), &Wanted { keys: settings.keys, fields }, &stop).await
 }
 
-fn openapi(faults: Faults) -> anyhow::Result<()> {
+async fn import(settings: config::Import, mut faults: Faults) -> anyhow::Result<()> {
+    let parsed = settings.parse(&mut faults);
     faults.none()?;
-    Ok(stdout().write_all(app::openapi()?.as_bytes())?)
+    let Some(parsed) = parsed else { unreachable!("no faults, so it is there") };
+    import::run(&settings, parsed).await
+}
+
+fn print(faults: Faults, document: fn() -> anyhow::Result<String>) -> anyhow::Result<()> {
+    faults.none()?;
+    Ok(stdout().write_all(document()?.as_bytes())?)
 }
 
 /// Plain HTTP by hand: a health check must not need what it checks.

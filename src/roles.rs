@@ -10,25 +10,30 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use sqlx::Connection;
 use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    app,
+    app::{self, Desks},
     backfill::{Backfills, Runner},
     broker::Broker,
+    clients::{self, Clients, Processing},
     config,
     db::{Db, Trouble},
     dead_letters::{Collector, DeadLetters},
+    deletions::{Deletions, Ledger, Reminder},
+    descriptors,
     feed::{self, Feed},
     lead,
     lifecycle::{Roles, leave_on_signal},
     ops::Ops,
     outbox::Bell,
+    profile::Schema,
     relay::{Relay, Status},
     subscriptions::{self, Desk, Subscriptions, Watch},
-    users::Users,
-    web,
+    users::{self, Users},
+    web::{self, LimitSettings, Limits},
 };
 
 /// How long a starting instance waits for its database.
@@ -39,44 +44,78 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     warn_of_unknown_settings();
     let db = settings.database.open(&mut faults);
     let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
+    let source = match &broker {
+        Some(broker) => Some(broker.topology()),
+        None if settings.no_relay => settings.amqp.source(&mut faults),
+        None => None,
+    };
     let address = settings.listen.parse(&mut faults);
     let schema = settings.schema(&mut faults);
+    let tokens = settings.jwt.tokens(&mut faults);
+    let asks_nobody = settings.asks_nobody(address, &mut faults);
     let watching = settings.watching.parse(&mut faults);
+    let deadline = settings.erasure.parse(&mut faults);
+    let limits = settings.limits.parse(&mut faults);
     let management = broker.as_ref().and_then(|broker| settings.watching.management(broker, &mut faults));
     faults.none()?;
-    let (Some(db), Some(address), Some(schema), Some(watching)) = (db, address, schema, watching) else {
+    let (Some(db), Some(address), Some(schema), Some(watching), Some(deadline), Some(limits), Some(source)) =
+        (db, address, schema, watching, deadline, limits, source)
+    else {
         unreachable!("no faults, so all are there")
     };
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    let listener = listen(address).await?;
+    warn_of_listeners(&db, broker.as_ref());
+    let listener = listen(address)?;
     let Some(found) = stop.run_until_cancelled(await_database(&db, !settings.no_migrate)).await else { return Ok(()) };
     found?;
+    refuse_schema_without_declared_fields(&db, &schema).await?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
     let (bell, queries) = (Bell::default(), db.pool("queries", []));
     let telling_stop = CancellationToken::new();
-    let desk = broker.clone().map(Desk::new);
-    let letters = DeadLetters::new(queries.clone(), broker.clone());
+    let registry = broker.as_ref().map(Broker::as_registry);
+    let desk = registry.clone().map(Desk::new);
+    let letters = DeadLetters::new(queries.clone(), registry);
     let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
     let schema = Arc::new(schema);
-    let users = Users::open(&db, queries.clone(), schema.clone(), bell, &keeping);
+    let clients = if asks_nobody {
+        tracing::warn!("whoever reaches {address} may do everything: no key is asked for (--insecure-no-auth)");
+        Clients::anybody(queries.clone())
+    } else {
+        Clients::open(&db, queries.clone(), tokens, &keeping)
+    };
     let feed = Feed::open(&db);
-    let subscriptions = Subscriptions::new(&db, queries.clone(), schema, desk, management, watching.idle_after);
-    let backfills = Backfills::new(queries.clone());
-    let ops = Ops::new(queries.clone(), status);
-    let app = app::full(users, feed.clone(), subscriptions.clone(), letters, backfills, ops)?;
+    let subscriptions = Subscriptions::new(&db, queries.clone(), schema.clone(), desk, management, watching.idle_after);
+    telling.spawn("idempotency keys", users::purge(db.line("purge", []), telling_stop.clone()));
+    let ledger = Ledger::new(&db, deadline);
+    let deletions = Deletions::open(&db, ledger.clone(), &keeping);
+    telling.spawn("deletions", lead::serve(Reminder::new(&db, deadline), db.clone(), telling_stop.clone()));
+    let limits = within_descriptors(limits);
+    let ops = Ops::new(queries.clone(), Some(deletions.clone()), status, &limits.traffic);
+    let desks = Desks {
+        users: Users::open(&db, queries.clone(), schema.clone(), bell, settings.require_if_match, &keeping),
+        feed: feed.clone(),
+        subscriptions: subscriptions.clone(),
+        dead_letters: letters,
+        backfills: Backfills::new(queries.clone()),
+        deletions,
+        processing: Processing::new(queries.clone(), schema),
+    };
+    let app = app::full(&clients, desks, ops, limits.clone(), &source)?;
+    drop(clients);
 
     announce(&listener)?;
-    web::serve(listener, app, stop).await;
+    web::serve(listener, app, limits, stop).await;
     // In this order: the last changes are kept before the telling ends.
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
     feed.close().await;
     subscriptions.close().await;
+    ledger.close().await;
     queries.close().await;
     ensure!(kept && told, "a role fell, see the log");
     Ok(())
@@ -88,6 +127,35 @@ fn warn_of_unknown_settings() {
     }
 }
 
+/// Of what strangers on the network could read or forge.
+fn warn_of_listeners(db: &Db, broker: Option<&Broker>) {
+    if db.is_overheard() {
+        tracing::warn!(
+            "DATABASE_URL: the database is on another machine, and anybody between could read or be it; add ?sslmode=verify-full"
+        );
+    }
+    if broker.is_some_and(Broker::is_overheard) {
+        tracing::warn!(
+            "AMQP_URL or AMQP_REGISTRY_URL: the broker is on another machine, and anybody between could read or be it; use amqps://"
+        );
+    }
+}
+
+/// Who reads a field has to hear of it before it goes: a schema without one that somebody declared is refused.
+async fn refuse_schema_without_declared_fields(db: &Db, schema: &Schema) -> anyhow::Result<()> {
+    let mut connection = db.maintenance("schema check").await?;
+    let declared = clients::declared_fields(&mut connection).await.map_err(Trouble::from)?;
+    connection.close().await?;
+    let gone = declared.iter().filter(|(field, _)| field.parse().is_ok_and(|field| !schema.has(&field)));
+    let gone: Vec<String> = gone.map(|(field, who)| format!("\n  {field}: {who}")).collect();
+    ensure!(
+        gone.is_empty(),
+        "the profile schema lacks fields that somebody declared; keep them, or have these changed first:{}",
+        gone.concat()
+    );
+    Ok(())
+}
+
 /// The relay alone.
 pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyhow::Result<()> {
     warn_of_unknown_settings();
@@ -95,23 +163,27 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let broker = settings.amqp.open(&mut faults);
     let address = settings.listen.parse(&mut faults);
     let watching = settings.watching.parse(&mut faults);
+    let limits = settings.limits.parse(&mut faults);
     faults.none()?;
-    let (Some(db), Some(broker), Some(address), Some(watching)) = (db, broker, address, watching) else {
+    let (Some(db), Some(broker), Some(address), Some(watching), Some(limits)) = (db, broker, address, watching, limits)
+    else {
         unreachable!("no faults, so all are there")
     };
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    let listener = listen(address).await?;
+    warn_of_listeners(&db, Some(&broker));
+    let listener = listen(address)?;
     let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
     found?;
     let telling = Roles::new(stop.clone());
     let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
     let queries = db.pool("queries", []);
-    let app = app::ops_only(Ops::new(queries.clone(), Some(status)));
+    let limits = within_descriptors(limits);
+    let app = app::ops_only(Ops::new(queries.clone(), None, Some(status), &limits.traffic), limits.clone());
 
     announce(&listener)?;
-    web::serve(listener, app, stop).await;
+    web::serve(listener, app, limits, stop).await;
     let told = telling.ended().await;
     queries.close().await;
     ensure!(told, "a role fell, see the log");
@@ -130,9 +202,10 @@ fn tell(
 ) -> (Status, subscriptions::Status) {
     let (status, watched) = (Status::default(), subscriptions::Status::default());
     let config::Watched { idle_after, check_every } = watching;
-    let watch = Watch::new(db.clone(), Desk::new(broker.clone()), watched.clone(), idle_after, check_every);
+    let registry = broker.as_registry();
+    let watch = Watch::new(db.clone(), Desk::new(registry.clone()), watched.clone(), idle_after, check_every);
     telling.spawn("subscriptions watch", watch.run(stop.clone()));
-    let (collector, runner) = (Collector::new(db, broker.clone()), Runner::new(db, broker.clone()));
+    let (collector, runner) = (Collector::new(db, registry.clone()), Runner::new(db, registry));
     telling.spawn("dead letters", lead::serve(collector, db.clone(), stop.clone()));
     telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
@@ -141,10 +214,21 @@ fn tell(
     (status, watched)
 }
 
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    web::listen(address).with_context(|| {
         format!("cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN")
     })
+}
+
+/// The limits, with no more connections than there are descriptors for.
+fn within_descriptors(mut settings: LimitSettings) -> Limits {
+    let (wanted, limit) = (settings.connections, descriptors::raise());
+    settings.connections = descriptors::connections(wanted, limit);
+    if settings.connections < wanted {
+        let connections = settings.connections;
+        tracing::warn!(wanted, connections, limit, "fewer connections than set: the limit of open files is too low");
+    }
+    Limits::new(settings)
 }
 
 /// Servers that start together find their database not yet up: wait for it, and say so.
@@ -155,6 +239,9 @@ async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
         ensure!(tries_left > 0, trouble);
         tracing::warn!(tries_left, "waiting for the database: {trouble}");
         sleep(Duration::from_secs(1)).await;
+    }
+    for line in db.told_to_the_log().await {
+        tracing::warn!("{line}");
     }
     if migrate { bring_up_to_date(db).await } else { Ok(()) }
 }

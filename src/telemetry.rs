@@ -7,12 +7,7 @@ use std::io::IsTerminal;
 
 use clap::ValueEnum;
 use tracing::{Level, Metadata};
-use tracing_subscriber::{
-    EnvFilter, Layer,
-    filter::{FilterExt, filter_fn},
-    layer::SubscriberExt,
-    util::SubscriberInitExt,
-};
+use tracing_subscriber::{EnvFilter, filter::filter_fn, layer::SubscriberExt, util::SubscriberInitExt};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -27,12 +22,13 @@ pub enum LogFormat {
 /// # Errors
 /// When the filter does not parse.
 pub fn start(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter)?.and(filter_fn(holds_no_secret));
+    // Filters of the whole registry, not of the layer: one of a layer remembers, by thread, that it said no, and when a library only asks
+    // whether an event would be logged (sqlx does, of a notice), the next event is lost.
+    let registry = tracing_subscriber::registry().with(EnvFilter::try_new(filter)?).with(filter_fn(holds_no_secret));
     let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let registry = tracing_subscriber::registry();
     match format {
-        LogFormat::Text => registry.with(log.with_ansi(std::io::stderr().is_terminal()).with_filter(filter)).init(),
-        LogFormat::Json => registry.with(log.json().flatten_event(true).with_filter(filter)).init(),
+        LogFormat::Text => registry.with(log.with_ansi(std::io::stderr().is_terminal())).init(),
+        LogFormat::Json => registry.with(log.json().flatten_event(true)).init(),
     }
     // The words of a panic may quote a value; its place is enough to find it.
     std::panic::set_hook(Box::new(|panic| {

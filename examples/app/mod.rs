@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use sqlx::{PgPool, postgres::PgPoolOptions};
-use tidings_sdk::{consumer::Consumer, owner::Owner, subscription::Subscription, topology::Source};
+use tidings_sdk::{consumer::Consumer, owner::Owner, subscription::Subscription, topology::Source, trust::Trust};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -13,9 +13,19 @@ fn setting(name: &str) -> anyhow::Result<String> {
         .with_context(|| format!("{name} is not set; `./dev app NAME ..` sets it for the servers of ./dev run"))
 }
 
-/// The owner of the users, `TIDINGS_URL`.
+/// The owner of the users, `TIDINGS_URL` (which `TIDINGS_CA_FILE` may help to know), asked with the key `TIDINGS_API_KEY`, or the one in the file `TIDINGS_API_KEY_FILE`, which can be
+/// replaced meanwhile.
 pub fn owner() -> anyhow::Result<Owner> {
-    Owner::at(&setting("TIDINGS_URL")?).context("TIDINGS_URL")
+    let owner = Owner::at(&setting("TIDINGS_URL")?).context("TIDINGS_URL")?.trusting(&trust("TIDINGS_CA_FILE")?)?;
+    if let Some(file) = std::env::var_os("TIDINGS_API_KEY_FILE") {
+        return owner.with_key_file(file).context("TIDINGS_API_KEY_FILE");
+    }
+    owner.with_key(&setting("TIDINGS_API_KEY")?).context("TIDINGS_API_KEY")
+}
+
+/// The certificate authorities in the file of this setting, where there is one.
+fn trust(setting: &'static str) -> anyhow::Result<Trust> {
+    std::env::var_os(setting).map_or_else(|| Ok(Trust::default()), |file| Trust::in_file(file).context(setting))
 }
 
 /// The application's own database, `APP_DATABASE_URL`, with its tables.
@@ -40,11 +50,11 @@ pub fn subscription(name: &str, keys: &[&str], fields: &[&str]) -> anyhow::Resul
     Ok(subscription)
 }
 
-/// A consumer of the broker at `AMQP_URL`.
+/// A consumer of the broker at `AMQP_URL`, which `AMQP_CA_FILE` may help to know.
 pub fn consumer(subscription: Subscription, owner: Owner) -> anyhow::Result<Consumer> {
     let exchange = std::env::var("TIDINGS_EXCHANGE").unwrap_or_else(|_| "masterdata".to_owned());
     let source = Source { exchange, prefix: std::env::var("TIDINGS_ROUTING_KEY_PREFIX").ok() };
-    Ok(Consumer::new(&setting("AMQP_URL")?, source, subscription, owner)?)
+    Ok(Consumer::new(&setting("AMQP_URL")?, source, subscription, owner)?.trusting(trust("AMQP_CA_FILE")?))
 }
 
 /// Cancelled by SIGTERM or Ctrl-C.

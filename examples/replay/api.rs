@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context;
 use reqwest::{
     Client, Method, RequestBuilder, StatusCode,
-    header::{CONTENT_TYPE, IF_MATCH, IF_NONE_MATCH, RETRY_AFTER},
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, IF_MATCH, IF_NONE_MATCH, RETRY_AFTER},
 };
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -57,8 +57,11 @@ impl Answer {
 }
 
 impl Api {
-    pub fn new(url: &str) -> anyhow::Result<Self> {
-        let http = Client::builder().timeout(DEADLINE).no_proxy().build()?;
+    pub fn new(url: &str, key: &str) -> anyhow::Result<Self> {
+        let mut authorization = HeaderValue::from_str(&format!("Bearer {key}")).context("TIDINGS_API_KEY")?;
+        authorization.set_sensitive(true);
+        let headers = HeaderMap::from_iter([(AUTHORIZATION, authorization)]);
+        let http = Client::builder().timeout(DEADLINE).no_proxy().default_headers(headers).build()?;
         let users = format!("{}/v1/users", url.trim_end_matches('/'));
         Ok(Self { http, users, requests: AtomicU64::new(0), retries: AtomicU64::new(0), trouble: Mutex::default() })
     }

@@ -62,6 +62,9 @@ struct Settings {
     /// Where the service listens.
     #[arg(long, env = "TIDINGS_URL", default_value = "http://127.0.0.1:8080")]
     url: String,
+    /// A key that may read and write users.
+    #[arg(long, env = "TIDINGS_API_KEY", hide_env_values = true)]
+    api_key: String,
     /// The broker it publishes to.
     #[arg(long, env = "AMQP_URL", hide_env_values = true, default_value = "amqp://guest:guest@127.0.0.1:5672/%2f")]
     amqp_url: String,
@@ -106,7 +109,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(settings: &Settings, log: Changelog) -> anyhow::Result<Vec<Difference>> {
-    let api = Arc::new(Api::new(&settings.url)?);
+    let api = Arc::new(Api::new(&settings.url, &settings.api_key)?);
     api.check().await.map_err(|error| {
         hinted(&error, &settings.url, "start the service with ./dev run, or tell where it is with --url")
     })?;
@@ -159,7 +162,8 @@ impl Replay {
     fn new(settings: &Settings, log: Changelog) -> anyhow::Result<Self> {
         let log = Arc::new(log);
         // Two clients, so that the consumer's requests are counted by themselves.
-        let (changes, fetches) = (Arc::new(Api::new(&settings.url)?), Arc::new(Api::new(&settings.url)?));
+        let api = || Api::new(&settings.url, &settings.api_key).map(Arc::new);
+        let (changes, fetches) = (api()?, api()?);
         let users = log.lives.iter().map(|life| life.user).collect();
         let lost: HashSet<_> =
             log.lives.iter().filter(|life| settings.lose.contains(&life.key)).map(|life| life.user).collect();

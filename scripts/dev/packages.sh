@@ -10,6 +10,7 @@ package_of() {
         postgres) echo postgresql ;;
         rabbitmq) echo rabbitmq-server ;;
         curl) echo curl ;;
+        wrk) echo wrk ;;
         python) echo python3-pika ;;
         ruby) echo ruby-bunny ;;
         node) echo nodejs npm ;;
@@ -17,6 +18,8 @@ package_of() {
         java) echo default-jdk-headless librabbitmq-client-java libgoogle-gson-java ;;
         php) echo php-cli php-amqplib php-curl ;;
         linker) echo gcc libc6-dev ;;
+        cxx) echo g++ ;;
+        valgrind) echo valgrind ;;
     esac
 }
 
@@ -60,9 +63,12 @@ find_rabbitmq() {
 }
 
 find_curl() { command -v curl || { [[ -x $DEV/bin/curl ]] && echo "$DEV/bin/curl"; }; }
+find_wrk() { command -v wrk || { [[ -x $DEV/bin/wrk ]] && echo "$DEV/bin/wrk"; }; }
 find_python() { first_that_runs 'import pika' -c "$(command -v python3)" /usr/bin/python3 "$DEV/bin/python3"; }
 find_ruby() { first_that_runs 'require "bunny"' -e "$(command -v ruby)" /usr/bin/ruby "$DEV/bin/ruby"; }
 find_linker() { command -v cc; }
+find_cxx() { command -v c++; }
+find_valgrind() { command -v valgrind; }
 
 newest_first() { printf '%s\n' "$@" | sort --version-sort --reverse; }
 
@@ -150,6 +156,7 @@ move_erlang() {
 write_wrappers() {
     mkdir -p "$DEV/bin"
     write_wrapper curl
+    write_wrapper wrk
     write_wrapper python3 "PYTHONPATH=$UNPACKED/usr/lib/python3/dist-packages"
     write_wrapper ruby "RUBYLIB=$(joined "$UNPACKED"/usr/lib/{,*/}ruby/{vendor_ruby,vendor_ruby/*.*.*,*.*.*} \
         "$UNPACKED"/usr/{share,lib/*}/rubygems-integration/*/{gems/*/lib,extensions/*/*/*})"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Postgres: a private instance on a free loopback port.
+# Postgres: private instances, each on a free loopback port. The one named main is for everyone; tests start more to change their
+# settings.
 # Promise: commits are as durable as in production (fsync stays on), and no user's value gets into the server's log.
 # Not here, on purpose: a unix socket. Its path must be shorter than 107 bytes, which no checkout can promise.
 
@@ -13,29 +14,35 @@ POSTGRES_SETTINGS=(
     -c log_min_error_statement=panic
 )
 
-postgres_url() { echo "postgres://postgres@127.0.0.1:$(port postgres)/tidings"; }
+postgres_server() { if [[ $1 == main ]]; then echo postgres; else echo "postgres-$1"; fi; }
+postgres_url() { echo "postgres://postgres@127.0.0.1:$(port "$(postgres_server "${1-main}")")/tidings"; }
+postgres_servers() { find "$DEV/run" \( -name postgres -o -name 'postgres-*' \) -printf '%f\n' 2>/dev/null | sort; }
 
 start_postgres() (
     use_unpacked
-    bin=$(find_postgres)
-    data=$(postgres_data "$bin")
-    if [[ $(state_of postgres) == frozen ]]; then kill_process postgres; fi
-    if ! alive postgres; then
+    name=$1 server=$(postgres_server "$1") bin=$(find_postgres)
+    data=$(postgres_data "$bin" "$name")
+    if [[ $(state_of "$server") == frozen ]]; then kill_process "$server"; fi
+    if ! alive "$server"; then
         as_account test -d "$data" || create_cluster "$bin" "$data"
         forget_dead_postmaster "$data"
-        choose_port postgres
-        launch postgres "${AS_ACCOUNT[@]}" "$bin/postgres" -D "$data" -p "$(port postgres)" "${POSTGRES_SETTINGS[@]}"
+        choose_port "$server"
+        launch "$server" "${AS_ACCOUNT[@]}" "$bin/postgres" -D "$data" -p "$(port "$server")" "${POSTGRES_SETTINGS[@]}"
     fi
-    wait_ready postgres 60 postgres_answers "$bin"
-    postgres_query "$bin" "select 1 from pg_database where datname = 'tidings'" | grep -q . ||
-        postgres_query "$bin" "create database tidings" >/dev/null
+    wait_ready "$server" 60 postgres_answers "$bin" "$server"
+    postgres_query "$bin" "$server" "select 1 from pg_database where datname = 'tidings'" | grep -q . ||
+        postgres_query "$bin" "$server" "create database tidings" >/dev/null
 )
 
 # Fast shutdown: sessions are ended, nothing is lost.
-stop_postgres() { stop_process postgres INT 20; }
+stop_postgres() { stop_process "$(postgres_server "$1")" INT 20; }
+stop_every_postgres() {
+    local server
+    for server in $(postgres_servers); do stop_process "$server" INT 20; done
+}
 
-postgres_query() { "$1/psql" -XAtq -h 127.0.0.1 -p "$(port postgres)" -U postgres -d postgres -c "$2"; }
-postgres_answers() { postgres_query "$1" 'select 1' >/dev/null 2>&1; }
+postgres_query() { "$1/psql" -XAtq -h 127.0.0.1 -p "$(port "$2")" -U postgres -d postgres -c "$3"; }
+postgres_answers() { postgres_query "$1" "$2" 'select 1' >/dev/null 2>&1; }
 
 # An interrupted initdb leaves only the unfinished folder, which the next one replaces.
 create_cluster() {
@@ -60,7 +67,8 @@ postgres_data() {
     local version
     version=$("$1/postgres" --version)
     version=${version##*(PostgreSQL) }
-    echo "$(postgres_home)/${version%%[!0-9]*}"
+    version=${version%%[!0-9]*}
+    if [[ $2 == main ]]; then echo "$(postgres_home)/$version"; else echo "$(postgres_home)/$2-$version"; fi
 }
 
 # Postgres refuses to run as root: root runs it with an account that may do nothing else.

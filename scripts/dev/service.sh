@@ -32,6 +32,32 @@ start_service() {
 # The service itself allows its requests 20 seconds to end.
 stop_service() { stop_process tidings TERM 25; }
 
+# The key of this checkout's own client, which may everything. Made anew when the database does not know it any more.
+key() {
+    local file=$DEV/key
+    if [[ ! -s $file ]] || ! key_opens "$(<"$file")"; then make_key "$file"; fi
+    cat "$file"
+}
+
+make_key() {
+    local made
+    use_servers
+    "$(binary)" client revoke dev 2>/dev/null || true
+    made=$("$(binary)" client create dev --scope admin --purpose 'development on this machine' 2>/dev/null) ||
+        die "there can be no key" "$(binary) client create dev --scope admin"
+    (umask 077 && echo "$made" >"$1")
+}
+
+# By hand, as there may be no curl.
+key_opens() {
+    local status
+    status=$({
+        printf 'GET /v1/users?limit=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\nConnection: close\r\n\r\n' "$1" >&3
+        timeout 5 head -n 1 <&3
+    } 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$(port_of_service)")
+    [[ $status == 'HTTP/1.1 200 '* ]]
+}
+
 # What a running service was started from: the binary, and all that it reads from its environment. Hashed, as it may
 # contain passwords.
 fingerprint() {
@@ -78,8 +104,9 @@ port_of_service() {
 }
 
 print_what_to_try() {
-    local url curl=curl dev=./dev user
+    local url curl=curl dev=./dev user key
     url=$(service_url)
+    key=$(key)
     user=$(</proc/sys/kernel/random/uuid)
     [[ $PWD == "$ROOT" ]] || dev=$ROOT/dev
     command -v curl >/dev/null || curl=$(find_curl)
@@ -87,15 +114,15 @@ print_what_to_try() {
 tidings is ready at $url
 
 Create a user:
-  $curl -sS -X PUT $url/v1/users/$user -H 'content-type: application/json' -d '{"profile":{"first_name":"Ana","job_title":"Author"}}'
+  $curl -sS -X PUT $url/v1/users/$user -H 'authorization: Bearer $key' -H 'content-type: application/json' -d '{"profile":{"first_name":"Ana","job_title":"Author"}}'
 
 Watch the news, in a second terminal:
   $dev tail
 
 Amend the user, and see the news arrive there:
-  $curl -sS -X PATCH $url/v1/users/$user -H 'content-type: application/merge-patch+json' -d '{"profile":{"job_title":"Editor"}}'
+  $curl -sS -X PATCH $url/v1/users/$user -H 'authorization: Bearer $key' -H 'content-type: application/merge-patch+json' -d '{"profile":{"job_title":"Editor"}}'
 
-To stop everything: $dev down
+The key may everything; \`$dev key\` prints it again. To stop everything: $dev down
 END
 }
 
@@ -103,6 +130,11 @@ END
 tidings() {
     [[ -x $(binary) ]] || die "tidings is not built yet" "./dev run"
     use_servers
+    if alive tidings; then
+        TIDINGS_URL=$(service_url)
+        TIDINGS_API_KEY=$(key)
+        export TIDINGS_URL TIDINGS_API_KEY
+    fi
     exec "$(binary)" "$@"
 }
 
@@ -113,12 +145,13 @@ app() {
         die "no such application: $name" "orders, events, crm and invoices are in examples/"
     shift
     TIDINGS_URL=$(service_url)
+    TIDINGS_API_KEY=$(key)
     use_servers
     provide postgres
     bin=$(find_postgres)
     APP_DATABASE_URL=${DATABASE_URL%/*}/app_$name
     (use_unpacked && "$bin/psql" "$APP_DATABASE_URL" -qc '' 2>/dev/null ||
         "$bin/psql" "$DATABASE_URL" -qc "create database app_$name") >&2 || die "there can be no database app_$name"
-    export TIDINGS_URL APP_DATABASE_URL
+    export TIDINGS_URL TIDINGS_API_KEY APP_DATABASE_URL
     exec cargo run --quiet --locked --manifest-path "$ROOT/Cargo.toml" --example "$name" -- "$@"
 }

@@ -1,6 +1,6 @@
 //! What the service and its consumers agree on, and what a consumer in Rust needs to keep up.
 //!
-//! [`envelope`], [`subscription`], [`topology`], [`letter`], [`digest`] and [`trace`] are the contract, which the service stands on too;
+//! [`envelope`], [`subscription`], [`topology`], [`letter`], [`digest`] and [`trace`] are the contract, which the service stands on too, as it does on [`trust`];
 //! [`consumer`], [`owner`], [`cache`] and (with the feature of that name) `mirror` are for applications that listen.
 //!
 //! Promise: one definition of the wire contract; the service publishes with it, a consumer reads with it.
@@ -17,3 +17,4 @@ pub mod owner;
 pub mod subscription;
 pub mod topology;
 pub mod trace;
+pub mod trust;

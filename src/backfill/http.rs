@@ -2,7 +2,6 @@
 
 use axum::{
     Json,
-    extract::State as Of,
     http::{StatusCode, header},
 };
 use serde::{Deserialize, Serialize};
@@ -17,11 +16,12 @@ use super::{
     WaitingFor, Whom,
 };
 use crate::{
+    clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
-    web::{Body, BodyRefusals, Name, Params, Problem, ProblemBody, Refusals, body_invalid},
+    web::{Body, Code, NoParams, Params, Problem, Refusals, body_invalid, refuses},
 };
 
-pub fn routes() -> OpenApiRouter<Backfills> {
+pub fn routes() -> OpenApiRouter<Guarded<Backfills>> {
     OpenApiRouter::new()
         .routes(routes!(start, show))
         .routes(routes!(pause))
@@ -29,22 +29,31 @@ pub fn routes() -> OpenApiRouter<Backfills> {
         .routes(routes!(cancel))
 }
 
+/// The verbs' errors.
+struct Finding;
+struct Starting;
+struct Acting;
+
+refuses!(
+    Finding => [SubscriptionNotFound, BackfillNotFound, DatabaseUnavailable];
+    Starting => [SubscriptionNotFound, BackfillRunning, DatabaseUnavailable];
+    Acting => [BackfillOver];
+);
+
 /// Tell a subscription of users as if each had just changed.
 ///
 /// One message per user goes to this subscription's queue alone, with the header `tidings-backfill`: `user.created` if the subscription
 /// wants that, else `profile.updated` with the subscription's fields; of deleted users `user.deleted`. Of whom it wants to hear nothing,
 /// it hears nothing. News goes first: nothing is sent while `max_waiting` messages wait in the queue, or while news is held up.
-#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "startBackfill",
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "startBackfill", security(("key" = ["subscriptions"])),
     request_body(content = Start, example = json!({ "users": "all", "rate_per_s": 2000 })),
-    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 202, description = "Accepted: it begins within a second", body = Progress,
                headers(("Location" = String, description = "Where to look at it"))),
-        (status = 409, description = "`backfill_running`: one is under way", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`subscription_not_found`", body = ProblemBody, content_type = "application/problem+json"),
-        BodyRefusals, Refusals))]
+        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Start>, Starting)>))]
 async fn start(
-    Of(backfills): Of<Backfills>,
-    Name(name): Name,
+    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
@@ -55,12 +64,12 @@ async fn start(
 }
 
 /// The backfill under way, or the last one.
-#[utoipa::path(get, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "getBackfill",
-    params(("name" = String, Path, description = "The subscription", example = "orders")),
-    responses((status = 200, description = "How far it is", body = Progress), Absences, Refusals))]
+#[utoipa::path(get, path = "/v1/subscriptions/{name}/backfill", tag = "subscriptions", operation_id = "getBackfill", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription")),
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding)>))]
 async fn show(
-    Of(backfills): Of<Backfills>,
-    Name(name): Name,
+    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     Ok(Json(Progress::of(&name, &backfills.get(&name).await?)))
@@ -69,39 +78,39 @@ async fn show(
 /// Pause a backfill.
 ///
 /// Within a second nothing more is sent. It stays where it is until it is resumed or cancelled.
-#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:pause", tag = "subscriptions", operation_id = "pauseBackfill",
-    params(("name" = String, Path, description = "The subscription", example = "orders")),
-    responses((status = 200, description = "How far it is", body = Progress), Absences, OverRefusal, Refusals))]
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:pause", tag = "subscriptions", operation_id = "pauseBackfill", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription")),
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
 async fn pause(
-    Of(backfills): Of<Backfills>,
-    Name(name): Name,
+    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Pause).await
 }
 
 /// Go on with a backfill that was paused, or change the rate of one that runs.
-#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:resume", tag = "subscriptions", operation_id = "resumeBackfill",
-    params(("name" = String, Path, description = "The subscription", example = "orders"), NewRate),
-    responses((status = 200, description = "How far it is", body = Progress), Absences, OverRefusal, Refusals))]
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:resume", tag = "subscriptions", operation_id = "resumeBackfill", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription"), NewRate),
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NewRate>, Finding, Acting)>))]
 async fn resume(
-    Of(backfills): Of<Backfills>,
-    Name(name): Name,
+    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Mine(name): Mine,
     Params(asked): Params<NewRate>,
 ) -> Result<Json<Progress>, Problem> {
     if asked.rate_per_s.is_some_and(|rate| !RATES.contains(&rate)) {
-        return Err(Problem::bad_request("invalid_query", format!("rate_per_s {}", rate_range())));
+        return Err(Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range())));
     }
     act(&backfills, &name, Action::Resume(asked.rate_per_s)).await
 }
 
 /// Cancel a backfill. What was sent stays in the queue.
-#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:cancel", tag = "subscriptions", operation_id = "cancelBackfill",
-    params(("name" = String, Path, description = "The subscription", example = "orders")),
-    responses((status = 200, description = "How far it was", body = Progress), Absences, OverRefusal, Refusals))]
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:cancel", tag = "subscriptions", operation_id = "cancelBackfill", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription")),
+    responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
 async fn cancel(
-    Of(backfills): Of<Backfills>,
-    Name(name): Name,
+    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Cancel).await
@@ -113,10 +122,6 @@ async fn act(backfills: &Backfills, name: &SubscriptionName, action: Action) -> 
 
 /// Room for 10,000 ids.
 const START_LIMIT_BYTES: usize = 512 * 1024;
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoParams {}
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -241,35 +246,16 @@ impl Progress {
     }
 }
 
-/// Refusals when there is none.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum Absences {
-    /// `subscription_not_found`, or `backfill_not_found`: it never had one.
-    #[response(status = 404, content_type = "application/problem+json")]
-    NotFound(ProblemBody),
-}
-
-/// Refusals when there is nothing left to do.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum OverRefusal {
-    /// `backfill_over`: it is done or was cancelled.
-    #[response(status = 409, content_type = "application/problem+json")]
-    Over(ProblemBody),
-}
-
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
-        let refused = |status, code| Self::new(status, code, error.to_string());
-        match &error {
-            Error::NoSubscription => refused(StatusCode::NOT_FOUND, "subscription_not_found"),
-            Error::NoBackfill => refused(StatusCode::NOT_FOUND, "backfill_not_found"),
-            Error::Running => refused(StatusCode::CONFLICT, "backfill_running"),
-            Error::Over => refused(StatusCode::CONFLICT, "backfill_over"),
+        match error {
+            Error::NoSubscription => Code::SubscriptionNotFound.into(),
+            Error::NoBackfill => Code::BackfillNotFound.into(),
+            Error::Running => Code::BackfillRunning.into(),
+            Error::Over => Code::BackfillOver.into(),
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
-                Self::unavailable("database_unavailable", "the database does not answer")
+                Code::DatabaseUnavailable.into()
             }
         }
     }

@@ -31,8 +31,10 @@ use crate::{
 
 /// Users in a page: what is read at once, and the most that is passed before it is noted.
 const PAGE: usize = 1_000;
-/// Messages under way at once.
-const CHUNK: usize = 200;
+/// Users in a page of a slow walk.
+const SMALL_PAGE: usize = 200;
+/// Messages under way at once: a page, so that a fast walk waits for the broker once a page and not five times.
+const CHUNK: usize = PAGE;
 /// Between two notes of how far it is.
 const NOTE: Duration = Duration::from_secs(1);
 /// Between two looks at a queue that has no room.
@@ -153,7 +155,7 @@ impl Run {
     async fn read_on(&mut self) -> anyhow::Result<bool> {
         // Of a slow walk little is read ahead: what is told would be old when it is told.
         let of_a_second = usize::try_from(self.orders.borrow().rate_per_s)?;
-        let limit = of_a_second.clamp(CHUNK, PAGE);
+        let limit = of_a_second.clamp(SMALL_PAGE, PAGE);
         let past = self.progress.reached.unwrap_or_default();
         self.ahead = match &self.backfill.user_ids {
             Some(ids) => {

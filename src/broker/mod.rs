@@ -9,19 +9,21 @@ mod publisher;
 pub use post::{Parcel, Post};
 pub use publisher::{Outcome, Publisher, Verdict};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use lapin::{
     Channel, Connection, ConnectionProperties, ExchangeKind,
-    options::ExchangeDeclareOptions,
+    options::{BasicPublishOptions, ExchangeDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
-    uri::AMQPUri,
+    uri::{AMQPScheme, AMQPUri},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tidings_sdk::{envelope::Event, topology::Source};
-use tokio::time::timeout;
+use tidings_sdk::{envelope::Event, topology::Source, trust::Trust};
+use tokio::{sync::Mutex, time::timeout};
+
+use crate::db::is_loopback;
 
 /// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -29,8 +31,20 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const HEARTBEAT_S: u16 = 10;
 /// For one request of the set-up (declare, bind, confirm.select).
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
+
+/// How everything is published: what no queue takes comes back.
+pub const PUBLISHED: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
+
+/// CloudEvents source: which owner of master data speaks.
+pub fn cloudevents_source(exchange: &str) -> String {
+    let name: String =
+        exchange.chars().map(|c| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '-' }).collect();
+    format!("urn:tidings:{name}")
+}
 
 /// The address of a broker.
 ///
@@ -38,7 +52,8 @@ const NAME_LIMIT_BYTES: usize = 200;
 /// When `url` is no AMQP URL. The URL is not repeated: it holds a password.
 pub fn parse_url(url: &SecretString) -> anyhow::Result<AMQPUri> {
     let uri = url.expose_secret().parse();
-    let mut uri: AMQPUri = uri.map_err(|_| anyhow::anyhow!("expected amqp://USER:PASSWORD@HOST/VHOST"))?;
+    let mut uri: AMQPUri =
+        uri.map_err(|_| anyhow::anyhow!("expected amqp://USER:PASSWORD@HOST/VHOST, or amqps:// for TLS"))?;
     uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
     Ok(uri)
 }
@@ -72,13 +87,35 @@ pub fn parse_prefix(prefix: &str) -> anyhow::Result<String> {
 #[derive(Clone)]
 pub struct Broker {
     uri: AMQPUri,
+    trust: Trust,
     exchange: String,
     prefix: Option<String>,
+    /// Where there is a user of its own for all but publishing to the exchange.
+    registry: Option<Arc<Registry>>,
+}
+
+/// The user who may declare, and a connection of his, dialled when it is first needed.
+struct Registry {
+    uri: AMQPUri,
+    connection: Mutex<Option<Connection>>,
 }
 
 impl Broker {
-    pub fn new(uri: AMQPUri, exchange: String, prefix: Option<String>) -> Self {
-        Self { uri, exchange, prefix }
+    pub fn new(uri: AMQPUri, trust: Trust, exchange: String, prefix: Option<String>) -> Self {
+        Self { uri, trust, exchange, prefix, registry: None }
+    }
+
+    /// With another user for all but publishing to the exchange.
+    #[must_use]
+    pub fn with_registry(self, uri: AMQPUri) -> Self {
+        Self { registry: Some(Arc::new(Registry { uri, connection: Mutex::new(None) })), ..self }
+    }
+
+    /// The same broker as the user for all but publishing to the exchange; where there is no such user, as the one there is.
+    #[must_use]
+    pub fn as_registry(&self) -> Self {
+        let uri = self.registry.as_ref().map_or(&self.uri, |registry| &registry.uri);
+        Self { uri: uri.clone(), registry: None, ..self.clone() }
     }
 
     pub fn exchange(&self) -> &str {
@@ -98,6 +135,11 @@ impl Broker {
         }
     }
 
+    /// By whose word it is known.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
     /// Its namespace at the broker.
     pub fn vhost(&self) -> &str {
         &self.uri.vhost
@@ -110,27 +152,50 @@ impl Broker {
 
     /// CloudEvents source: which owner of master data speaks.
     pub fn source(&self) -> String {
-        let name: String = self
-            .exchange
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '-' })
-            .collect();
-        format!("urn:tidings:{name}")
+        cloudevents_source(&self.exchange)
     }
 
     /// A new connection; `purpose` is its name in the broker's lists.
     pub async fn connect(&self, purpose: &str) -> anyhow::Result<Connection> {
         let properties = ConnectionProperties::default().with_connection_name(format!("tidings {purpose}").into());
-        within(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties))
-            .await
-            .context("the broker cannot be reached")
+        let connected = within(CONNECT_DEADLINE, self.trust.connect(&self.uri, properties)).await;
+        connected.context(match self.uri.scheme {
+            AMQPScheme::AMQP => "the broker cannot be reached",
+            AMQPScheme::AMQPS => "the broker cannot be reached over TLS",
+        })
     }
 
-    /// A channel on which the exchange is known to be a durable topic exchange.
+    /// Whether what is said travels in the clear, to somewhere else than this machine.
+    pub fn is_overheard(&self) -> bool {
+        let in_the_clear = |uri: &AMQPUri| uri.scheme == AMQPScheme::AMQP && !is_loopback(&uri.authority.host);
+        in_the_clear(&self.uri) || self.registry.as_ref().is_some_and(|registry| in_the_clear(&registry.uri))
+    }
+
+    /// A channel, and the exchange is known to be a durable topic exchange.
     ///
     /// # Errors
     /// When the exchange exists with another type, or the broker does not answer.
     pub async fn channel_with_exchange(&self, connection: &Connection) -> anyhow::Result<Channel> {
+        let Some(registry) = &self.registry else { return self.channel_that_declared(connection).await };
+        self.as_registry().vouch(&registry.connection).await?;
+        request(connection.create_channel()).await
+    }
+
+    /// Who may only write could not tell an exchange of another type: a passive declaration does not compare.
+    async fn vouch(&self, kept: &Mutex<Option<Connection>>) -> anyhow::Result<()> {
+        let mut kept = kept.lock().await;
+        let connection = match kept.take().filter(|connection| connection.status().connected()) {
+            Some(connection) => connection,
+            None => self.connect("set-up").await.context("as the user of AMQP_REGISTRY_URL")?,
+        };
+        let channel = self.channel_that_declared(&connection).await?;
+        request(channel.close(200, "bye".into())).await?;
+        // After an error the connection goes with it: the next one begins anew.
+        *kept = Some(connection);
+        Ok(())
+    }
+
+    async fn channel_that_declared(&self, connection: &Connection) -> anyhow::Result<Channel> {
         let channel = request(connection.create_channel()).await?;
         match request(self.declare_exchange(&channel, false)).await {
             Ok(()) => Ok(channel),
@@ -142,6 +207,14 @@ impl Broker {
                 Ok(channel)
             }
             Err(error) => Err(error).with_context(|| format!("exchange {:?} cannot be used", self.exchange)),
+        }
+    }
+
+    /// Ends the connection of the user who may declare.
+    pub async fn hang_up(&self) {
+        let Some(registry) = &self.registry else { return };
+        if let Some(connection) = registry.connection.lock().await.take() {
+            let _ = timeout(FAREWELL, connection.close(200, "bye".into())).await;
         }
     }
 
@@ -191,9 +264,25 @@ mod tests {
             assert!(parse_prefix(prefix).is_err(), "{prefix}");
         }
         let uri = parse_url(&"amqp://localhost".into()).unwrap();
-        let broker = Broker::new(uri, parse_exchange("master data").unwrap(), Some(parse_prefix("eu.prod").unwrap()));
+        let broker = Broker::new(
+            uri,
+            Trust::default(),
+            parse_exchange("master data").unwrap(),
+            Some(parse_prefix("eu.prod").unwrap()),
+        );
         assert_eq!(broker.routing_key(&Event::Deleted), "eu.prod.user.deleted");
         assert_eq!(broker.source(), "urn:tidings:master-data");
+    }
+
+    #[test]
+    fn who_may_listen_is_told_by_the_address() {
+        let is_overheard = |url: &str| {
+            Broker::new(parse_url(&url.into()).unwrap(), Trust::default(), "masterdata".into(), None).is_overheard()
+        };
+        assert!(
+            !is_overheard("amqp://localhost") && !is_overheard("amqp://[::1]:1/%2f") && !is_overheard("amqps://broker")
+        );
+        assert!(is_overheard("amqp://broker") && is_overheard("amqp://10.0.0.1"));
     }
 
     #[test]

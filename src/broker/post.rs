@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use futures_util::future::try_join_all;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
+    options::ConfirmSelectOptions,
     types::{AMQPValue, ShortString},
 };
 use tidings_sdk::{
@@ -19,7 +19,7 @@ use tidings_sdk::{
 };
 use uuid::Uuid;
 
-use super::{Broker, Outcome, request};
+use super::{Broker, Outcome, PUBLISHED, request};
 
 /// One message.
 pub struct Parcel {
@@ -82,7 +82,6 @@ fn outcome(taken: bool, came_back: bool) -> Outcome {
 }
 
 async fn publish(channel: Channel, exchange: String, parcel: Parcel) -> lapin::Result<Confirmation> {
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
     let Parcel { properties, body, .. } = parcel;
-    channel.basic_publish(exchange.into(), WORK.into(), options, &body, properties).await?.await
+    channel.basic_publish(exchange.into(), WORK.into(), PUBLISHED, &body, properties).await?.await
 }

@@ -7,24 +7,17 @@ use std::{
     collections::{HashSet, VecDeque},
     future::pending,
     pin::Pin,
-    time::Duration,
 };
 
 use anyhow::{Context, ensure};
 use futures_util::FutureExt;
-use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
-};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, options::ConfirmSelectOptions};
 use tidings_sdk::envelope::message_id;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Broker, request};
+use super::{Broker, FAREWELL, PUBLISHED, request};
 use crate::outbox::{Entry, OutboxId};
-
-/// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What became of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,7 +157,8 @@ impl Publisher {
 
     pub async fn close(self) {
         // Gone either way; saying goodbye spares the broker a warning in its log.
-        let _ = timeout(CLOSE_DEADLINE, self.connection.close(200, "bye".into())).await;
+        let closed = timeout(FAREWELL, self.connection.close(200, "bye".into()));
+        let _ = tokio::join!(closed, self.broker.hang_up());
     }
 }
 
@@ -175,8 +169,7 @@ async fn publish(
     properties: BasicProperties,
     body: Vec<u8>,
 ) -> lapin::Result<Confirmation> {
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
-    channel.basic_publish(exchange.into(), routing_key.into(), options, &body, properties).await?.await
+    channel.basic_publish(exchange.into(), routing_key.into(), PUBLISHED, &body, properties).await?.await
 }
 
 impl Parcel {

@@ -2,42 +2,59 @@
 
 use std::collections::BTreeMap;
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{Json, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use tidings_sdk::{envelope::FieldName, letter::Reason};
 use time::OffsetDateTime;
-use utoipa::IntoParams;
+use utoipa::{
+    IntoParams,
+    openapi::{ObjectBuilder, RefOr, Schema, schema::Type},
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{DeadLetter, DeadLetters, Error, Redriven, Selection};
 use crate::{
+    clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
     telemetry::with_causes,
     web::{
-        Body, BodyRefusals, MessageId, Name, Params, Problem, ProblemBody, Refusals, body_invalid, cursor,
-        invalid_cursor, read_cursor,
+        Body, Code, Cursor, MessageId, NoParams, Params, Problem, Refusals, body_invalid, cursor, invalid_cursor,
+        read_cursor, refuses,
     },
 };
 
-pub fn routes() -> OpenApiRouter<DeadLetters> {
+pub fn routes() -> OpenApiRouter<Guarded<DeadLetters>> {
     OpenApiRouter::new().routes(routes!(list, purge)).routes(routes!(redrive)).routes(routes!(forget))
 }
+
+/// The verbs' errors.
+struct Reading;
+struct Redriving;
+struct Confirming;
+struct Missing;
+
+refuses!(
+    Reading => [SubscriptionNotFound, DatabaseUnavailable];
+    Redriving => [QueueLost, NoBrokerHere, BrokerUnavailable];
+    Confirming => [ConfirmationRequired];
+    Missing => [DeadLetterNotFound];
+);
 
 /// What a subscription could not handle, in the order in which it came.
 ///
 /// Ids, names of fields and reasons; never a value. Letters are here within seconds after the consumer gave up on them.
-#[utoipa::path(get, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "listDeadLetters",
-    params(("name" = String, Path, description = "The subscription", example = "orders"), PageAfter),
-    responses((status = 200, description = "A page of dead letters", body = Page), Unknown, Refusals))]
+#[utoipa::path(get, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "listDeadLetters", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription"), PageAfter),
+    responses((status = 200, description = "A page of dead letters", body = Page), Refusals<(ManageSubscriptions, Mine, Params<PageAfter>, Cursor, Reading)>))]
 async fn list(
-    State(letters): State<DeadLetters>,
-    Name(name): Name,
+    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Mine(name): Mine,
     Params(page): Params<PageAfter>,
 ) -> Result<Json<Page>, Problem> {
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::bad_request("invalid_query", format!("limit is a number from 1 to {MAX_PAGE}")));
+        return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
     }
     let after = page.after.as_deref().map(read_place).transpose()?.unwrap_or_default();
     let found = letters.list(&name, after, limit, page.reason).await?;
@@ -52,16 +69,14 @@ async fn list(
 /// Up to 1,000 a request, the oldest first; repeat while `left` is not 0. Their attempts start anew; the header `tidings-redriven` says
 /// how often a message was put back. A letter goes from the list when the broker has confirmed the message: a crash in between, or two
 /// requests at once, put it into the queue twice, and lose nothing. Malformed letters cannot be put back.
-#[utoipa::path(post, path = "/v1/subscriptions/{name}/dead-letters:redrive", tag = "subscriptions", operation_id = "redriveDeadLetters",
+#[utoipa::path(post, path = "/v1/subscriptions/{name}/dead-letters:redrive", tag = "subscriptions", operation_id = "redriveDeadLetters", security(("key" = ["subscriptions"])),
     request_body(content = Redrive, example = json!({ "reason": "handler_failed" })),
-    params(("name" = String, Path, description = "The subscription", example = "orders")),
+    params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "What was done, and what is left", body = Done),
-        (status = 409, description = "`queue_lost`: the subscription's queue is not at the broker. Its letters are kept.",
-         body = ProblemBody, content_type = "application/problem+json"),
-        Unknown, BodyRefusals, Refusals))]
+        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
 async fn redrive(
-    State(letters): State<DeadLetters>,
-    Name(name): Name,
+    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
@@ -74,36 +89,33 @@ async fn redrive(
 ///
 /// The users they speak of are not told again. `confirm` repeats the subscription's name; without it nothing is dropped, and the
 /// refusal says how many there are.
-#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "purgeDeadLetters",
-    params(("name" = String, Path, description = "The subscription", example = "orders"), Purge),
+#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "purgeDeadLetters", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription"), Purge),
     responses((status = 200, description = "How many were dropped", body = Purged),
-        (status = 409, description = "`confirmation_required`: says how many there are, and how to confirm",
-         body = ProblemBody, content_type = "application/problem+json"),
-        Unknown, Refusals))]
+        Refusals<(ManageSubscriptions, Mine, Params<Purge>, Reading, Confirming)>))]
 async fn purge(
-    State(letters): State<DeadLetters>,
-    Name(name): Name,
+    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Mine(name): Mine,
     Params(asked): Params<Purge>,
 ) -> Result<Json<Purged>, Problem> {
     if asked.confirm.as_deref() != Some(name.as_str()) {
         let count = letters.count(&name, asked.reason).await?;
         let detail = format!("this would drop {count} dead letters for good; repeat it with confirm={name}");
-        return Err(Problem::new(StatusCode::CONFLICT, "confirmation_required", detail));
+        return Err(Problem::new(Code::ConfirmationRequired, detail));
     }
     let up_to = letters.last_place(&name).await?;
     Ok(Json(Purged { purged: letters.purge(&name, asked.reason, up_to).await? }))
 }
 
 /// Drop one dead letter for good.
-#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters/{message_id}", tag = "subscriptions", operation_id = "forgetDeadLetter",
-    params(("name" = String, Path, description = "The subscription", example = "orders"),
+#[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters/{message_id}", tag = "subscriptions", operation_id = "forgetDeadLetter", security(("key" = ["subscriptions"])),
+    params(("name" = crate::web::Name, Path, description = "The subscription"),
            ("message_id" = Uuid, Path, description = "The message")),
     responses((status = 204, description = "It is gone"),
-        (status = 404, description = "`subscription_not_found` or `dead_letter_not_found`",
-         body = ProblemBody, content_type = "application/problem+json"), Refusals))]
+        Refusals<(ManageSubscriptions, Mine, MessageId, Params<NoParams>, Reading, Missing)>))]
 async fn forget(
-    State(letters): State<DeadLetters>,
-    Name(name): Name,
+    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Mine(name): Mine,
     MessageId(message_id): MessageId,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<StatusCode, Problem> {
@@ -118,10 +130,6 @@ fn read_place(text: &str) -> Result<i64, Problem> {
     i64::try_from(read_cursor(text)?.as_u128()).map_err(|_| invalid_cursor())
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoParams {}
-
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -133,7 +141,7 @@ struct PageAfter {
     #[param(required = false)]
     after: Option<String>,
     /// Only letters of this reason.
-    #[param(required = false, value_type = String, example = "handler_failed")]
+    #[param(required = false, inline, value_type = DeadLetterReason, example = "handler_failed")]
     reason: Option<Reason>,
 }
 
@@ -145,9 +153,24 @@ struct Purge {
     #[param(required = false, example = "orders")]
     confirm: Option<String>,
     /// Only letters of this reason.
-    #[param(required = false, value_type = String, example = "malformed")]
+    #[param(required = false, inline, value_type = DeadLetterReason, example = "malformed")]
     reason: Option<Reason>,
 }
+
+/// What a [`Reason`] is called, for the document.
+struct DeadLetterReason;
+
+impl utoipa::PartialSchema for DeadLetterReason {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .enum_values(Some(Reason::ALL.map(Reason::as_str)))
+            .examples(["handler_failed"])
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for DeadLetterReason {}
 
 /// Which letters to put back: one of the three.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
@@ -157,7 +180,7 @@ pub struct Redrive {
     #[schema(required = false, max_items = 1000)]
     message_ids: Option<Vec<Uuid>>,
     /// All of this reason.
-    #[schema(required = false, value_type = String)]
+    #[schema(required = false, value_type = DeadLetterReason)]
     reason: Option<Reason>,
     /// All: `true`.
     #[schema(required = false)]
@@ -227,9 +250,8 @@ pub struct Shown {
     event: Option<&'static str>,
     #[schema(value_type = Option<Vec<String>>, example = json!(["job_title"]))]
     changed_fields: Option<Vec<FieldName>>,
-    /// Why it was given up: `malformed`, `unknown_user`, `fetch_failed`, `handler_failed`, `handler_panicked`, `handler_timed_out`,
-    /// `rejected`, `delivery_limit` or `other`.
-    #[schema(value_type = String, example = "handler_failed")]
+    /// Why it was given up.
+    #[schema(value_type = DeadLetterReason)]
     reason: Reason,
     /// How often its consumer tried.
     attempts: i32,
@@ -263,40 +285,20 @@ impl From<DeadLetter> for Shown {
     }
 }
 
-/// Refusals when there is no such subscription.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum Unknown {
-    /// `subscription_not_found`: nobody registered this name.
-    #[response(status = 404, content_type = "application/problem+json")]
-    NotFound(ProblemBody),
-}
-
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         match error {
-            Error::NoSubscription => Self::new(
-                StatusCode::NOT_FOUND,
-                "subscription_not_found",
-                "nobody registered a subscription of this name",
-            ),
-            Error::NoLetter => Self::new(StatusCode::NOT_FOUND, "dead_letter_not_found", error.to_string()),
-            Error::QueueLost => Self::new(StatusCode::CONFLICT, "queue_lost", error.to_string()),
-            Error::NoBroker => Self::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "no_broker_here",
-                "this instance runs without a broker; ask one that relays",
-            ),
+            Error::NoSubscription => Code::SubscriptionNotFound.into(),
+            Error::NoLetter => Code::DeadLetterNotFound.into(),
+            Error::QueueLost => Code::QueueLost.into(),
+            Error::NoBroker => Code::NoBrokerHere.into(),
             Error::Broker(cause) => {
                 tracing::warn!("the broker did not take dead letters back: {}", with_causes(&cause));
-                Self::unavailable(
-                    "broker_unavailable",
-                    "the broker does not take messages; what it did not confirm is kept",
-                )
+                Self::new(Code::BrokerUnavailable, "the broker does not take messages; what it did not confirm is kept")
             }
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
-                Self::unavailable("database_unavailable", "the database does not answer; nothing was lost")
+                Self::new(Code::DatabaseUnavailable, "the database does not answer; nothing was lost")
             }
         }
     }

@@ -12,7 +12,7 @@ mod store;
 
 pub use collector::Collector;
 pub use http::{Redrive, routes};
-pub use model::{DeadLetter, Left, Redriven, Selection};
+pub use model::{DeadLetter, Left, REDRIVEN, Redriven, Selection};
 pub use store::{COUNTS, DROP, FORGET, KEEP, KNOWN, LAST_PLACE, LEFT, NAMES, PAGE, PURGE, REASONS, TAKE, counts};
 
 use std::{collections::BTreeMap, time::Duration};
@@ -28,7 +28,7 @@ use crate::{
     broker::{Broker, Outcome, Parcel, Post, request},
     db::{self, Trouble},
 };
-use model::{Place, REDRIVEN};
+use model::Place;
 
 /// Letters in one request to redrive.
 const REDRIVE_AT_MOST: usize = 1_000;

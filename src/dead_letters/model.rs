@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Header of a letter that was put back: how often so far.
-pub(super) const REDRIVEN: &str = "tidings-redriven";
+pub const REDRIVEN: &str = "tidings-redriven";
 
 /// Order in which letters came; a letter that comes again gets a new one.
 pub type Place = i64;

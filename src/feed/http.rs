@@ -2,33 +2,52 @@
 
 use axum::{
     Json,
-    extract::{FromRequestParts, Path, State as Of},
-    http::{StatusCode, request::Parts},
+    extract::{FromRequestParts, Path},
+    http::request::Parts,
 };
 use serde::{Deserialize, Serialize};
 use tidings_sdk::digest::{self, Digest, MAX_BUCKETS};
-use utoipa::IntoParams;
+use utoipa::{
+    IntoParams,
+    openapi::{ObjectBuilder, RefOr, Schema, schema::Type},
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Change, Entry, Error, Feed, cursor::Cursor};
-use crate::web::{Params, Problem, ProblemBody, Refusals, cursor, invalid_cursor, read_cursor};
+use crate::{
+    clients::{Allowed, Guarded, ReadUsers},
+    web::{self, Code, Params, Problem, Refusals, cursor, invalid_cursor, read_cursor, refuses},
+};
 
-pub fn routes() -> OpenApiRouter<Feed> {
+pub fn routes() -> OpenApiRouter<Guarded<Feed>> {
     OpenApiRouter::new().routes(routes!(changes)).routes(routes!(compare)).routes(routes!(list_bucket))
 }
+
+/// The verbs' errors.
+struct Reading;
+struct Expiring;
+struct Digesting;
+
+refuses!(
+    Number => [InvalidBucket];
+    Reading => [DatabaseUnavailable];
+    Expiring => [CursorExpired];
+    Digesting => [Overloaded];
+);
 
 /// The users that changed since a cursor, each with its latest version, deletions included.
 ///
 /// Without a cursor: all users there ever were. Keep `next`, and come back with it for what changes later. A page may lag behind a
 /// transaction that is still open, and never skips it.
-#[utoipa::path(get, path = "/v1/changes", tag = "reconciling", operation_id = "listChanges", params(PageAfter),
+#[utoipa::path(get, path = "/v1/changes", tag = "reconciling", operation_id = "listChanges", security(("key" = ["users:read"])), params(PageAfter),
     responses(
         (status = 200, description = "A page of changes", body = Changes),
-        (status = 410, description = "`cursor_expired`: the database was restored, or another took over. Begin again without a cursor.",
-         body = ProblemBody, content_type = "application/problem+json"),
-        Refusals,
+        Refusals<(ReadUsers, Params<PageAfter>, web::Cursor, Reading, Expiring)>,
     ))]
-async fn changes(Of(feed): Of<Feed>, Params(page): Params<PageAfter>) -> Result<Json<Changes>, Problem> {
+async fn changes(
+    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
+    Params(page): Params<PageAfter>,
+) -> Result<Json<Changes>, Problem> {
     let limit = limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
     let page = feed.changes(after, limit).await?;
@@ -40,9 +59,12 @@ async fn changes(Of(feed): Of<Feed>, Params(page): Params<PageAfter>) -> Result<
 /// An entry's hash is the first 8 bytes of SHA-256 over the 16 bytes of the user's id and its version as 8 bytes, big endian; a
 /// bucket's hash is the XOR of its entries. A user's bucket is the top bits of the first 2 bytes of SHA-256 over the 16 bytes of the id.
 /// Changes go on meanwhile: a difference is a question, not yet a fault. One digest at a time per instance.
-#[utoipa::path(get, path = "/v1/digest", tag = "reconciling", operation_id = "digest", params(Spread),
-    responses((status = 200, description = "Count and hash of each bucket that has users", body = Digests), Refusals))]
-async fn compare(Of(feed): Of<Feed>, Params(spread): Params<Spread>) -> Result<Json<Digests>, Problem> {
+#[utoipa::path(get, path = "/v1/digest", tag = "reconciling", operation_id = "digest", security(("key" = ["users:read"])), params(Spread),
+    responses((status = 200, description = "Count and hash of each bucket that has users", body = Digests), Refusals<(ReadUsers, Params<Spread>, Reading, Digesting)>))]
+async fn compare(
+    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
+    Params(spread): Params<Spread>,
+) -> Result<Json<Digests>, Problem> {
     let buckets = buckets(spread.buckets)?;
     let digests: Vec<BucketDigest> = feed.digest(buckets).await?.into_iter().map(BucketDigest::from).collect();
     let count = digests.iter().map(|digest| digest.count).sum();
@@ -50,11 +72,11 @@ async fn compare(Of(feed): Of<Feed>, Params(spread): Params<Spread>) -> Result<J
 }
 
 /// The living users of one bucket, with their versions.
-#[utoipa::path(get, path = "/v1/digest/{bucket}", tag = "reconciling", operation_id = "listBucket",
+#[utoipa::path(get, path = "/v1/digest/{bucket}", tag = "reconciling", operation_id = "listBucket", security(("key" = ["users:read"])),
     params(("bucket" = u32, Path, description = "The bucket", minimum = 0, maximum = 65535, example = 4), BucketAfter),
-    responses((status = 200, description = "A page of the bucket's users", body = Bucket), Refusals))]
+    responses((status = 200, description = "A page of the bucket's users", body = Bucket), Refusals<(ReadUsers, Number, Params<BucketAfter>, web::Cursor, Reading)>))]
 async fn list_bucket(
-    Of(feed): Of<Feed>,
+    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
     Number(bucket): Number,
     Params(page): Params<BucketAfter>,
 ) -> Result<Json<Bucket>, Problem> {
@@ -83,19 +105,19 @@ const DEFAULT_BUCKETS: u32 = 256;
 fn limit(asked: Option<usize>, default: usize, max: usize) -> Result<usize, Problem> {
     match asked.unwrap_or(default) {
         limit if (1..=max).contains(&limit) => Ok(limit),
-        _ => Err(Problem::bad_request("invalid_query", format!("limit is a number from 1 to {max}"))),
+        _ => Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {max}"))),
     }
 }
 
 fn buckets(asked: Option<u32>) -> Result<u32, Problem> {
     match asked.unwrap_or(DEFAULT_BUCKETS) {
         buckets if buckets.is_power_of_two() && buckets <= MAX_BUCKETS => Ok(buckets),
-        _ => Err(Problem::bad_request("invalid_query", format!("buckets is a power of two from 1 to {MAX_BUCKETS}"))),
+        _ => Err(Problem::new(Code::InvalidQuery, format!("buckets is a power of two from 1 to {MAX_BUCKETS}"))),
     }
 }
 
 fn invalid_bucket() -> Problem {
-    Problem::bad_request("invalid_bucket", "a bucket is a number from 0 to one less than there are buckets")
+    Code::InvalidBucket.into()
 }
 
 /// A bucket's number in the path.
@@ -121,12 +143,25 @@ struct PageAfter {
     after: Option<String>,
 }
 
+/// How many buckets there may be, for the document.
+struct PowerOfTwo;
+
+impl utoipa::PartialSchema for PowerOfTwo {
+    fn schema() -> RefOr<Schema> {
+        let powers = (0..=MAX_BUCKETS.ilog2()).map(|power| 1_u32 << power);
+        let number = ObjectBuilder::new().schema_type(Type::Integer).enum_values(Some(powers));
+        number.default(Some(DEFAULT_BUCKETS.into())).into()
+    }
+}
+
+impl utoipa::ToSchema for PowerOfTwo {}
+
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct Spread {
     /// Among how many buckets to spread the users: a power of two.
-    #[param(minimum = 1, maximum = 65536, default = 256, required = false)]
+    #[param(inline, value_type = PowerOfTwo, required = false)]
     buckets: Option<u32>,
 }
 
@@ -135,7 +170,7 @@ struct Spread {
 #[into_params(parameter_in = Query)]
 struct BucketAfter {
     /// Among how many buckets the users are spread: a power of two.
-    #[param(minimum = 1, maximum = 65536, default = 256, required = false)]
+    #[param(inline, value_type = PowerOfTwo, required = false)]
     buckets: Option<u32>,
     /// Users in a page.
     #[param(minimum = 1, maximum = 10000, default = 10000, required = false)]
@@ -197,15 +232,11 @@ struct Bucket {
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         match error {
-            Error::Expired => Self::new(
-                StatusCode::GONE,
-                "cursor_expired",
-                "the database was restored or another took over since; begin a full pass, without a cursor",
-            ),
-            Error::Overloaded => Self::unavailable("overloaded", "another digest is under way"),
+            Error::Expired => Code::CursorExpired.into(),
+            Error::Overloaded => Self::new(Code::Overloaded, "another digest is under way"),
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
-                Self::unavailable("database_unavailable", "the database does not answer")
+                Code::DatabaseUnavailable.into()
             }
         }
     }

@@ -24,7 +24,8 @@ use crate::{
     db::{self, Db, Trouble},
     users::{UserId, Version},
 };
-use cursor::{Cursor, Place};
+pub use cursor::Cursor;
+use cursor::Place;
 
 /// The questions that can be asked. Cheap to clone.
 #[derive(Clone)]

@@ -23,8 +23,10 @@ use tokio::time::timeout;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    db, dead_letters, outbox, relay, subscriptions,
-    web::{Problem, ProblemBody, Refusals},
+    db, dead_letters,
+    deletions::{Deletions, Ledger},
+    outbox, relay, subscriptions,
+    web::{Code, Problem, Refusals, Traffic},
 };
 
 /// For a look at the database: a probe that hangs is as bad as one that fails.
@@ -34,6 +36,8 @@ const LOOK: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Ops {
     queries: PgPool,
+    /// `None` in an instance that serves no API.
+    ledger: Option<Ledger>,
     /// `None` in an instance that runs no relay.
     relay: Option<relay::Status>,
     metrics: Arc<Metrics>,
@@ -44,6 +48,8 @@ struct Metrics {
     pending: Gauge,
     oldest_seconds: Gauge<f64, AtomicU64>,
     dead_letters: Family<OfSubscription, Gauge>,
+    erasures_overdue: Family<OfSubscription, Gauge>,
+    erasures_oldest_seconds: Family<OfSubscription, Gauge<f64, AtomicU64>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -52,8 +58,13 @@ struct OfSubscription {
 }
 
 impl Ops {
-    /// `telling`: the relay and the watch of an instance that has a broker.
-    pub fn new(queries: PgPool, telling: Option<(relay::Status, subscriptions::Status)>) -> Self {
+    /// `deletions`: of an instance that serves the API. `telling`: the relay and the watch of one that has a broker.
+    pub fn new(
+        queries: PgPool,
+        deletions: Option<Deletions>,
+        telling: Option<(relay::Status, subscriptions::Status)>,
+        traffic: &Traffic,
+    ) -> Self {
         let (pending, oldest_seconds) = (Gauge::default(), Gauge::<f64, AtomicU64>::default());
         let mut registry = Registry::with_prefix("tidings");
         registry.register(
@@ -73,12 +84,40 @@ impl Ops {
              database does not answer",
             dead_letters.clone(),
         );
+        let erasures_overdue = Family::<OfSubscription, Gauge>::default();
+        let erasures_oldest_seconds = Family::<OfSubscription, Gauge<f64, AtomicU64>>::default();
+        let ledger = deletions.map(|deletions| {
+            registry.register(
+                "erasures_overdue",
+                "Deletions that a subscription has not confirmed in time; exact below 10,000, more show as so many; absent when the \
+                 database does not answer",
+                erasures_overdue.clone(),
+            );
+            registry.register(
+                "erasures_overdue_oldest_seconds",
+                "Since the oldest such deletion; 0 when there is none",
+                erasures_oldest_seconds.clone(),
+            );
+            deletions.recorder().register(&mut registry);
+            deletions.ledger().clone()
+        });
+        traffic.register(&mut registry);
         let relay = telling.map(|(relay, watch)| {
             relay.register(&mut registry);
             watch.register(&mut registry);
             relay
         });
-        Self { queries, relay, metrics: Arc::new(Metrics { registry, pending, oldest_seconds, dead_letters }) }
+        let metrics =
+            Metrics { registry, pending, oldest_seconds, dead_letters, erasures_overdue, erasures_oldest_seconds };
+        Self { queries, ledger, relay, metrics: Arc::new(metrics) }
+    }
+
+    /// Whether the database answers. It is asked nothing that takes longer when there is more: an instance is not sent away because
+    /// somebody's long transaction keeps dead rows in the outbox, which [`outbox::lag`] walks over.
+    async fn database(&self) -> Result<(), String> {
+        let queries = self.queries.clone();
+        let answered = timeout(LOOK, db::ask(async move { sqlx::query("select").execute(&queries).await })).await;
+        answered.map_err(|_| format!("no answer within {LOOK:?}"))?.map(drop).map_err(|trouble| trouble.report())
     }
 
     async fn lag(&self) -> Result<outbox::Lag, String> {
@@ -95,6 +134,18 @@ impl Ops {
             self.metrics.dead_letters.get_or_create(&OfSubscription { subscription }).set(count);
         }
     }
+
+    async fn count_overdue_erasures(&self) {
+        let Some(ledger) = &self.ledger else { return };
+        let lateness = timeout(LOOK, ledger.lateness()).await;
+        self.metrics.erasures_overdue.clear();
+        self.metrics.erasures_oldest_seconds.clear();
+        for late in lateness.ok().and_then(Result::ok).into_iter().flatten() {
+            let of = OfSubscription { subscription: late.subscription };
+            self.metrics.erasures_overdue.get_or_create(&of).set(late.overdue);
+            self.metrics.erasures_oldest_seconds.get_or_create(&of).set(late.oldest_seconds);
+        }
+    }
 }
 
 pub fn routes() -> OpenApiRouter<Ops> {
@@ -102,8 +153,8 @@ pub fn routes() -> OpenApiRouter<Ops> {
 }
 
 /// Alive: the process answers.
-#[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "health",
-    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain"), Refusals))]
+#[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "health", security(()),
+    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain", example = json!("ok\n"))))]
 async fn healthz() -> &'static str {
     "ok\n"
 }
@@ -133,14 +184,13 @@ enum Readily {
 /// Ready: whether this instance should get requests.
 ///
 /// Without the broker an instance is degraded, not unready: changes are kept, and told when the broker is back.
-#[utoipa::path(get, path = "/readyz", tag = "operations", operation_id = "readiness",
+#[utoipa::path(get, path = "/readyz", tag = "operations", operation_id = "readiness", security(()),
     responses(
         (status = 200, description = "Send requests: ready or degraded", body = Readiness),
         (status = 503, description = "Send none: the database does not answer", body = Readiness),
-        (status = 405, description = "`method_not_allowed`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 async fn readyz(State(ops): State<Ops>) -> Response {
-    let database = ops.lag().await.err();
+    let database = ops.database().await.err();
     let broker = ops.relay.as_ref().map(relay::Status::complaint);
     let status = match (&database, &broker) {
         (Some(_), _) => Readily::Unready,
@@ -155,17 +205,18 @@ async fn readyz(State(ops): State<Ops>) -> Response {
 }
 
 /// Metrics in the OpenMetrics text format.
-#[utoipa::path(get, path = "/metrics", tag = "operations", operation_id = "metrics",
+#[utoipa::path(get, path = "/metrics", tag = "operations", operation_id = "metrics", security(()),
     responses(
-        (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"),
-        Refusals,
+        (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text",
+         example = json!("# TYPE tidings_outbox_pending gauge\ntidings_outbox_pending 0\n# EOF\n")),
+        Refusals<()>,
     ))]
 async fn metrics(State(ops): State<Ops>) -> Result<Response, Problem> {
     let lag = ops.lag().await.unwrap_or(outbox::Lag { pending: -1, oldest_seconds: -1.0 });
     ops.metrics.pending.set(lag.pending);
     ops.metrics.oldest_seconds.set(lag.oldest_seconds);
-    ops.count_dead_letters().await;
+    tokio::join!(ops.count_dead_letters(), ops.count_overdue_erasures());
     let mut text = String::new();
-    encode(&mut text, &ops.metrics.registry).map_err(|_| Problem::internal())?;
+    encode(&mut text, &ops.metrics.registry).map_err(|_| Problem::from(Code::Internal))?;
     Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())
 }

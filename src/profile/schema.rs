@@ -10,7 +10,7 @@ use jsonschema::{
 use serde_json::Value;
 use tidings_sdk::envelope::FieldName;
 
-use super::{Fields, Profile};
+use super::{EXTERNAL_ID, Fields, Profile};
 use crate::json::{Fault, step};
 
 const BUILT_IN: &str = include_str!("default.schema.json");
@@ -51,19 +51,24 @@ impl Schema {
         Ok(Self { validator, names })
     }
 
-    /// Whether a profile may have this field.
+    /// Whether there can be news of this field.
     pub fn has(&self, field: &FieldName) -> bool {
         self.names.contains(field)
+    }
+
+    /// The fields that a profile may have, and the external id beside it; in order of name.
+    pub fn names(&self) -> impl Iterator<Item = &FieldName> {
+        self.names.iter()
     }
 
     /// A profile of these fields, if they may be one.
     ///
     /// # Errors
     /// Every fault, with its place.
-    pub fn admit(&self, fields: &Fields) -> Result<Profile, Vec<Fault>> {
-        let instance = Value::Object(fields.clone());
+    pub fn admit(&self, fields: Fields) -> Result<Profile, Vec<Fault>> {
+        let instance = Value::Object(fields);
         if self.validator.is_valid(&instance) {
-            let profile = Profile::from_fields(fields);
+            let profile = Profile::from_instance(&instance);
             let fits = profile.as_str().len() <= MAX_PROFILE_BYTES;
             let too_large =
                 || Fault::new(ROOT, "too_large", format!("would have more than {MAX_PROFILE_BYTES} bytes as JSON"));
@@ -79,8 +84,12 @@ fn check_names(schema: &Value) -> anyhow::Result<BTreeSet<FieldName>> {
         bail!("it needs \"properties\", an object with one schema per field");
     };
     ensure!(properties.len() <= MAX_FIELDS, "it has {} fields; at most {MAX_FIELDS} are possible", properties.len());
-    let mut names = BTreeSet::new();
+    let mut names = BTreeSet::from([EXTERNAL_ID.parse()?]);
     for name in properties.keys() {
+        ensure!(
+            name != EXTERNAL_ID,
+            "\"{EXTERNAL_ID}\" is no field of a profile: every user may have one, beside the profile"
+        );
         names.insert(name.parse().with_context(|| format!("field {name:?} in \"properties\""))?);
     }
     ensure!(
@@ -145,8 +154,7 @@ mod tests {
     use serde_json::json;
 
     fn admit(schema: &Schema, profile: Value) -> Vec<(String, String)> {
-        let fields = profile.as_object().unwrap();
-        match schema.admit(fields) {
+        match schema.admit(profile.as_object().unwrap().clone()) {
             Ok(_) => vec![],
             Err(faults) => faults.into_iter().map(|fault| (fault.pointer, fault.code)).collect(),
         }
@@ -179,7 +187,7 @@ mod tests {
                 fault("/profile/shoe~1size", "unknown_field"),
             ]
         );
-        let told = format!("{:?}", schema.admit(profile.as_object().unwrap()).unwrap_err());
+        let told = format!("{:?}", schema.admit(profile.as_object().unwrap().clone()).unwrap_err());
         assert!(!told.contains("canary"), "{told}");
     }
 
@@ -197,6 +205,7 @@ mod tests {
             ("{", "it is not JSON"),
             ("{}", "\"properties\""),
             (r#"{"properties":{"a b":{}},"additionalProperties":false}"#, "field \"a b\""),
+            (r#"{"properties":{"external_id":{}},"additionalProperties":false}"#, "beside the profile"),
             (r#"{"properties":{"a":{}}}"#, "\"additionalProperties\": false"),
             (r#"{"properties":{"a":{"type":"strong"}},"additionalProperties":false}"#, "/properties/a/type"),
             (r#"{"properties":{"a":{"$ref":"https://example.org/a"}},"additionalProperties":false}"#, "example.org"),

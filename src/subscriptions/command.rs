@@ -12,7 +12,7 @@ use anyhow::anyhow;
 use serde::Serialize;
 use tidings_sdk::subscription::SubscriptionName;
 
-use super::{Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered};
+use super::{Asker, Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered};
 use crate::{
     config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers},
     profile::Schema,
@@ -26,10 +26,10 @@ const IDLE_AFTER: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 
 /// When what was asked for was not done.
 pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<()> {
     match action {
-        SubscriptionAction::Put(put) => register(put, faults).await,
+        SubscriptionAction::Put(put) => Box::pin(register(put, faults)).await,
         SubscriptionAction::List(list) => {
             let (_, subscriptions) = open(None, &list.servers, None, faults)?;
-            let listing = ended(&subscriptions, subscriptions.view_all()).await?;
+            let listing = ended(&subscriptions, subscriptions.view_all(&Asker::Operator)).await?;
             if list.servers.json {
                 return print_json(&listing);
             }
@@ -62,10 +62,16 @@ async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()
     let expires_after = faults.note("--expires-after", expires_after).flatten();
     let (name, subscriptions) = open(Some(&put.name), &put.servers, put.profile_schema.as_deref(), faults)?;
     let name = named(name);
-    let wish =
-        Wish { routing_keys: put.keys, fields: put.fields, owner: put.owner, purpose: put.purpose, expires_after };
+    let wish = Wish {
+        routing_keys: put.keys,
+        fields: put.fields,
+        owner: put.owner,
+        purpose: put.purpose,
+        expires_after,
+        client: put.client,
+    };
     let done = async {
-        let put = subscriptions.put(name.clone(), wish).await?;
+        let put = subscriptions.put(name.clone(), wish, Asker::Operator).await?;
         Ok((put, subscriptions.view(&name).await?))
     };
     let (done, view) = ended(&subscriptions, done).await?;
@@ -99,7 +105,7 @@ fn open(
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
         unreachable!("no faults, so all are there")
     };
-    let desk = Some(Desk::new(broker));
+    let desk = Some(Desk::new(broker.as_registry()));
     Ok((name, Subscriptions::new(&db, db.pool("queries", []), Arc::new(schema), desk, management, IDLE_AFTER)))
 }
 

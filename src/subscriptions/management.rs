@@ -5,21 +5,33 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use reqwest::{Client, Url};
+use anyhow::{Context, ensure};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{Request, body::Bytes, header::AUTHORIZATION};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tidings_sdk::subscription::SubscriptionName;
+use tidings_sdk::{subscription::SubscriptionName, trust::Connector};
 use time::OffsetDateTime;
+use tokio::time::timeout;
+use url::Url;
 
 use super::model::Registered;
+use crate::{broker::Broker, telemetry::with_causes};
 
 /// For one question: nobody waits for a broker that is busy with itself.
 const DEADLINE: Duration = Duration::from_secs(3);
+/// A queue or a binding is told in about 200 bytes.
+const ANSWER_LIMIT_BYTES: usize = 64 * 1024 * 1024;
 
 #[derive(Clone)]
 pub struct Management {
-    http: Client,
+    http: Client<Connector, Empty<Bytes>>,
+    /// Without user and password.
     url: Url,
+    login: SecretString,
     vhost: String,
     exchange: String,
 }
@@ -72,15 +84,22 @@ struct Binding {
 }
 
 impl Management {
+    /// The API of this broker, known at an `https` address by whom the broker is known by.
+    ///
     /// # Errors
     /// When `url` is no HTTP URL. The URL is not repeated: it holds a password.
-    pub fn new(url: &SecretString, vhost: &str, exchange: &str) -> anyhow::Result<Self> {
-        const WRONG: &str = "expected http://USER:PASSWORD@HOST:15672 (TLS is not built in)";
-        let url: Url = url.expose_secret().parse().map_err(|_| anyhow::anyhow!(WRONG))?;
-        anyhow::ensure!(url.scheme() == "http" && url.has_host(), WRONG);
-        // The broker is asked, and not whatever stands between.
-        let http = Client::builder().timeout(DEADLINE).no_proxy().build()?;
-        Ok(Self { http, url, vhost: vhost.to_owned(), exchange: exchange.to_owned() })
+    pub fn new(url: &SecretString, broker: &Broker) -> anyhow::Result<Self> {
+        const WRONG: &str = "expected https://USER:PASSWORD@HOST:15671, or http://..:15672 without TLS";
+        let mut url: Url = url.expose_secret().parse().map_err(|_| anyhow::anyhow!(WRONG))?;
+        ensure!(matches!(url.scheme(), "http" | "https") && url.has_host(), WRONG);
+        let part = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let (user, password) = (part(url.username()), part(url.password().unwrap_or_default()));
+        let login = format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")));
+        let cleared = url.set_username("").and_then(|()| url.set_password(None));
+        cleared.map_err(|()| anyhow::anyhow!(WRONG))?;
+        let http = Client::builder(TokioExecutor::new()).build(broker.trust().for_http(DEADLINE)?);
+        let (vhost, exchange) = (broker.vhost().to_owned(), broker.exchange().to_owned());
+        Ok(Self { http, url, login: login.into(), vhost, exchange })
     }
 
     /// All queues that hear us; `None` when the API does not tell, which the log says.
@@ -89,17 +108,13 @@ impl Management {
         match (queues, bindings) {
             (Ok(by_name), Ok(bindings)) => Some(Queues { by_name, bindings }),
             (Err(error), _) | (_, Err(error)) => {
-                let error = anyhow::Error::from(error.without_url());
-                tracing::warn!(
-                    "the broker's management API does not answer: {}",
-                    crate::telemetry::with_causes(&error)
-                );
+                tracing::warn!("the broker's management API does not answer: {}", with_causes(&error));
                 None
             }
         }
     }
 
-    async fn all_queues(&self) -> reqwest::Result<HashMap<String, Queue>> {
+    async fn all_queues(&self) -> anyhow::Result<HashMap<String, Queue>> {
         const COLUMNS: &str = "name,messages_ready,messages_unacknowledged,consumers,head_message_timestamp";
         let mut url = self.path(&["queues", &self.vhost]);
         url.query_pairs_mut().append_pair("columns", COLUMNS);
@@ -108,7 +123,7 @@ impl Management {
     }
 
     /// From our exchange, and from exchanges bound behind it: how many ways lead to each queue.
-    async fn bindings(&self) -> reqwest::Result<HashMap<String, u32>> {
+    async fn bindings(&self) -> anyhow::Result<HashMap<String, u32>> {
         let mut ways = HashMap::new();
         let mut exchanges = vec![self.exchange.clone()];
         let mut next = 0;
@@ -132,8 +147,18 @@ impl Management {
         url
     }
 
-    async fn ask<T: DeserializeOwned>(&self, url: Url) -> reqwest::Result<T> {
-        self.http.get(url).send().await?.error_for_status()?.json().await
+    async fn ask<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<T> {
+        timeout(DEADLINE, self.exchange(url)).await.map_err(|_| anyhow::anyhow!("no answer within {DEADLINE:?}"))?
+    }
+
+    async fn exchange<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<T> {
+        let request = Request::get(url.as_str()).header(AUTHORIZATION, self.login.expose_secret());
+        let request = request.body(Empty::new()).map_err(|_| anyhow::anyhow!("its login cannot be written"))?;
+        let response = self.http.request(request).await?;
+        ensure!(response.status().is_success(), "it answers {}", response.status());
+        let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
+        let body = body.map_err(|_| anyhow::anyhow!("its answer broke off"))?.to_bytes();
+        serde_json::from_slice(&body).ok().context("its answer cannot be read")
     }
 }
 

@@ -19,7 +19,7 @@ mod watch;
 pub use desk::Desk;
 pub use http::routes;
 pub use management::Management;
-pub use model::{Registered, Registration, Seen, State};
+pub use model::{Registered, Registration, Seen, State, rfc3339};
 pub use registrar::{Put, Registrar};
 pub use status::Status;
 pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, TAKE_BACK, UNLOCK};
@@ -36,6 +36,7 @@ use tidings_sdk::{
 use tokio::time::timeout;
 
 use crate::{
+    clients::{self, Caller},
     db::{self, Db, Trouble},
     json::Fault,
     profile::Schema,
@@ -100,7 +101,7 @@ impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Self {
         match trouble {
             // lock_not_available: another change of the same subscription takes its time.
-            Trouble::Refused(code) if code == "55P03" => Self::Busy,
+            Trouble::Refused { code, .. } if code == "55P03" => Self::Busy,
             trouble => Self::Database(trouble),
         }
     }
@@ -114,6 +115,23 @@ pub struct Wish {
     pub owner: String,
     pub purpose: String,
     pub expires_after: Option<Duration>,
+    /// The client that is to stand for it; `None`: the asker, or whoever stood for it before.
+    pub client: Option<String>,
+}
+
+/// Who asks for something to be done to a subscription.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asker {
+    /// Looks after all of them.
+    Operator,
+    /// Looks after those that it stands for.
+    Client(String),
+}
+
+impl Asker {
+    pub fn of(caller: &Caller) -> Self {
+        if caller.is_admin() { Self::Operator } else { Self::Client(caller.client.to_string()) }
+    }
 }
 
 impl Subscriptions {
@@ -148,10 +166,18 @@ impl Subscriptions {
     }
 
     /// Registers, and declares at the broker. When it is `Ok`, nothing published afterwards is missed.
-    pub async fn put(&self, name: SubscriptionName, wish: Wish) -> Result<Put, Error> {
-        let registration = self.admit(name, wish)?;
+    pub async fn put(&self, name: SubscriptionName, wish: Wish, by: Asker) -> Result<Put, Error> {
+        let registration = self.admit(name, wish, &by)?;
+        if let Some(client) = registration.client.clone()
+            && by == Asker::Operator
+        {
+            let queries = self.queries.clone();
+            if !db::ask(async move { clients::exists(&queries, &client).await }).await? {
+                return Err(Error::Invalid(vec![Fault::new("/client", "unknown_client", "there is no such client")]));
+            }
+        }
         let registrar = self.registrar()?;
-        to_its_end(async move { registrar.put(registration).await }).await
+        to_its_end(async move { registrar.put(registration, by == Asker::Operator).await }).await
     }
 
     /// Deletes with all that lies in it, which has to be `discard`ed knowingly.
@@ -181,16 +207,20 @@ impl Subscriptions {
         Ok(View::of(&row, self.idle_after, looks.first().copied(), queues.as_ref().and_then(|found| found.get(name))))
     }
 
-    /// All that is known of all subscriptions, and of queues that nobody registered.
-    pub async fn view_all(&self) -> Result<Listing, Error> {
-        let rows = self.list().await?;
+    /// All that is known of the subscriptions that somebody looks after; for an operator also of queues that nobody registered.
+    pub async fn view_all(&self, by: &Asker) -> Result<Listing, Error> {
+        let mut rows = self.list().await?;
+        if let Asker::Client(client) = by {
+            rows.retain(|row| row.registration.client.as_ref() == Some(client));
+        }
         let (looks, queues) = tokio::join!(self.look(&rows), self.queues());
         let view = |(place, row): (usize, &Registered)| {
             let told = queues.as_ref().and_then(|found| found.get(row.name()));
             View::of(row, self.idle_after, looks.get(place).copied(), told)
         };
         let subscriptions = rows.iter().enumerate().map(view).collect();
-        Ok(Listing { subscriptions, unregistered: queues.map(|found| found.unregistered(&rows)) })
+        let unregistered = queues.filter(|_| *by == Asker::Operator).map(|found| found.unregistered(&rows));
+        Ok(Listing { subscriptions, unregistered })
     }
 
     fn registrar(&self) -> Result<Registrar, Error> {
@@ -208,7 +238,7 @@ impl Subscriptions {
         self.management.as_ref()?.queues().await
     }
 
-    fn admit(&self, name: SubscriptionName, wish: Wish) -> Result<Registration, Error> {
+    fn admit(&self, name: SubscriptionName, wish: Wish, by: &Asker) -> Result<Registration, Error> {
         let mut faults = vec![];
         let keys = parsed("routing_keys", "unknown_key", &wish.routing_keys, &mut faults);
         let fields = parsed("fields", "unknown_field", &wish.fields, &mut faults);
@@ -230,11 +260,21 @@ impl Subscriptions {
         if wish.expires_after.is_some_and(|after| after.is_zero() || after > LONGEST_EXPIRY) {
             faults.push(Fault::new("/expires_after_s", "range", "must be null, or 1 to 315360000 seconds"));
         }
+        let client = match by {
+            Asker::Operator => wish.client,
+            Asker::Client(client) if wish.client.as_ref().is_none_or(|named| named == client) => Some(client.clone()),
+            Asker::Client(_) => {
+                let rule = "only an administrator says that another client stands for a subscription";
+                faults.push(Fault::new("/client", "forbidden", rule));
+                None
+            }
+        };
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
         }
         let subscription = Subscription { name, keys, fields };
-        Ok(Registration { subscription, owner: wish.owner, purpose: wish.purpose, expires_after: wish.expires_after })
+        let Wish { owner, purpose, expires_after, .. } = wish;
+        Ok(Registration { subscription, owner, purpose, expires_after, client })
     }
 }
 

@@ -22,6 +22,8 @@ pub struct Registration {
     pub purpose: String,
     /// Without a consumer for so long it is deleted; `None`: never.
     pub expires_after: Option<Duration>,
+    /// The client that stands for it. `None` in what was asked for: whoever did before.
+    pub client: Option<String>,
 }
 
 /// A subscription as the registry has it.
@@ -169,6 +171,7 @@ mod tests {
             owner: "team-orders".to_owned(),
             purpose: "cancels orders".to_owned(),
             expires_after,
+            client: None,
         };
         let seen = Seen {
             unattended_since: Some(START),

@@ -6,7 +6,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tidings_sdk::{subscription::SubscriptionName, topology::Depth};
+use tidings_sdk::{
+    envelope::Event,
+    subscription::{Subscription, SubscriptionName},
+    topology::Depth,
+};
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
@@ -18,6 +22,7 @@ use super::{
 use crate::{
     backfill,
     db::{Db, Line},
+    deletions,
 };
 
 /// Changes at the same time in one instance; each has connections of its own.
@@ -52,18 +57,23 @@ impl Registrar {
         &self.desk
     }
 
-    pub async fn put(&self, wish: Registration) -> Result<Put, Error> {
+    /// `by_operator`: also what another client stands for.
+    pub async fn put(&self, wish: Registration, by_operator: bool) -> Result<Put, Error> {
         if wish.subscription.name.as_str() == self.desk.exchange() {
             return Err(Error::NameOfExchange);
         }
         let name = wish.subscription.name.clone();
-        self.in_turn(&name, async |line| self.put_in_turn(line, &wish).await).await
+        self.in_turn(&name, async |line| self.put_in_turn(line, &wish, by_operator).await).await
     }
 
-    async fn put_in_turn(&self, line: &mut Line, wish: &Registration) -> Result<Put, Error> {
+    async fn put_in_turn(&self, line: &mut Line, wish: &Registration, by_operator: bool) -> Result<Put, Error> {
         let name = &wish.subscription.name;
         let before = find(line, name).await?;
-        if let Some(before) = before.as_ref().filter(|before| before.registration.owner != wish.owner) {
+        let is_others = |before: &&Registered| {
+            let held = &before.registration;
+            held.owner != wish.owner || (!by_operator && held.client != wish.client)
+        };
+        if let Some(before) = before.as_ref().filter(is_others) {
             return Err(Error::Taken(before.registration.owner.clone()));
         }
         // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
@@ -71,12 +81,14 @@ impl Registrar {
             Some(before) => self.note_loss(line, before).await,
             None => Ok(()),
         };
-        let revision = line.run_in_session(async |db| store::put(db, wish).await).await?.ok_or(Error::Full)?;
+        let revision =
+            line.run_in_session(async |db| store::put(db, wish, by_operator).await).await?.ok_or(Error::Full)?;
         let now = find(line, name).await?.ok_or(Error::NotFound)?;
         noted?;
         match self.desk.declare(&wish.subscription, &now.bound).await {
             Ok(()) => {
                 line.run_in_session(async |db| store::mark_declared(db, name, revision).await).await?;
+                settle_duty(line, &wish.subscription).await?;
                 Ok(if before.is_some() { Put::Changed } else { Put::Created })
             }
             Err(desk::Trouble::Differs(error)) => {
@@ -94,6 +106,7 @@ impl Registrar {
             self.note_loss(line, &row).await?;
             self.desk.declare(&row.registration.subscription, &row.bound).await.map_err(Error::Undeclared)?;
             line.run_in_session(async |db| store::mark_declared(db, name, row.revision).await).await?;
+            settle_duty(line, &row.registration.subscription).await?;
             find(line, name).await
         })
         .await
@@ -193,6 +206,13 @@ impl Registrar {
 
 async fn find(line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
     Ok(line.run_in_session(async |db| store::find(db, Some(name)).await).await?.pop())
+}
+
+/// Whoever is told of deletions has to confirm them: from the moment on from which none can be missed.
+async fn settle_duty(line: &mut Line, subscription: &Subscription) -> Result<(), Error> {
+    let hears_deletions = subscription.wants(&Event::Deleted);
+    let name = &subscription.name;
+    Ok(line.run_in_session(async |db| deletions::settle_duty(db, name, hears_deletions).await).await?)
 }
 
 /// Nothing stays registered that was not before.

@@ -14,7 +14,7 @@ pub const MOST: i64 = 1_000;
 /// One subscription, or all of them by name.
 pub const FIND: &str = "
 select name, routing_keys, fields, owner, purpose, created_at, updated_at, revision, declared_revision, bound_keys, bound_fields,
-       expires_after_s, unattended_since, consumer_seen_at, waiting_since, last_activity_at, lost_at, missing_since, recovered_at,
+       expires_after_s, client, unattended_since, consumer_seen_at, waiting_since, last_activity_at, lost_at, missing_since, recovered_at,
        expiry_warned_at,
        -- Collected already; those that lie in NAME.dead come on top. Counted as far as anybody reads.
        (select count(*) from (select from dead_letters where subscription = name limit 100000) as first_ones) as dead_letters,
@@ -25,17 +25,18 @@ select name, routing_keys, fields, owner, purpose, created_at, updated_at, revis
  limit $2
 ";
 
-/// Registers. Gives nothing back when another owner has the name, or when there are too many.
+/// Registers. Gives nothing back when another owner or client has the name, or when there are too many.
 pub const PUT: &str = "
 insert into subscriptions as held
-       (name, routing_keys, fields, owner, purpose, expires_after_s, bound_keys, bound_fields)
-select $1, $2, $3, $4, $5, $6, $2, $3
+       (name, routing_keys, fields, owner, purpose, expires_after_s, bound_keys, bound_fields, client)
+select $1, $2, $3, $4, $5, $6, $2, $3, $8
  where exists (select from subscriptions where name = $1) or (select count(*) from subscriptions) < $7
 on conflict (name) do update
    set routing_keys = excluded.routing_keys,
        fields = excluded.fields,
        purpose = excluded.purpose,
        expires_after_s = excluded.expires_after_s,
+       client = coalesce(excluded.client, held.client),
        -- What was bound stays so until it is unbound.
        bound_keys = array(select distinct unnest(held.bound_keys || excluded.routing_keys)),
        bound_fields = array(select distinct unnest(held.bound_fields || excluded.fields)),
@@ -44,6 +45,8 @@ on conflict (name) do update
        -- Counted anew from a new wish.
        expiry_warned_at = null
  where held.owner = excluded.owner
+   -- An operator may, a client only what it stands for.
+   and ($9 or held.client = excluded.client)
 returning revision
 ";
 
@@ -57,7 +60,7 @@ update subscriptions
 /// Takes a registration back that the broker refused: to what it was before, if it was there.
 pub const TAKE_BACK: &str = "
 update subscriptions
-   set routing_keys = $3, fields = $4, purpose = $5, expires_after_s = $6, updated_at = $7
+   set routing_keys = $3, fields = $4, purpose = $5, expires_after_s = $6, updated_at = $7, client = $8
  where name = $1 and revision = $2
 ";
 
@@ -132,7 +135,7 @@ pub async fn find<'e>(
 }
 
 /// The new revision; `None` when it may not be registered.
-pub async fn put(connection: &mut PgConnection, wish: &Registration) -> sqlx::Result<Option<i64>> {
+pub async fn put(connection: &mut PgConnection, wish: &Registration, by_operator: bool) -> sqlx::Result<Option<i64>> {
     sqlx::query_scalar(PUT)
         .bind(wish.subscription.name.as_str())
         .bind(texts(&wish.subscription.keys))
@@ -141,6 +144,8 @@ pub async fn put(connection: &mut PgConnection, wish: &Registration) -> sqlx::Re
         .bind(&wish.purpose)
         .bind(wish.expires_after.map(seconds))
         .bind(MOST)
+        .bind(&wish.client)
+        .bind(by_operator)
         .fetch_optional(connection)
         .await
 }
@@ -164,6 +169,7 @@ pub async fn take_back(connection: &mut PgConnection, before: &Registered, revis
         .bind(&wish.purpose)
         .bind(wish.expires_after.map(seconds))
         .bind(before.updated_at)
+        .bind(&wish.client)
         .execute(connection)
         .await
         .map(drop)
@@ -230,6 +236,7 @@ struct Row {
     bound_keys: Vec<String>,
     bound_fields: Vec<String>,
     expires_after_s: Option<i64>,
+    client: Option<String>,
     unattended_since: Option<OffsetDateTime>,
     consumer_seen_at: Option<OffsetDateTime>,
     waiting_since: Option<OffsetDateTime>,
@@ -251,6 +258,7 @@ impl Row {
                 owner: self.owner,
                 purpose: self.purpose,
                 expires_after: self.expires_after_s.map(|seconds| Duration::from_secs(seconds.unsigned_abs())),
+                client: self.client,
             },
             revision: self.revision,
             declared_revision: self.declared_revision,

@@ -27,6 +27,9 @@ pub struct View {
     pub owner: String,
     #[schema(example = "cancels pending orders")]
     pub purpose: String,
+    /// The client that stands for it; null: nobody, an administrator looks after it.
+    #[schema(required = true, example = "orders")]
+    pub client: Option<String>,
     /// Deleted after it had no consumer for so long; null: never.
     #[schema(required = true, example = 2_592_000)]
     pub expires_after_s: Option<u64>,
@@ -110,6 +113,7 @@ impl View {
             fields: wish.subscription.fields.iter().map(ToString::to_string).collect(),
             owner: wish.owner.clone(),
             purpose: wish.purpose.clone(),
+            client: wish.client.clone(),
             expires_after_s: wish.expires_after.map(|after| after.as_secs()),
             created_at: row.created_at,
             updated_at: row.updated_at,

@@ -1,12 +1,18 @@
 //! What a client asks to happen to one user, and what that makes of the state it meets. Pure: decides, and writes nothing.
 
-use tidings_sdk::{envelope::Event, trace::Traceparent};
+use tidings_sdk::{
+    envelope::{Event, FieldName},
+    trace::Traceparent,
+};
 use time::OffsetDateTime;
 
-use super::model::{Record, Tombstone, User, UserId, Version};
+use super::{
+    model::{ExternalId, Record, Tombstone, User, UserId, Version},
+    repeat::Claim,
+};
 use crate::{
     json::Fault,
-    profile::{self, Fields, Profile, Schema},
+    profile::{self, EXTERNAL_ID, FieldSet, Fields, Profile, Schema},
     web::Precondition,
 };
 
@@ -15,8 +21,13 @@ use crate::{
 pub struct Change {
     pub id: UserId,
     pub verb: Verb,
+    pub external_id: Naming,
     pub condition: Precondition,
     pub trace: Traceparent,
+    /// Whether a living user may only be changed by who says which version he saw.
+    pub must_be_conditional: bool,
+    /// That it is one request, however often it is sent.
+    pub claim: Option<Claim>,
 }
 
 #[derive(Clone)]
@@ -27,6 +38,11 @@ pub enum Verb {
     Amend(Fields),
     /// Replace the profile, or create the user under the client's own id.
     Replace(Profile),
+    /// The same by somebody who may write only some fields: the others stay as they are.
+    ReplacePart {
+        fields: Fields,
+        within: FieldSet,
+    },
     Delete,
 }
 
@@ -37,8 +53,28 @@ impl std::fmt::Debug for Verb {
             Self::Create(_) => "Create",
             Self::Amend(_) => "Amend",
             Self::Replace(_) => "Replace",
+            Self::ReplacePart { .. } => "ReplacePart",
             Self::Delete => "Delete",
         })
+    }
+}
+
+/// What a change does to the external id.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Naming {
+    #[default]
+    Stays,
+    Is(ExternalId),
+    Goes,
+}
+
+impl Naming {
+    fn after(&self, before: Option<&ExternalId>) -> Option<ExternalId> {
+        match self {
+            Self::Stays => before.cloned(),
+            Self::Is(external_id) => Some(external_id.clone()),
+            Self::Goes => None,
+        }
     }
 }
 
@@ -58,7 +94,10 @@ pub struct Step {
     pub seen: Version,
     pub after: Record,
     pub event: Event,
+    /// Whether the external id is another one than before; a deletion frees it.
+    pub renames: bool,
     pub trace: Traceparent,
+    pub claim: Option<Claim>,
 }
 
 /// What a change has led to.
@@ -67,18 +106,20 @@ pub struct Changed {
     pub record: Record,
     /// Whether this change brought the user into being.
     pub created: bool,
+    /// Whether it is written, rather than found to be so already.
+    pub is_written: bool,
 }
 
 impl Changed {
     /// The record was so already.
     pub fn nothing(record: Record) -> Self {
-        Self { record, created: false }
+        Self { record, created: false, is_written: false }
     }
 }
 
 impl From<&Step> for Changed {
     fn from(step: &Step) -> Self {
-        Self { record: step.after.clone(), created: step.event == Event::Created }
+        Self { record: step.after.clone(), created: step.event == Event::Created, is_written: true }
     }
 }
 
@@ -92,9 +133,19 @@ pub enum Refusal {
     Stale(Option<Version>),
     /// The profile would break the schema.
     Invalid(Vec<Fault>),
+    /// Another user has the external id.
+    Taken,
+    /// The deployment takes no change of a living user without a condition.
+    Unconditional,
 }
 
 impl Change {
+    /// A change without conditions.
+    pub fn new(id: UserId, verb: Verb, trace: Traceparent) -> Self {
+        let (external_id, condition) = (Naming::Stays, Precondition::None);
+        Self { id, verb, external_id, condition, trace, must_be_conditional: false, claim: None }
+    }
+
     /// Decides what this change makes of `before`.
     ///
     /// # Errors
@@ -111,12 +162,19 @@ impl Change {
                 self.check(None)?;
                 Ok(self.create(profile))
             }
+            (None, Verb::ReplacePart { fields, .. }) => {
+                self.check(None)?;
+                Ok(self.create(&schema.admit(fields.clone()).map_err(Refusal::Invalid)?))
+            }
             (None, Verb::Amend(_) | Verb::Delete) => Err(Refusal::Missing),
         }
     }
 
     fn check(&self, user: Option<&User>) -> Result<(), Refusal> {
         let version = user.map(|user| user.version);
+        if self.must_be_conditional && user.is_some() && self.condition == Precondition::None {
+            return Err(Refusal::Unconditional);
+        }
         if self.condition.allows(version) { Ok(()) } else { Err(Refusal::Stale(version)) }
     }
 
@@ -125,45 +183,61 @@ impl Change {
             Verb::Create(_) => Err(Refusal::Stale(Some(user.version))),
             Verb::Delete => Ok(self.delete(user)),
             Verb::Amend(patch) => {
-                let before = user.profile.fields();
-                let after = profile::merged(&before, patch);
-                self.update(user, &before, &after, || schema.admit(&after))
+                let mut profile = user.profile.fields();
+                let changed = profile::amend(&mut profile, patch);
+                self.update(user, changed, || schema.admit(profile))
             }
             Verb::Replace(profile) => {
-                self.update(user, &user.profile.fields(), &profile.fields(), || Ok(profile.clone()))
+                let changed = profile::changed_fields(&user.profile.fields(), &profile.fields());
+                self.update(user, changed, || Ok(profile.clone()))
+            }
+            Verb::ReplacePart { fields, within } => {
+                let before = user.profile.fields();
+                let mut after = fields.clone();
+                after.extend(before.clone().into_iter().filter(|(name, _)| !within.has(name)));
+                self.update(user, profile::changed_fields(&before, &after), || schema.admit(after))
             }
         }
     }
 
     fn create(&self, profile: &Profile) -> Plan {
-        let user =
-            User { id: self.id, version: 1, created_at: UNSTAMPED, updated_at: UNSTAMPED, profile: profile.clone() };
-        self.write(0, Record::Living(user), Event::Created)
+        let (version, profile, external_id) = (1, profile.clone(), self.external_id.after(None));
+        let renames = external_id.is_some();
+        let user = User { id: self.id, version, created_at: UNSTAMPED, updated_at: UNSTAMPED, external_id, profile };
+        self.write(0, Record::Living(user), Event::Created, renames)
     }
 
+    /// `changed_fields` of the profile; `admit` gives the new one.
     fn update(
         &self,
         user: &User,
-        before: &Fields,
-        after: &Fields,
+        mut changed_fields: Vec<FieldName>,
         admit: impl FnOnce() -> Result<Profile, Vec<Fault>>,
     ) -> Result<Plan, Refusal> {
-        let changed_fields = profile::changed_fields(before, after);
-        if changed_fields.is_empty() {
+        let same_profile = changed_fields.is_empty();
+        let external_id = self.external_id.after(user.external_id.as_ref());
+        let renames = external_id != user.external_id;
+        if same_profile && !renames {
             return Ok(Plan::Nothing(Record::Living(user.clone())));
         }
-        let profile = admit().map_err(Refusal::Invalid)?;
-        let after = User { version: user.version + 1, updated_at: UNSTAMPED, profile, ..*user };
-        Ok(self.write(user.version, Record::Living(after), Event::Updated { changed_fields }))
+        if renames {
+            changed_fields.push(EXTERNAL_ID.parse().expect("it is a field's name"));
+            changed_fields.sort();
+        }
+        let profile = if same_profile { user.profile.clone() } else { admit().map_err(Refusal::Invalid)? };
+        let version = user.version + 1;
+        let after =
+            User { id: user.id, version, created_at: user.created_at, updated_at: UNSTAMPED, external_id, profile };
+        Ok(self.write(user.version, Record::Living(after), Event::Updated { changed_fields }, renames))
     }
 
     fn delete(&self, user: &User) -> Plan {
         let tombstone = Tombstone { id: self.id, version: user.version + 1, deleted_at: UNSTAMPED };
-        self.write(user.version, Record::Deleted(tombstone), Event::Deleted)
+        self.write(user.version, Record::Deleted(tombstone), Event::Deleted, user.external_id.is_some())
     }
 
-    fn write(&self, seen: Version, after: Record, event: Event) -> Plan {
-        Plan::Write(Step { seen, after, event, trace: self.trace })
+    fn write(&self, seen: Version, after: Record, event: Event, renames: bool) -> Plan {
+        Plan::Write(Step { seen, after, event, renames, trace: self.trace, claim: self.claim.clone() })
     }
 }
 
@@ -209,11 +283,11 @@ mod tests {
     }
 
     fn change(verb: Verb, condition: Precondition) -> Change {
-        Change { id: UserId::new(), verb, condition, trace: Traceparent::new_root() }
+        Change { condition, ..Change::new(UserId::new(), verb, Traceparent::new_root()) }
     }
 
     fn admitted(schema: &Schema, value: Value) -> Profile {
-        schema.admit(&fields(value)).unwrap()
+        schema.admit(fields(value)).unwrap()
     }
 
     /// Plans in a row, each on what the one before made of it.
@@ -233,6 +307,8 @@ mod tests {
                 Err(Refusal::Gone(tombstone)) => told.push(format!("gone at {}", tombstone.version)),
                 Err(Refusal::Stale(version)) => told.push(format!("stale {version:?}")),
                 Err(Refusal::Invalid(faults)) => told.push(format!("invalid {}", faults[0].pointer)),
+                Err(Refusal::Taken) => unreachable!("a plan knows no other users"),
+                Err(Refusal::Unconditional) => told.push("unconditional".into()),
             }
         }
         told
@@ -296,6 +372,51 @@ mod tests {
                 ]
             ),
             ["stale None", "stale None", "1 user.created", "stale Some(1)", "stale Some(1)", "2 user.deleted"]
+        );
+    }
+    #[test]
+    fn an_external_id_is_kept_until_something_else_is_said_of_it() {
+        let schema = Schema::load(None).unwrap();
+        let ana = admitted(&schema, json!({ "first_name": "Ana" }));
+        let named =
+            |verb: &Verb, external_id: Naming| Change { external_id, ..change(verb.clone(), Precondition::None) };
+        let is = |text: &str| Naming::Is(text.parse().unwrap());
+        let (amend, replace) = (Verb::Amend(Fields::new()), Verb::Replace(ana));
+        let mut before: Option<Record> = None;
+        let mut seen = vec![];
+        for change in [
+            named(&replace, is("E-1")),
+            named(&replace, Naming::Stays),
+            named(&amend, is("E-1")),
+            named(&amend, is("E-2")),
+            named(&Verb::Amend(fields(json!({ "city": "Riga", "nickname": "A" }))), is("E-3")),
+            named(&amend, Naming::Goes),
+            named(&amend, Naming::Goes),
+            named(&replace, is("E-4")),
+            named(&Verb::Delete, Naming::Stays),
+        ] {
+            let Plan::Write(step) = change.plan(before.as_ref(), &schema).unwrap() else {
+                seen.push("nothing".to_owned());
+                continue;
+            };
+            let fields = step.event.changed_fields().iter().map(FieldName::as_str).collect::<Vec<_>>().join(",");
+            let external_id = step.after.external_id().map_or("-", ExternalId::as_str);
+            seen.push(format!("{external_id} [{fields}] {}", step.renames));
+            before = Some(step.after);
+        }
+        assert_eq!(
+            seen,
+            [
+                "E-1 [] true",
+                "nothing",
+                "nothing",
+                "E-2 [external_id] true",
+                "E-3 [city,external_id,nickname] true",
+                "- [external_id] true",
+                "nothing",
+                "E-4 [city,external_id,nickname] true",
+                "- [] true",
+            ]
         );
     }
 }

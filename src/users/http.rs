@@ -3,29 +3,34 @@
 use std::collections::HashSet;
 
 use axum::{
-    Json,
-    extract::State,
-    http::{HeaderValue, StatusCode, header},
+    Extension, Json,
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
 
 use super::{
-    Change, Changed, Error, Record, Refusal, Tombstone, User, UserId, Users, Verb, Version, reader::ReadError,
+    Change, Changed, Done, Error, ExternalId, Naming, Record, Refusal, Tombstone, User, UserId, Users, Verb, Version,
+    body::{Document, Patch},
+    reader::ReadError,
+    repeat::Claim,
     writer::WriteError,
 };
 use crate::{
+    clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers, field_forbidden},
     json::Fault,
+    profile::{EXTERNAL_ID, Fields},
     web::{
-        Body, BodyRefusals, Document, Id, IfNoneMatch, Params, Patch, Precondition, Problem, ProblemBody, Refusals,
-        Trace, body_invalid, cursor, etag, read_cursor,
+        Body, Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Precondition, Problem, Refusals, Trace,
+        body_invalid, cursor, etag, read_cursor, refuses,
     },
 };
 
-pub fn routes() -> OpenApiRouter<Users> {
+pub fn routes() -> OpenApiRouter<Guarded<Users>> {
     OpenApiRouter::new()
         .routes(routes!(create, list))
         .routes(routes!(get_many))
@@ -36,6 +41,9 @@ pub fn routes() -> OpenApiRouter<Users> {
 #[derive(utoipa::ToSchema)]
 #[expect(dead_code, reason = "describes the request; extractors read it")]
 struct ProfileDocument {
+    /// The id that other systems know the user by. Absent: it stays as it is. Null: it goes away.
+    #[schema(required = false, nullable = true, min_length = 1, max_length = 200, example = "E-123")]
+    external_id: Option<String>,
     #[schema(example = json!({ "first_name": "Ana", "job_title": "Author" }))]
     profile: std::collections::HashMap<String, serde_json::Value>,
 }
@@ -44,173 +52,221 @@ struct ProfileDocument {
 #[derive(utoipa::ToSchema)]
 #[expect(dead_code, reason = "describes the request; extractors read it")]
 struct ProfilePatch {
-    #[schema(example = json!({ "job_title": "Editor", "nickname": null }))]
+    /// The id that other systems know the user by. Absent: it stays as it is. Null: it goes away.
+    #[schema(required = false, nullable = true, min_length = 1, max_length = 200, example = "E-123")]
+    external_id: Option<String>,
+    /// May be absent beside an external id.
+    #[schema(required = false, example = json!({ "job_title": "Editor", "nickname": null }))]
     profile: std::collections::HashMap<String, serde_json::Value>,
 }
 
-/// Refusals of a conditional request.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum ConditionRefusals {
-    /// `version_mismatch`: If-Match or If-None-Match does not hold; `version` is the one that does, if there is a user.
-    #[response(status = 412, content_type = "application/problem+json")]
-    VersionMismatch(ProblemBody),
-}
+/// What the document says of `Idempotency-Key`.
+const KEY: &str = "1 to 255 visible ASCII characters, the same however often the request is sent: it is done once. Within 24 hours a \
+                   repetition is answered with the same status and the user as it is then, and with `Idempotency-Replayed`";
 
-/// Refusals when there is no such user.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "only its derived description is used")]
-enum Absences {
-    /// `user_not_found`: nobody ever had this id.
-    #[response(status = 404, content_type = "application/problem+json")]
-    NotFound(ProblemBody),
-    /// `user_deleted`, with `deleted_at` and `version`. Deletion is final: the id is not used again.
-    #[response(status = 410, content_type = "application/problem+json")]
-    Gone(ProblemBody),
-}
+/// The verbs' errors.
+struct Reading;
+struct Writing;
+struct Listing;
+struct Admitting;
+struct Claiming;
+struct Repeating;
+struct Unconditional;
+struct Missing;
+struct Gone;
+struct TooNew;
+struct Narrow;
+
+refuses!(
+    Reading => [Overloaded, DatabaseUnavailable];
+    Writing => [Overloaded, DatabaseUnavailable, OutcomeUnknown];
+    Listing => [DatabaseUnavailable];
+    Admitting => [ProfileInvalid];
+    Claiming => [ExternalIdTaken];
+    Repeating => [InvalidIdempotencyKey, IdempotencyKeyInFlight, IdempotencyKeyReused];
+    Unconditional => [PreconditionRequired];
+    Missing => [UserNotFound];
+    Gone => [UserDeleted];
+    TooNew => [NotYetVisible];
+    Narrow => [FieldForbidden];
+);
 
 /// Create a user under a new id.
 ///
 /// Tells `user.created`.
-#[utoipa::path(post, path = "/v1/users", tag = "users", operation_id = "createUser", request_body = ProfileDocument,
+#[utoipa::path(post, path = "/v1/users", tag = "users", operation_id = "createUser", security(("key" = ["users:write"])), request_body = ProfileDocument,
+    params(("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1")),
     responses(
         (status = 201, description = "The new user", body = User,
          headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted"))),
-        BodyRefusals, Refusals,
+        Refusals<(WriteUsers, Repeating, Params<NoParams>, Document, Narrow, Gone, (Admitting, Claiming), Writing)>,
     ))]
 async fn create(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
+    key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
-    Document(fields): Document,
-) -> Result<Changed, Problem> {
-    let verb = Verb::Create(users.admit(&fields).map_err(Refusal::Invalid)?);
-    let change = Change { id: UserId::new(), verb, condition: Precondition::None, trace };
-    Ok(users.change(change).await?)
+    Document { profile, external_id }: Document,
+) -> Result<Done, Problem> {
+    check_fields(&caller, &profile, &external_id)?;
+    let verb = Verb::Create(users.admit(profile).map_err(Refusal::Invalid)?);
+    let change = Change { external_id, ..Change::new(UserId::new(), verb, trace) };
+    Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
 
 /// One user, as of now.
-#[utoipa::path(get, path = "/v1/users/{id}", tag = "users", operation_id = "getUser",
+#[utoipa::path(get, path = "/v1/users/{id}", tag = "users", operation_id = "getUser", security(("key" = ["users:read"])),
     params(("id" = UserId, Path, description = "The user"), AtLeast,
-           ("If-None-Match" = Option<String>, Header, description = "ETags that the client holds")),
+           ("If-None-Match" = Option<crate::web::EntityTags>, Header, description = "ETags that the client holds")),
     responses(
         (status = 200, description = "The user", body = User, headers(("ETag" = String, description = "The version, quoted"))),
         (status = 304, description = "The client holds this version already"),
-        Absences, Refusals,
+        Refusals<(ReadUsers, Id, Params<AtLeast>, IfNoneMatch, Missing, Gone, Reading, TooNew)>,
     ))]
 async fn get(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
     Id(id): Id,
     Params(at_least): Params<AtLeast>,
     held: IfNoneMatch,
 ) -> Result<Response, Problem> {
+    if at_least.min_version.is_some_and(|version| version < 1) {
+        return Err(Problem::new(Code::InvalidQuery, "min_version is a number from 1"));
+    }
     let record = users.get(UserId(id)).await?;
     let version = record.as_ref().map_or(0, Record::version);
     if at_least.min_version.is_some_and(|wanted| version < wanted) {
-        return Err(Problem::unavailable("not_yet_visible", "a state this new cannot be seen here yet")
-            .with_version(Some(version)));
+        return Err(Problem::from(Code::NotYetVisible).with_version(Some(version)));
     }
     match record {
         None => Err(Refusal::Missing.into()),
-        Some(Record::Deleted(tombstone)) => Err(Refusal::Gone(tombstone).into()),
+        Some(Record::Deleted(tombstone)) => {
+            let seen = SeenGone { caller, users: vec![id] };
+            Ok((Extension(seen), Problem::from(Refusal::Gone(tombstone))).into_response())
+        }
         Some(Record::Living(user)) if held.holds(user.version) => Ok(not_modified(user.version)),
-        Some(Record::Living(user)) => Ok(Versioned(user).into_response()),
+        Some(Record::Living(user)) => Ok(Versioned(user.seen_by(&caller)).into_response()),
     }
 }
 
 /// Many users, as of now.
 ///
 /// One result per id, in order of first mention. For consumers that handle many messages at once.
-#[utoipa::path(post, path = "/v1/users:batchGet", tag = "users", operation_id = "batchGetUsers", request_body = Ids,
-    responses((status = 200, description = "What is kept under each id", body = Results), BodyRefusals, Refusals))]
+#[utoipa::path(post, path = "/v1/users:batchGet", tag = "users", operation_id = "batchGetUsers", security(("key" = ["users:read"])), request_body = Ids,
+    responses((status = 200, description = "What is kept under each id", body = Results), Refusals<(ReadUsers, Params<NoParams>, Body<Ids>, Reading)>))]
 async fn get_many(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Ids>,
-) -> Result<Json<Results>, Problem> {
+) -> Result<(Extension<SeenGone>, Json<Results>), Problem> {
     let ids = asked.parse().map_err(body_invalid)?;
     let records = users.get_many(&ids).await?;
-    let results = ids.into_iter().zip(records).map(|(id, record)| Lookup::new(id, record)).collect();
-    Ok(Json(Results { results }))
+    let results: Vec<_> = ids.into_iter().zip(records).map(|(id, record)| Lookup::new(id, record, &caller)).collect();
+    let users = results.iter().filter_map(Lookup::gone).collect();
+    Ok((Extension(SeenGone { caller, users }), Json(Results { results })))
 }
 
 /// Amend a user by a JSON merge patch (RFC 7396).
 ///
 /// Tells `profile.updated` with the fields whose value really changed. A patch that changes nothing keeps the version and tells nobody.
-#[utoipa::path(patch, path = "/v1/users/{id}", tag = "users", operation_id = "amendUser",
+#[utoipa::path(patch, path = "/v1/users/{id}", tag = "users", operation_id = "amendUser", security(("key" = ["users:write"])),
     request_body(content = ProfilePatch, content_type = "application/merge-patch+json"),
     params(("id" = UserId, Path, description = "The user"),
-           ("If-Match" = Option<String>, Header, description = "Only if the user has one of these ETags")),
+           ("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1"),
+           ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags")),
     responses(
         (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted"))),
-        Absences, BodyRefusals, ConditionRefusals, Refusals,
+        Refusals<(WriteUsers, Id, (Precondition, Unconditional), Repeating, Params<NoParams>, Patch, Narrow, (Missing, Gone), (Admitting, Claiming), Writing)>,
     ))]
 async fn amend(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
     Id(id): Id,
     condition: Precondition,
+    key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
-    Patch(patch): Patch,
-) -> Result<Changed, Problem> {
-    Ok(users.change(Change { id: UserId(id), verb: Verb::Amend(patch), condition, trace }).await?)
+    Patch { profile, external_id }: Patch,
+) -> Result<Done, Problem> {
+    check_fields(&caller, &profile, &external_id)?;
+    let change = Change { external_id, condition, ..Change::new(UserId(id), Verb::Amend(profile), trace) };
+    Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
 
 /// Replace a user's profile, or create the user under an id of the client's own.
 ///
 /// Tells `profile.updated` or `user.created`. With `If-None-Match: *` it only creates.
-#[utoipa::path(put, path = "/v1/users/{id}", tag = "users", operation_id = "replaceUser", request_body = ProfileDocument,
+#[utoipa::path(put, path = "/v1/users/{id}", tag = "users", operation_id = "replaceUser", security(("key" = ["users:write"])), request_body = ProfileDocument,
     params(("id" = UserId, Path, description = "The user"),
-           ("If-Match" = Option<String>, Header, description = "Only if the user has one of these ETags"),
-           ("If-None-Match" = Option<String>, Header, description = "`*`: only if there is no such user")),
+           ("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1"),
+           ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags"),
+           ("If-None-Match" = Option<crate::web::AnyTag>, Header, description = "`*`: only if there is no such user")),
     responses(
         (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted"))),
         (status = 201, description = "The new user", body = User,
          headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted"))),
-        (status = 410, description = "`user_deleted`, with `deleted_at` and `version`. Deletion is final: the id is not used again.",
-         body = ProblemBody, content_type = "application/problem+json"),
-        BodyRefusals, ConditionRefusals, Refusals,
+        Refusals<(WriteUsers, Id, (Precondition, Unconditional), Repeating, Params<NoParams>, Document, Narrow, Gone, (Admitting, Claiming), Writing)>,
     ))]
 async fn replace(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
     Id(id): Id,
     condition: Precondition,
+    key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
-    Document(fields): Document,
-) -> Result<Changed, Problem> {
-    let verb = Verb::Replace(users.admit(&fields).map_err(Refusal::Invalid)?);
-    Ok(users.change(Change { id: UserId(id), verb, condition, trace }).await?)
+    Document { profile, external_id }: Document,
+) -> Result<Done, Problem> {
+    check_fields(&caller, &profile, &external_id)?;
+    let verb = if caller.writes.is_all() {
+        Verb::Replace(users.admit(profile).map_err(Refusal::Invalid)?)
+    } else {
+        Verb::ReplacePart { fields: profile, within: caller.writes.clone() }
+    };
+    let change = Change { external_id, condition, ..Change::new(UserId(id), verb, trace) };
+    Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
 
 /// Delete a user for good.
 ///
 /// Tells `user.deleted`. Of the user stay the id, the version and the time of deletion. Again: 204, and nobody is told.
-#[utoipa::path(delete, path = "/v1/users/{id}", tag = "users", operation_id = "deleteUser",
+#[utoipa::path(delete, path = "/v1/users/{id}", tag = "users", operation_id = "deleteUser", security(("key" = ["users:write"])),
     params(("id" = UserId, Path, description = "The user"),
-           ("If-Match" = Option<String>, Header, description = "Only if the user has one of these ETags")),
+           ("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1"),
+           ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags")),
     responses(
         (status = 204, description = "There is no such user any more"),
-        (status = 404, description = "`user_not_found`: nobody ever had this id", body = ProblemBody, content_type = "application/problem+json"),
-        ConditionRefusals, Refusals,
+        Refusals<(WriteUsers, Id, (Precondition, Unconditional), Repeating, Params<NoParams>, Narrow, Missing, Writing)>,
     ))]
 async fn delete(
-    State(users): State<Users>,
+    Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
     Id(id): Id,
     condition: Precondition,
+    key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
-) -> Result<Changed, Problem> {
-    Ok(users.change(Change { id: UserId(id), verb: Verb::Delete, condition, trace }).await?)
+) -> Result<Done, Problem> {
+    if !caller.writes.is_all() {
+        return Err(Problem::new(
+            Code::FieldForbidden,
+            "deleting a user takes every field from it, and this client may write only some",
+        ));
+    }
+    let change = Change { condition, ..Change::new(UserId(id), Verb::Delete, trace) };
+    Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
 
-/// A page of users in order of id.
-#[utoipa::path(get, path = "/v1/users", tag = "users", operation_id = "listUsers", params(PageAfter),
-    responses((status = 200, description = "A page of users", body = Page), Refusals))]
-async fn list(State(users): State<Users>, Params(page): Params<PageAfter>) -> Result<Json<Page>, Problem> {
+/// A page of users in order of id; or, with `external_id`, the one user who has it, if there is one.
+#[utoipa::path(get, path = "/v1/users", tag = "users", operation_id = "listUsers", security(("key" = ["users:read"])), params(PageAfter),
+    responses((status = 200, description = "A page of users", body = Page), Refusals<(ReadUsers, Params<PageAfter>, Cursor, Narrow, Listing)>))]
+async fn list(
+    Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
+    Params(page): Params<PageAfter>,
+) -> Result<Json<Page>, Problem> {
+    if let Some(external_id) = page.only(&caller)? {
+        let found = users.find(external_id).await?.map(|user| user.seen_by(&caller));
+        return Ok(Json(Page { users: Vec::from_iter(found), next: None }));
+    }
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::bad_request("invalid_query", format!("limit is a number from 1 to {MAX_PAGE}")));
+        return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
     }
     let after = page.after.as_deref().map(read_cursor).transpose()?.unwrap_or_default();
     // One more than asked for tells whether there is a next page.
@@ -218,16 +274,12 @@ async fn list(State(users): State<Users>, Params(page): Params<PageAfter>) -> Re
     let is_last = found.len() as i64 <= limit;
     found.truncate(limit as usize);
     let next = found.last().filter(|_| !is_last).map(|user| cursor(user.id.0));
-    Ok(Json(Page { users: found, next }))
+    let users = found.into_iter().map(|user| user.seen_by(&caller)).collect();
+    Ok(Json(Page { users, next }))
 }
 
 const DEFAULT_PAGE: i64 = 100;
 const MAX_PAGE: i64 = 500;
-
-/// A change takes none: a condition put there by mistake must not be silently without effect.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoParams {}
 
 #[derive(Debug, Clone, Copy, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -248,6 +300,25 @@ struct PageAfter {
     /// `next` of the page before.
     #[param(required = false)]
     after: Option<String>,
+    /// Only the user whom other systems know by this id; without `limit` and `after`.
+    #[param(min_length = 1, max_length = 200, required = false, example = "E-123")]
+    external_id: Option<String>,
+}
+
+impl PageAfter {
+    /// Whom alone it asks for.
+    fn only(&self, caller: &Caller) -> Result<Option<ExternalId>, Problem> {
+        let Some(text) = &self.external_id else { return Ok(None) };
+        if !caller.sees_field(EXTERNAL_ID) {
+            const UNSEEN: &str = "this client does not read external_id, so it cannot ask by it";
+            return Err(Problem::new(Code::FieldForbidden, UNSEEN));
+        }
+        let invalid = |detail: String| Problem::new(Code::InvalidQuery, detail);
+        if self.limit.is_some() || self.after.is_some() {
+            return Err(invalid("external_id stands alone: it asks for one user".to_owned()));
+        }
+        text.parse().map(Some).map_err(|error| invalid(format!("external_id {error}")))
+    }
 }
 
 /// Whom to look up.
@@ -309,13 +380,27 @@ enum Lookup {
 }
 
 impl Lookup {
-    fn new(id: UserId, record: Option<Record>) -> Self {
+    fn gone(&self) -> Option<Uuid> {
+        match self {
+            Self::Gone { id, .. } => Some(id.0),
+            Self::Found { .. } | Self::Missing { .. } => None,
+        }
+    }
+
+    fn new(id: UserId, record: Option<Record>, caller: &Caller) -> Self {
         match record {
-            Some(Record::Living(user)) => Self::Found { id, user },
+            Some(Record::Living(user)) => Self::Found { id, user: user.seen_by(caller) },
             Some(Record::Deleted(Tombstone { version, deleted_at, .. })) => Self::Gone { id, version, deleted_at },
             None => Self::Missing { id },
         }
     }
+}
+
+/// Goes with an answer, inside this service: whom its caller was told to be deleted.
+#[derive(Clone)]
+pub struct SeenGone {
+    pub caller: Caller,
+    pub users: Vec<Uuid>,
 }
 
 /// A page of users.
@@ -325,6 +410,66 @@ struct Page {
     /// For the page after this one; null on the last page.
     #[schema(required = true)]
     next: Option<String>,
+}
+
+/// Every field that is to be written has to be one that the caller may write.
+fn check_fields(caller: &Caller, fields: &Fields, external_id: &Naming) -> Result<(), Problem> {
+    if *external_id != Naming::Stays && !caller.writes.has(EXTERNAL_ID) {
+        return Err(field_forbidden("", vec![EXTERNAL_ID]));
+    }
+    match caller.writes.strangers(fields) {
+        strangers if strangers.is_empty() => Ok(()),
+        strangers => Err(field_forbidden("/profile", strangers)),
+    }
+}
+
+impl User {
+    fn seen_by(self, caller: &Caller) -> Self {
+        let external_id = self.external_id.filter(|_| caller.sees_field(EXTERNAL_ID));
+        Self { profile: caller.sees(self.profile), external_id, ..self }
+    }
+}
+
+impl IdempotencyKey {
+    /// `change`, as the one request that it is however often it is sent.
+    fn claimed(self, caller: &Caller, change: Change) -> Change {
+        let claim = self.0.map(|key| Claim::of(&caller.client, &key, &change));
+        Change { claim, ..change }
+    }
+}
+
+impl Done {
+    fn seen_by(self, caller: &Caller) -> Self {
+        Self { decided: self.decided.map(|changed| changed.seen_by(caller)), ..self }
+    }
+}
+
+/// That an answer is to a repetition, and the version that the request made when it was new.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+const MADE_VERSION: HeaderName = HeaderName::from_static("idempotency-version");
+
+impl IntoResponse for Done {
+    fn into_response(self) -> Response {
+        let mut response = match self.decided {
+            Ok(changed) => changed.into_response(),
+            Err(refusal) => Problem::from(refusal).into_response(),
+        };
+        if let Some(version) = self.replayed {
+            let headers = response.headers_mut();
+            headers.insert(REPLAYED, HeaderValue::from_static("true"));
+            headers.insert(MADE_VERSION, HeaderValue::from(version));
+        }
+        response
+    }
+}
+
+impl Changed {
+    fn seen_by(self, caller: &Caller) -> Self {
+        match self.record {
+            Record::Living(user) => Self { record: Record::Living(user.seen_by(caller)), ..self },
+            Record::Deleted(_) => self,
+        }
+    }
 }
 
 /// A user with its version as the entity tag.
@@ -359,48 +504,33 @@ impl IntoResponse for Changed {
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::Missing => Self::new(StatusCode::NOT_FOUND, "user_not_found", "nobody ever had this id"),
+            Refusal::Missing => Code::UserNotFound.into(),
             Refusal::Gone(Tombstone { version, deleted_at, .. }) => {
                 let deleted_at =
                     deleted_at.format(&Rfc3339).expect("a timestamp of the database has a four-digit year");
-                Self::new(StatusCode::GONE, "user_deleted", "this user was deleted")
-                    .with_version(Some(version))
-                    .with_deleted_at(deleted_at)
+                Self::from(Code::UserDeleted).with_version(Some(version)).with_deleted_at(deleted_at)
             }
-            Refusal::Stale(version) => {
-                const DETAIL: &str =
-                    "the user is not at the version that the condition asks for; read it and decide anew";
-                Self::new(StatusCode::PRECONDITION_FAILED, "version_mismatch", DETAIL).with_version(version)
-            }
-            Refusal::Invalid(faults) => Self::new(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "profile_invalid",
-                "the profile breaks the schema, see errors",
-            )
-            .with_errors(faults),
+            Refusal::Stale(version) => Self::from(Code::VersionMismatch).with_version(version),
+            Refusal::Invalid(faults) => Self::from(Code::ProfileInvalid).with_errors(faults),
+            Refusal::Taken => Code::ExternalIdTaken.into(),
+            Refusal::Unconditional => Code::PreconditionRequired.into(),
         }
     }
 }
 
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
-        const OVERLOADED: &str = "more is waiting than can be done in good time";
-        const UNREACHABLE: &str = "the database does not answer; nothing was changed";
         match error {
-            Error::Refused(refusal) => refusal.into(),
-            Error::Write(WriteError::Overloaded) | Error::Read(ReadError::Overloaded) => {
-                Self::unavailable("overloaded", OVERLOADED)
-            }
-            Error::Write(WriteError::Unknown(_)) => Self::unavailable(
-                "outcome_unknown",
-                "the connection to the database broke while the change was under way: it may have been made",
-            ),
+            Error::InFlight => Self::from(Code::IdempotencyKeyInFlight).with_header(header::RETRY_AFTER, "1"),
+            Error::Reused => Code::IdempotencyKeyReused.into(),
+            Error::Write(WriteError::Overloaded) | Error::Read(ReadError::Overloaded) => Code::Overloaded.into(),
+            Error::Write(WriteError::Unknown(_)) => Code::OutcomeUnknown.into(),
             Error::Write(WriteError::NotWritten(_)) | Error::Read(ReadError::Failed(_)) => {
-                Self::unavailable("database_unavailable", UNREACHABLE)
+                Code::DatabaseUnavailable.into()
             }
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
-                Self::unavailable("database_unavailable", UNREACHABLE)
+                Code::DatabaseUnavailable.into()
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The facts about a user, free of any I/O.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -33,6 +33,71 @@ impl fmt::Display for UserId {
     }
 }
 
+/// The id that other systems know a user by: text that the client chose, compared byte by byte.
+#[derive(Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct ExternalId(String);
+
+/// Why a text is no external id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidExternalId {
+    #[error("must have 1 to {} characters", ExternalId::MAX_CHARACTERS)]
+    Length,
+    #[error("must be printable: no control or invisible characters, no space at either end")]
+    Unprintable,
+}
+
+impl InvalidExternalId {
+    /// For programs.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Length => "length",
+            Self::Unprintable => "unprintable",
+        }
+    }
+}
+
+impl ExternalId {
+    pub const MAX_CHARACTERS: usize = 200;
+
+    /// As it was kept.
+    pub fn from_kept(text: String) -> Self {
+        Self(text)
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ExternalId {
+    type Err = InvalidExternalId;
+
+    /// What nobody can see must not tell two ids apart.
+    fn from_str(text: &str) -> Result<Self, InvalidExternalId> {
+        if !(1..=Self::MAX_CHARACTERS).contains(&text.chars().count()) {
+            return Err(InvalidExternalId::Length);
+        }
+        if text.trim() != text || text.chars().any(is_invisible) {
+            return Err(InvalidExternalId::Unprintable);
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Control characters, and those that only steer how others are set: line separators, zero-width and bidirectional marks.
+fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// Says nothing: it is a user's value.
+impl fmt::Debug for ExternalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ExternalId(..)")
+    }
+}
+
 /// Counts the changes of one user from 1.
 pub type Version = i64;
 
@@ -47,6 +112,10 @@ pub struct User {
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
+    /// The id that other systems know the user by; absent when there is none. No two living users have the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, required = false, min_length = 1, max_length = 200, example = "E-123")]
+    pub external_id: Option<ExternalId>,
     /// What the deployment's profile schema allows.
     #[schema(value_type = std::collections::HashMap<String, serde_json::Value>,
              example = json!({ "first_name": "Ana", "job_title": "Editor" }))]
@@ -84,10 +153,39 @@ impl Record {
         }
     }
 
+    pub fn external_id(&self) -> Option<&ExternalId> {
+        match self {
+            Self::Living(user) => user.external_id.as_ref(),
+            Self::Deleted(_) => None,
+        }
+    }
+
     pub fn version(&self) -> Version {
         match self {
             Self::Living(user) => user.version,
             Self::Deleted(tombstone) => tombstone.version,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_external_id_is_what_can_be_seen() {
+        let parse = |text: &str| text.parse::<ExternalId>().map(|id| id.as_str().to_owned());
+        for good in ["E-123", "a b", "Ünal/7", "工号 7", &"é".repeat(200)] {
+            assert_eq!(parse(good), Ok(good.to_owned()));
+        }
+        for wrong in ["", &"x".repeat(201)] {
+            assert_eq!(parse(wrong), Err(InvalidExternalId::Length));
+        }
+        for wrong in
+            [" ", " E", "E ", "E\u{a0}", "E\n1", "E\u{7f}", "E\u{85}1", "E\u{200b}1", "\u{202e}E", "\u{feff}E", "E\0"]
+        {
+            assert_eq!(parse(wrong), Err(InvalidExternalId::Unprintable), "{wrong:?}");
+        }
+        assert_eq!(format!("{:?}", "E-123".parse::<ExternalId>()), "Ok(ExternalId(..))");
     }
 }

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::{
     change::Step,
-    model::{Record, Tombstone, User, UserId, Version},
+    model::{ExternalId, Record, Tombstone, User, UserId, Version},
+    repeat::{Claim, Outcome, Remembered},
 };
 use crate::profile::Profile;
 
@@ -16,14 +17,27 @@ use crate::profile::Profile;
 /// This is the only statement that writes `users`, and the only one that adds to `outbox` and `changes`. A user is written if the
 /// version that its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced.
 /// Each user stands once in the batch, in order of id, so that two instances lock the same rows in the same order.
+///
+/// Whoever claims an external id that somebody has is not written. Of two who claim the same at once the index fails the batch.
 pub const KEEP: &str = "
-with change as (
-  select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[])
-    as change (user_id, seen, version, profile)
+with asked as (
+  select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[])
+    as asked (user_id, seen, version, profile, external_id)
+),
+-- Of those who get an external id that they did not have: who gets one that is taken.
+taken as (
+  select user_id
+    from unnest($12::uuid[], $13::text[]) as claim (user_id, external_id)
+   -- Not a join, for which the planner may read the whole index.
+   where user_id <> (select id from users where users.external_id = claim.external_id)
+),
+change as (
+  select * from asked
+   where user_id not in (select user_id from taken)
 ),
 created as (
-  insert into users (id, version, profile, created_at, updated_at, deleted_at)
-  select user_id, version, profile::json,
+  insert into users (id, version, profile, external_id, created_at, updated_at, deleted_at)
+  select user_id, version, profile::json, external_id,
          case when profile is not null then now() end,
          case when profile is not null then now() end,
          -- Created and deleted within one batch: the tombstone alone.
@@ -37,6 +51,7 @@ changed as (
   update users
      set version = change.version,
          profile = change.profile::json,
+         external_id = change.external_id,
          created_at = case when change.profile is not null then users.created_at end,
          updated_at = case when change.profile is not null then now() end,
          deleted_at = case when change.profile is null then now() end,
@@ -67,35 +82,94 @@ replaced as (
 told as (
   insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
   select message_id, event, user_id, version, changed_fields::jsonb, traceparent
-    from unnest($5::uuid[], $6::text[], $7::uuid[], $8::bigint[], $9::text[], $10::text[])
+    from unnest($6::uuid[], $7::text[], $8::uuid[], $9::bigint[], $10::text[], $11::text[])
       with ordinality as event (message_id, event, user_id, version, changed_fields, traceparent, place)
    where user_id in (select id from kept)
    order by place
+),
+-- Requests that may come again. One that did, on another instance, fails the batch by its key.
+remembered as (
+  insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
+  select claim.key, claim.salt, case when change.profile is not null then claim.fingerprint end,
+         claim.outcome, claim.user_id, claim.version
+    from unnest($14::bytea[], $15::bytea[], $16::bytea[], $17::text[], $18::uuid[], $19::bigint[])
+      as claim (key, salt, fingerprint, outcome, user_id, version)
+    join change on change.user_id = claim.user_id
+   where claim.user_id in (select id from kept)
+),
+-- Of a deleted user not even a hash of what was written stays.
+forgotten as (
+  update idempotency_keys
+     set fingerprint = null
+    from change
+   where change.profile is null
+     and change.user_id in (select id from kept)
+     and idempotency_keys.user_id = change.user_id
+     and idempotency_keys.fingerprint is not null
 )
 -- For a user that was not kept: the state that is in the way.
-select change.user_id, kept.id is not null as is_kept, now() as at,
-       users.version, users.profile, users.created_at, users.updated_at, users.deleted_at
-  from change
-  left join kept on kept.id = change.user_id
+select asked.user_id, kept.id is not null as is_kept,
+       asked.user_id in (select user_id from taken) as is_taken, now() as at,
+       users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
+  from asked
+  left join kept on kept.id = asked.user_id
   -- A null key finds nothing and costs nothing.
-  left join users on users.id = case when kept.id is null then change.user_id end
+  left join users on users.id = case when kept.id is null then asked.user_id end
 ";
+
+/// What a request came to that was decided before.
+pub const RECALL: &str = "
+select salt, fingerprint, outcome, user_id, version, kept_at
+  from idempotency_keys
+ where key = $1
+";
+
+/// Remembers a request that came to nothing. The first one counts. Of a deleted user not even a hash of what was written stays.
+pub const REMEMBER: &str = "
+insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
+values ($1, $2, case when not exists (select from users where id = $5 and deleted_at is not null) then $3::bytea end, $4, $5, $6)
+on conflict (key) do nothing
+";
+
+/// Lets the oldest go of those that were kept for a day.
+pub const PURGE: &str = "
+delete from idempotency_keys
+ where key in (select key
+                 from idempotency_keys
+                where kept_at < now() - interval '24 hours'
+                order by kept_at
+                limit $1
+                  for update skip locked)
+";
+
+/// The key that each idempotency key has once.
+pub const IDEMPOTENCY_KEYS: &str = "idempotency_keys_pkey";
+
+/// The index that has each external id once.
+pub const EXTERNAL_IDS: &str = "users_external_id";
 
 /// The latest state of each of these users, the living and the dead.
 pub const READ: &str = "
-select id, version, profile, created_at, updated_at, deleted_at
+select id, version, profile, external_id, created_at, updated_at, deleted_at
   from users
  where id = any($1)
 ";
 
 /// A page of living users in order of id.
 pub const LIST: &str = "
-select id, version, profile, created_at, updated_at, deleted_at
+select id, version, profile, external_id, created_at, updated_at, deleted_at
   from users
  where deleted_at is null
    and id > $1
  order by id
  limit $2
+";
+
+/// The living user whom other systems know by this id.
+pub const FIND: &str = "
+select id, version, profile, external_id, created_at, updated_at, deleted_at
+  from users
+ where external_id = $1
 ";
 
 /// The session settings that suit [`KEEP`] and [`READ`]: both find a handful of rows by key, whatever the statistics say, and
@@ -114,9 +188,24 @@ impl Stack {
         Self { steps: vec![bottom] }
     }
 
-    pub fn push(&mut self, step: Step) {
+    /// Puts `step` on top. False, and it is left out, when an external id has changed in this stack before: what is not written
+    /// cannot be found to be taken.
+    pub fn push(&mut self, step: Step) -> bool {
         debug_assert_eq!(step.seen, self.top().version(), "a step is planned on the one below it");
-        self.steps.push(step);
+        let fits = !(step.renames && self.renames());
+        if fits {
+            self.steps.push(step);
+        }
+        fits
+    }
+
+    fn renames(&self) -> bool {
+        self.steps.iter().any(|step| step.renames)
+    }
+
+    /// The external id that is new with this stack.
+    fn claim(&self) -> Option<&ExternalId> {
+        self.top().external_id().filter(|_| self.renames())
     }
 
     /// The state after the last change.
@@ -140,6 +229,10 @@ pub enum Kept {
     Done { at: OffsetDateTime },
     /// Somebody else was there first, and left this; nothing of the stack was written.
     Moved(Option<Record>),
+    /// Somebody else has the external id that it claims; nothing of the stack was written, over this.
+    Taken(Option<Record>),
+    /// A request of it was made before under the same idempotency key; nothing of the stack was written.
+    Repeated,
 }
 
 /// Writes a batch; the answers are in the order of `stacks`.
@@ -147,17 +240,30 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
     stacks.sort_unstable_by_key(Stack::id);
     let column = |of: fn(&Stack) -> i64| stacks.iter().map(of).collect::<Vec<_>>();
     let steps: Vec<&Step> = stacks.iter().flat_map(|stack| &stack.steps).collect();
+    let claims: Vec<(Uuid, &str)> =
+        stacks.iter().filter_map(|stack| Some((stack.id().0, stack.claim()?.as_str()))).collect();
+    let claims_of_keys: Vec<(&Claim, &Step)> =
+        steps.iter().filter_map(|step| Some((step.claim.as_ref()?, *step))).collect();
     let mut rows: Vec<KeptRow> = sqlx::query_as(KEEP)
         .bind(stacks.iter().map(|stack| stack.id().0).collect::<Vec<_>>())
         .bind(column(Stack::seen))
         .bind(column(|stack| stack.top().version()))
         .bind(stacks.iter().map(|stack| stack.top().profile().map(Profile::as_str)).collect::<Vec<_>>())
+        .bind(stacks.iter().map(|stack| stack.top().external_id().map(ExternalId::as_str)).collect::<Vec<_>>())
         .bind(steps.iter().map(|_| Uuid::now_v7()).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.event.name()).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.after.id().0).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.after.version()).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| names(step)).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.trace.to_string()).collect::<Vec<_>>())
+        .bind(claims.iter().map(|(user, _)| *user).collect::<Vec<_>>())
+        .bind(claims.iter().map(|(_, external_id)| *external_id).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(claim, _)| claim.key.as_slice()).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(claim, _)| claim.salt.as_slice()).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(claim, _)| claim.fingerprint.as_slice()).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(_, step)| Outcome::of(step).as_str()).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(_, step)| step.after.id().0).collect::<Vec<_>>())
+        .bind(claims_of_keys.iter().map(|(_, step)| step.after.version()).collect::<Vec<_>>())
         // Not fetch_one or fetch_optional anywhere here: they stop at the first row, which comes before the commit.
         .fetch_all(connection)
         .await?;
@@ -179,21 +285,77 @@ pub async fn read(connection: &mut PgConnection, ids: &[UserId]) -> sqlx::Result
 /// Up to `limit` living users past `after`.
 pub async fn list(pool: &PgPool, after: UserId, limit: i64) -> sqlx::Result<Vec<User>> {
     let rows: Vec<UserRow> = sqlx::query_as(LIST).bind(after.0).bind(limit).fetch_all(pool).await?;
-    rows.into_iter()
-        .map(|row| match row.into_record()? {
-            Record::Living(user) => Ok(user),
-            Record::Deleted(_) => Err(impossible("a tombstone in a page of the living")),
+    rows.into_iter().map(UserRow::into_user).collect()
+}
+
+pub async fn find(pool: &PgPool, external_id: &ExternalId) -> sqlx::Result<Option<User>> {
+    let row: Option<UserRow> = sqlx::query_as(FIND).bind(external_id.as_str()).fetch_optional(pool).await?;
+    row.map(UserRow::into_user).transpose()
+}
+
+pub async fn recall(pool: &PgPool, claim: &Claim) -> sqlx::Result<Option<Remembered>> {
+    let row: Option<RememberedRow> = sqlx::query_as(RECALL).bind(claim.key.as_slice()).fetch_optional(pool).await?;
+    row.map(RememberedRow::into_remembered).transpose()
+}
+
+/// False when the key was remembered before.
+pub async fn remember(
+    pool: &PgPool,
+    claim: &Claim,
+    outcome: Outcome,
+    user: UserId,
+    version: Version,
+) -> sqlx::Result<bool> {
+    sqlx::query(REMEMBER)
+        .bind(claim.key.as_slice())
+        .bind(claim.salt.as_slice())
+        .bind(claim.fingerprint.as_slice())
+        .bind(outcome.as_str())
+        .bind(user.0)
+        .bind(version)
+        .execute(pool)
+        .await
+        .map(|done| done.rows_affected() == 1)
+}
+
+/// How many went.
+pub async fn purge(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
+    Ok(sqlx::query(PURGE).bind(limit).execute(connection).await?.rows_affected())
+}
+
+#[derive(sqlx::FromRow)]
+struct RememberedRow {
+    salt: Vec<u8>,
+    fingerprint: Option<Vec<u8>>,
+    outcome: String,
+    user_id: Uuid,
+    version: i64,
+    kept_at: OffsetDateTime,
+}
+
+impl RememberedRow {
+    fn into_remembered(self) -> sqlx::Result<Remembered> {
+        let fits = || impossible("an idempotency key with a hash of another length");
+        Ok(Remembered {
+            salt: self.salt.try_into().map_err(|_| fits())?,
+            fingerprint: self.fingerprint.map(|hash| hash.try_into().map_err(|_| fits())).transpose()?,
+            outcome: Outcome::from_kept(&self.outcome).ok_or_else(|| impossible("an outcome that there is none of"))?,
+            user_id: UserId(self.user_id),
+            version: self.version,
+            at: self.kept_at,
         })
-        .collect()
+    }
 }
 
 #[derive(sqlx::FromRow)]
 struct KeptRow {
     user_id: Uuid,
     is_kept: bool,
+    is_taken: bool,
     at: OffsetDateTime,
     version: Option<i64>,
     profile: Option<Json<Box<RawValue>>>,
+    external_id: Option<String>,
     created_at: Option<OffsetDateTime>,
     updated_at: Option<OffsetDateTime>,
     deleted_at: Option<OffsetDateTime>,
@@ -201,13 +363,17 @@ struct KeptRow {
 
 impl KeptRow {
     fn into_kept(self) -> sqlx::Result<Kept> {
-        let Self { user_id, is_kept, at, version, profile, created_at, updated_at, deleted_at } = self;
-        if is_kept {
+        let (is_taken, at) = (self.is_taken, self.at);
+        if self.is_kept {
             return Ok(Kept::Done { at });
         }
-        let Some(version) = version else { return Ok(Kept::Moved(None)) };
-        let row = UserRow { id: user_id, version, profile, created_at, updated_at, deleted_at };
-        Ok(Kept::Moved(Some(row.into_record()?)))
+        let now = self.into_user().map(UserRow::into_record).transpose()?;
+        Ok(if is_taken { Kept::Taken(now) } else { Kept::Moved(now) })
+    }
+
+    fn into_user(self) -> Option<UserRow> {
+        let Self { user_id: id, version, profile, external_id, created_at, updated_at, deleted_at, .. } = self;
+        Some(UserRow { id, version: version?, profile, external_id, created_at, updated_at, deleted_at })
     }
 }
 
@@ -216,6 +382,7 @@ struct UserRow {
     id: Uuid,
     version: i64,
     profile: Option<Json<Box<RawValue>>>,
+    external_id: Option<String>,
     created_at: Option<OffsetDateTime>,
     updated_at: Option<OffsetDateTime>,
     deleted_at: Option<OffsetDateTime>,
@@ -228,10 +395,18 @@ impl UserRow {
         match (self.deleted_at, self.profile, self.created_at, self.updated_at) {
             (Some(deleted_at), ..) => Ok(Record::Deleted(Tombstone { id, version, deleted_at })),
             (None, Some(Json(profile)), Some(created_at), Some(updated_at)) => {
+                let external_id = self.external_id.map(ExternalId::from_kept);
                 let profile = Profile::from_kept(profile);
-                Ok(Record::Living(User { id, version, created_at, updated_at, profile }))
+                Ok(Record::Living(User { id, version, created_at, updated_at, external_id, profile }))
             }
             _ => Err(impossible("a living user without profile or times")),
+        }
+    }
+
+    fn into_user(self) -> sqlx::Result<User> {
+        match self.into_record()? {
+            Record::Living(user) => Ok(user),
+            Record::Deleted(_) => Err(impossible("a tombstone among the living")),
         }
     }
 }

@@ -1,20 +1,23 @@
-//! Request bodies: an object of a type of ours; or a profile, or a patch of one, inside `{"profile": {..}}`.
+//! Request bodies: an object, as it is or as a type of ours.
 
 use std::time::Duration;
 
 use axum::{
-    body::{Bytes, to_bytes},
+    body::{Bytes, HttpBody, to_bytes},
     extract::{FromRequest, Request},
-    http::{HeaderMap, HeaderName, StatusCode, header},
+    http::{HeaderMap, HeaderName, header},
 };
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
-use super::{Problem, ProblemBody, typed::typed};
-use crate::json::{self, Fault, Rejected, step};
+use super::{Code, Problem, Refuses, places::ClientsTurn, refuses, typed::typed};
+use crate::json::{self, Fault, Rejected};
 
-const LIMIT_BYTES: usize = 64 * 1024;
+pub const LIMIT_BYTES: usize = 64 * 1024;
+/// A body that is too large is thrown away up to here, so that its client hears the refusal.
+const DRAIN_BYTES: usize = 1024 * 1024;
 /// For the whole body: a client that trickles is cut off.
 const DEADLINE: Duration = Duration::from_secs(15);
 const JSON: &str = "application/json";
@@ -26,18 +29,18 @@ const MERGE_PATCH: &str = "application/merge-patch+json";
 /// Bodies that are long lists may set a limit of their own.
 pub struct Body<T, const LIMIT: usize = LIMIT_BYTES>(pub T);
 
-/// The profile in an `application/json` body.
+/// The members of an `application/json` body.
 pub struct Document(pub Map<String, Value>);
 
-/// The patch of a profile in an `application/merge-patch+json` body (RFC 7396).
-pub struct Patch(pub Map<String, Value>);
+/// The members of an `application/merge-patch+json` body (RFC 7396).
+pub struct MergePatch(pub Map<String, Value>);
 
 impl<S: Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T, LIMIT> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        let members = object(&read(request, LIMIT).await?, "must be an object")?;
+        let members = object(&read(request, LIMIT).await?)?;
         typed(Value::Object(members)).map(Self).map_err(|fault| body_invalid(vec![fault]))
     }
 }
@@ -47,25 +50,48 @@ impl<S: Sync> FromRequest<S> for Document {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        Ok(Self(profile(&read(request, LIMIT_BYTES).await?)?))
+        Ok(Self(object(&read(request, LIMIT_BYTES).await?)?))
     }
 }
 
-impl<S: Sync> FromRequest<S> for Patch {
+impl<S: Sync> FromRequest<S> for MergePatch {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), MERGE_PATCH, HeaderName::from_static("accept-patch"))?;
-        Ok(Self(profile(&read(request, LIMIT_BYTES).await?)?))
+        Ok(Self(object(&read(request, LIMIT_BYTES).await?)?))
+    }
+}
+
+/// A body as bytes, and as JSON.
+struct Bytewise;
+
+refuses!(
+    Bytewise => [BodyTimeout, MalformedBody, MalformedJson, PayloadTooLarge, UnsupportedMediaType, UnacceptableJson, BodyInvalid];
+);
+
+impl<T, const LIMIT: usize> Refuses for Body<T, LIMIT> {
+    fn codes() -> Vec<Code> {
+        Bytewise::codes()
+    }
+}
+
+impl Refuses for Document {
+    fn codes() -> Vec<Code> {
+        Bytewise::codes()
+    }
+}
+
+impl Refuses for MergePatch {
+    fn codes() -> Vec<Code> {
+        Bytewise::codes()
     }
 }
 
 /// RFC 9110, section 15.5.16, and RFC 5789, section 3.1: the answer names what would be right.
 fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: HeaderName) -> Result<(), Problem> {
-    let unsupported = |detail: String| {
-        Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail)
-            .with_header(answer_in.clone(), expected)
-    };
+    let unsupported =
+        |detail: String| Problem::new(Code::UnsupportedMediaType, detail).with_header(answer_in.clone(), expected);
     let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let (essence, parameters) = given.split_once(';').unwrap_or((given, ""));
     if !essence.trim().eq_ignore_ascii_case(expected) {
@@ -82,96 +108,68 @@ fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: Head
 }
 
 async fn read(request: Request, limit_bytes: usize) -> Result<Bytes, Problem> {
-    match timeout(DEADLINE, to_bytes(request.into_body(), limit_bytes)).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) if is_too_large(&error) => Err(Problem::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "payload_too_large",
-            format!("the body has more than {limit_bytes} bytes"),
-        )),
-        Ok(Err(_)) => Err(Problem::bad_request("malformed_body", "the body ended before it was complete")),
-        Err(_) => Err(Problem::new(
-            StatusCode::REQUEST_TIMEOUT,
-            "body_timeout",
-            format!("the body did not arrive within {DEADLINE:?}"),
-        )),
+    let too_large = || Problem::new(Code::PayloadTooLarge, format!("the body has more than {limit_bytes} bytes"));
+    let announced = request.body().size_hint();
+    let waits = request.headers().contains_key(header::EXPECT);
+    // Who announces too much is not asked to send it (`Expect: 100-continue`), nor waited for when it is far too much.
+    if announced.lower() > if waits { limit_bytes } else { DRAIN_BYTES } as u64 {
+        return Err(too_large());
+    }
+    let clients_turn = ClientsTurn::of(request.extensions());
+    let came = timeout(DEADLINE, whole(request.into_body(), limit_bytes)).await;
+    clients_turn.end()?;
+    match came {
+        Ok(Ok(Some(body))) => Ok(body),
+        Ok(Ok(None)) => Err(too_large()),
+        Ok(Err(_)) => Err(Code::MalformedBody.into()),
+        Err(_) => Err(Problem::new(Code::BodyTimeout, format!("the body did not arrive within {DEADLINE:?}"))),
     }
 }
 
-fn is_too_large(error: &axum::Error) -> bool {
-    std::error::Error::source(error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>())
+/// The body; `None` when it has more than `limit_bytes`. Of such a one the rest is taken off the line and thrown away: who is still writing
+/// when the connection ends hears of that, and not of the refusal.
+async fn whole(body: axum::body::Body, limit_bytes: usize) -> Result<Option<Bytes>, axum::Error> {
+    if body.size_hint().upper().is_some_and(|upper| upper <= limit_bytes as u64) {
+        return to_bytes(body, limit_bytes).await.map(Some);
+    }
+    let (mut kept, mut came_bytes, mut chunks) = (vec![], 0, body.into_data_stream());
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        came_bytes += chunk.len();
+        if came_bytes <= limit_bytes {
+            kept.extend_from_slice(&chunk);
+        } else if came_bytes > DRAIN_BYTES {
+            break;
+        }
+    }
+    Ok((came_bytes <= limit_bytes).then(|| kept.into()))
 }
 
 /// The object that a body is.
-fn object(body: &[u8], otherwise: &str) -> Result<Map<String, Value>, Problem> {
+fn object(body: &[u8]) -> Result<Map<String, Value>, Problem> {
     match json::parse(body) {
         Ok(Value::Object(members)) => Ok(members),
-        Ok(_) => Err(body_invalid(vec![Fault::new("", "type", otherwise)])),
-        Err(Rejected::Malformed { line, column }) => Err(Problem::bad_request(
-            "malformed_json",
-            format!("the body is not JSON: see line {line}, column {column}"),
-        )),
-        Err(Rejected::Faulty(faults)) => Err(unprocessable("unacceptable_json", faults)),
+        Ok(_) => Err(body_invalid(vec![Fault::new("", "type", "must be an object")])),
+        Err(Rejected::Malformed { line, column }) => {
+            Err(Problem::new(Code::MalformedJson, format!("the body is not JSON: see line {line}, column {column}")))
+        }
+        Err(Rejected::Faulty(faults)) => Err(unprocessable(Code::UnacceptableJson, faults)),
     }
-}
-
-/// The object under `profile`, which is all that a body holds.
-fn profile(body: &[u8]) -> Result<Map<String, Value>, Problem> {
-    let mut members = object(body, "must be an object with a member \"profile\"")?;
-    let profile = members.remove("profile");
-    let mut faults: Vec<Fault> = members
-        .keys()
-        .map(|name| Fault::new(step("", name), "unknown_member", "a body has the member \"profile\" and no other"))
-        .collect();
-    match profile {
-        Some(Value::Object(profile)) if faults.is_empty() => return Ok(profile),
-        Some(Value::Object(_)) => {}
-        Some(_) => faults.push(Fault::new("/profile", "type", "must be an object")),
-        None => faults.push(Fault::new("/profile", "required", "must be present")),
-    }
-    Err(body_invalid(faults))
 }
 
 /// The body is JSON, and not what the route takes.
 pub fn body_invalid(faults: Vec<Fault>) -> Problem {
-    unprocessable("body_invalid", faults)
+    unprocessable(Code::BodyInvalid, faults)
 }
 
-fn unprocessable(code: &'static str, faults: Vec<Fault>) -> Problem {
+fn unprocessable(code: Code, faults: Vec<Fault>) -> Problem {
     let places = if faults.len() == 1 { "1 place".to_owned() } else { format!("{} places", faults.len()) };
-    Problem::new(
-        StatusCode::UNPROCESSABLE_ENTITY,
-        code,
-        format!("the body cannot be taken: {places} to mend, see errors"),
-    )
-    .with_errors(faults)
-}
-
-/// Refusals of a request body.
-#[derive(utoipa::IntoResponses)]
-pub enum BodyRefusals {
-    /// `payload_too_large`: the body has more than 64 KiB.
-    #[response(status = 413, content_type = "application/problem+json")]
-    TooLarge(ProblemBody),
-    /// `unsupported_media_type`; `Accept` or `Accept-Patch` names the right one.
-    #[response(status = 415, content_type = "application/problem+json")]
-    UnsupportedMediaType(ProblemBody),
-    /// `unacceptable_json`, `body_invalid` or `profile_invalid`; `errors` has a JSON pointer per fault.
-    #[response(status = 422, content_type = "application/problem+json")]
-    Unprocessable(ProblemBody),
+    Problem::new(code, format!("the body cannot be taken: {places} to mend, see errors")).with_errors(faults)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_body_is_a_profile_and_nothing_else() {
-        assert!(profile(br#"{"profile":{"a":1}}"#).is_ok());
-        for wrong in ["[]", "7", "{}", r#"{"profile":7}"#, r#"{"profile":null}"#, r#"{"profile":{},"version":3}"#] {
-            assert!(profile(wrong.as_bytes()).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn media_types_are_compared_as_media_types() {

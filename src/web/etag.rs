@@ -5,12 +5,22 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
 };
 
-use super::Problem;
+use super::{Code, Problem, refuses};
 
 /// The entity tag of a version.
 pub fn etag(version: i64) -> HeaderValue {
     HeaderValue::from_str(&format!("\"{version}\"")).expect("digits and quotes are a valid header")
 }
+
+/// `*`, or entity tags with commas between them. An `ETag` that was answered is one.
+#[derive(utoipa::ToSchema)]
+#[schema(value_type = String, example = json!("\"7\""), pattern = r#"^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$"#)]
+pub struct EntityTags(pub String);
+
+/// Any there is.
+#[derive(utoipa::ToSchema)]
+#[schema(value_type = String, example = json!("*"), pattern = r"^\*$")]
+pub struct AnyTag(pub String);
 
 /// `If-Match` and `If-None-Match` of a request that changes something.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +47,8 @@ impl Precondition {
     }
 }
 
+refuses!(Precondition => [InvalidHeader, VersionMismatch]; IfNoneMatch => [InvalidHeader]);
+
 impl<S: Sync> FromRequestParts<S> for Precondition {
     type Rejection = Problem;
 
@@ -49,10 +61,11 @@ impl<S: Sync> FromRequestParts<S> for Precondition {
                 Ok(Self::VersionIn(tags.iter().filter(|tag| !tag.weak).filter_map(Tag::version).collect()))
             }
             (None, Some(Tags::Any)) => Ok(Self::Absent),
-            (None, Some(Tags::These(_))) => {
+            // That there is a user, and that there is none: nobody meets both.
+            (Some(_), Some(Tags::Any)) => Ok(Self::VersionIn(vec![])),
+            (_, Some(Tags::These(_))) => {
                 Err(invalid(&header::IF_NONE_MATCH, "a request that changes something takes only *"))
             }
-            (Some(_), Some(_)) => Err(invalid(&header::IF_MATCH, "not together with If-None-Match")),
         }
     }
 }
@@ -101,7 +114,7 @@ impl Tag {
 }
 
 fn invalid(name: &HeaderName, reason: &str) -> Problem {
-    Problem::bad_request("invalid_header", format!("{name}: {reason}"))
+    Problem::new(Code::InvalidHeader, format!("{name}: {reason}"))
 }
 
 fn tags(headers: &HeaderMap, name: HeaderName) -> Result<Option<Tags>, Problem> {

@@ -7,8 +7,9 @@ use std::{
 };
 
 use axum::{
-    extract::{FromRequestParts, MatchedPath, Request},
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, request::Parts},
+    body::HttpBody,
+    extract::{FromRequestParts, MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -17,13 +18,19 @@ use tidings_sdk::trace::Traceparent;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::Problem;
+use super::{Code, Limits, Problem};
 
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client may name its request, within these limits: the name goes into our log.
 const REQUEST_ID_LIMIT_BYTES: usize = 64;
 /// For a whole request, body included.
 const DEADLINE: Duration = Duration::from_secs(30);
+
+/// More than the 8,000 that RFC 9110, section 4.1, asks for at least is used by nobody here.
+pub(super) const URI_LIMIT_BYTES: usize = 8000;
+
+/// Refusals with a status of 500 and more that are nobody's fault.
+const DELIBERATE: [Code; 2] = [Code::Overloaded, Code::NotYetVisible];
 
 tokio::task_local! {
     static REQUEST_ID: String;
@@ -35,7 +42,7 @@ pub(super) fn request_id() -> String {
 }
 
 /// The innermost layer around every route.
-pub async fn manners(mut request: Request, next: Next) -> Response {
+pub async fn manners(State(limits): State<Limits>, mut request: Request, next: Next) -> Response {
     let id = callers_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string());
     let trace = callers_trace(request.headers()).map_or_else(Traceparent::new_root, Traceparent::child);
     request.extensions_mut().insert(Trace(trace));
@@ -44,21 +51,31 @@ pub async fn manners(mut request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
     let began = Instant::now();
     let answer = REQUEST_ID.scope(id.clone(), async {
+        let admitted = match limits.admit(&mut request, &route) {
+            Ok(admitted) => admitted,
+            Err(problem) => return problem.into_response(),
+        };
         let guarded = std::panic::AssertUnwindSafe(next.run(request)).catch_unwind();
-        match timeout(DEADLINE, guarded).await {
+        let mut response = match timeout(DEADLINE, guarded).await {
             Ok(Ok(response)) => response,
             Ok(Err(panic)) => panicked(&*panic),
-            Err(_) => {
-                Problem::unavailable("deadline_exceeded", format!("no answer within {DEADLINE:?}")).into_response()
-            }
+            Err(_) => Problem::new(Code::DeadlineExceeded, format!("no answer within {DEADLINE:?}")).into_response(),
+        };
+        if let Some((place, meter)) = admitted {
+            drop(place);
+            response = limits.answers.hold(response).await;
+            meter.settle(response.body().size_hint().lower(), response.headers_mut());
         }
+        response
     });
     let mut response = answer.await;
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(X_REQUEST_ID, id);
     }
     let (status, took_ms) = (response.status().as_u16(), began.elapsed().as_millis() as u64);
-    if response.status().is_server_error() {
+    // What clients can bring about as often as they like is counted, and does not fill the log.
+    let deliberate = response.extensions().get().is_some_and(|code| DELIBERATE.contains(code));
+    if response.status().is_server_error() && !deliberate {
         tracing::warn!(%method, route, status, took_ms, request_id = id, "answered");
     } else {
         tracing::debug!(%method, route, status, took_ms, request_id = id, "answered");
@@ -79,7 +96,7 @@ fn callers_trace(headers: &HeaderMap) -> Option<Traceparent> {
 /// The panic's message may quote a value: the log gets the place, from the panic hook, and not the words.
 fn panicked(_words: &(dyn Any + Send)) -> Response {
     tracing::error!(request_id = request_id(), "a handler panicked");
-    Problem::internal().into_response()
+    Problem::from(Code::Internal).into_response()
 }
 
 /// The trace that this request belongs to.
@@ -95,17 +112,9 @@ impl<S: Sync> FromRequestParts<S> for Trace {
 }
 
 pub async fn route_not_found() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "route_not_found",
-        "there is no such resource; GET /openapi.yaml lists what there is",
-    )
+    Code::RouteNotFound.into()
 }
 
 pub async fn method_not_allowed() -> Problem {
-    Problem::new(
-        StatusCode::METHOD_NOT_ALLOWED,
-        "method_not_allowed",
-        "this resource does not have that method; see Allow",
-    )
+    Code::MethodNotAllowed.into()
 }

@@ -3,17 +3,36 @@
 //! Promise: every refusal is a problem+json with a stable code and the request's id; every wait has a deadline.
 //! Not here, on purpose: any feature.
 
+mod address;
+mod answers;
 mod body;
+mod code;
+mod connections;
 mod etag;
+mod idempotency;
+mod limits;
 mod manners;
+mod meter;
 mod params;
+mod places;
 mod problem;
+mod rate;
 mod server;
+mod traffic;
 mod typed;
+mod wire;
 
-pub use body::{Body, BodyRefusals, Document, Patch, body_invalid};
-pub use etag::{IfNoneMatch, Precondition, etag};
+pub use address::Proxies;
+pub use body::{Body, Document, LIMIT_BYTES as BODY_LIMIT_BYTES, MergePatch, body_invalid};
+pub use code::Code;
+pub use etag::{AnyTag, EntityTags, IfNoneMatch, Precondition, etag};
+pub use idempotency::{IdempotencyKey, KeyOfRequest};
+pub use limits::{LimitSettings, Limits};
 pub use manners::{Trace, manners, method_not_allowed, route_not_found};
-pub use params::{Id, MessageId, Name, Params, cursor, invalid_cursor, read_cursor};
-pub use problem::{Problem, ProblemBody, Refusals};
-pub use server::serve;
+pub use meter::Meter;
+pub use params::{Cursor, Id, MessageId, Name, NoParams, Params, cursor, invalid_cursor, read_cursor};
+pub(crate) use problem::refuses;
+pub use problem::{Problem, ProblemBody, Refusals, Refuses, examples};
+pub use rate::Rate;
+pub use server::{Peer, listen, serve};
+pub use traffic::Traffic;

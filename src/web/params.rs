@@ -5,11 +5,11 @@ use axum::{
     http::request::Parts,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
 use tidings_sdk::subscription::SubscriptionName;
 use uuid::Uuid;
 
-use super::Problem;
+use super::{Code, Problem, Refuses, refuses};
 
 /// A user's id in the path.
 #[derive(Debug, Clone, Copy)]
@@ -19,9 +19,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let invalid = || {
-            Problem::bad_request("invalid_user_id", "a user id is a UUID such as 0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a")
-        };
+        let invalid = || Code::InvalidUserId.into();
         let Path(text) = Path::<String>::from_request_parts(parts, state).await.map_err(|_| invalid())?;
         Self::from_text(&text).ok_or_else(invalid)
     }
@@ -34,8 +32,10 @@ impl Id {
     }
 }
 
-/// A subscription's name in the path, as `{name}`.
-#[derive(Debug, Clone)]
+/// A subscription's name: a lowercase letter, then lowercase letters, digits, `.`, `_` and `-`.
+#[derive(Debug, Clone, utoipa::ToSchema)]
+#[schema(as = SubscriptionName, value_type = String, example = "orders",
+         pattern = r"^(?!amq\.)(?!.*\.(dead|fields)$)(?!.*\.retry\.[0-9]+$)[a-z][a-z0-9._-]{0,99}$")]
 pub struct Name(pub SubscriptionName);
 
 impl<S: Send + Sync> FromRequestParts<S> for Name {
@@ -44,7 +44,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let text = path_param(parts, state, "name").await.unwrap_or_default();
         text.parse().map(Self).map_err(|error: tidings_sdk::subscription::InvalidName| {
-            Problem::bad_request("invalid_subscription_name", error.to_string())
+            Problem::new(Code::InvalidSubscriptionName, error.to_string())
         })
     }
 }
@@ -58,7 +58,7 @@ impl<S: Send + Sync> FromRequestParts<S> for MessageId {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let text = path_param(parts, state, "message_id").await.unwrap_or_default();
-        text.parse().map(Self).map_err(|_| Problem::bad_request("invalid_message_id", "a message id is a UUID"))
+        text.parse().map(Self).map_err(|_| Code::InvalidMessageId.into())
     }
 }
 
@@ -71,15 +71,51 @@ async fn path_param<S: Send + Sync>(parts: &mut Parts, state: &S, name: &str) ->
 #[derive(Debug, Clone, Copy)]
 pub struct Params<T>(pub T);
 
+/// A route that takes no parameters: a condition put there by mistake must not be silently without effect.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoParams {}
+
+/// A cursor among the parameters, for the document.
+pub struct Cursor;
+
+refuses!(
+    Cursor => [InvalidCursor];
+    Id => [InvalidUserId];
+    Name => [InvalidSubscriptionName];
+    MessageId => [InvalidMessageId];
+);
+
+impl<T> Refuses for Params<T> {
+    fn codes() -> Vec<Code> {
+        vec![Code::InvalidQuery]
+    }
+}
+
 impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let Query(params) = Query::<T>::from_request_parts(parts, state)
             .await
-            .map_err(|rejection| Problem::bad_request("invalid_query", rejection.body_text()))?;
+            .map_err(|rejection| Problem::new(Code::InvalidQuery, without_values(&rejection.body_text())))?;
         Ok(Self(params))
     }
+}
+
+/// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place.
+fn without_values(words: &str) -> String {
+    let words = words.rsplit_once("query string: ").map_or(words, |(_, words)| words);
+    for (kind, said) in
+        [("unknown field `", "there is no such parameter"), ("unknown variant `", "there is no such choice")]
+    {
+        if let Some((_, rest)) = words.split_once(kind) {
+            // Our own words come last.
+            let expected = rest.rfind("`, expected").or_else(|| rest.rfind("`, there are"));
+            return expected.map_or_else(|| said.to_owned(), |at| format!("{said}: {}", &rest[at + 3..]));
+        }
+    }
+    words.to_owned()
 }
 
 /// Where a page ended, for the next one. Opaque to the client.
@@ -93,5 +129,34 @@ pub fn read_cursor(text: &str) -> Result<Uuid, Problem> {
 
 /// What was sent as a cursor is none.
 pub fn invalid_cursor() -> Problem {
-    Problem::bad_request("invalid_cursor", "send back the \"next\" of an earlier page as it was")
+    Code::InvalidCursor.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_query_is_said_without_what_stands_in_it() {
+        for (words, said) in [
+            (
+                "Failed to deserialize query string: unknown field `Ana`, expected `limit` or `after`",
+                "there is no such parameter: expected `limit` or `after`",
+            ),
+            (
+                "Failed to deserialize query string: state: unknown variant `x`, expected y`, expected `overdue`",
+                "there is no such choice: expected `overdue`",
+            ),
+            (
+                "Failed to deserialize query string: Ana: unknown field `Ana`, there are no fields",
+                "there is no such parameter: there are no fields",
+            ),
+            (
+                "Failed to deserialize query string: limit: invalid digit found in string",
+                "limit: invalid digit found in string",
+            ),
+        ] {
+            assert_eq!(without_values(words), said);
+        }
+    }
 }

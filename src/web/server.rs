@@ -1,53 +1,146 @@
-//! The accept loop: HTTP/1.1 with the deadlines that `axum::serve` does not have.
+//! The accept loop: HTTP/1.1 with the limits and deadlines that `axum::serve` does not have.
+//!
+//! Promise: no client can hold a connection for ever, and none of them, however many, keeps the others out.
+//! Not here, on purpose: what a request may do (see `manners`).
 
-use std::{sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::Router;
-use hyper::server::conn::http1;
+use axum::{Router, extract::Request, response::Response};
+use hyper::{body::Incoming, server::conn::http1, service::Service};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
+    server::graceful::{GracefulShutdown, Watcher},
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
+
+use super::{Code, Limits, Problem, connections::Seated, wire::Wire};
 
 /// From the first byte of a request to the end of its headers, and for an idle connection to send one.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 /// For a request's line and headers.
 const HEADER_LIMIT_BYTES: usize = 16 * 1024;
-/// Connections at once; more wait in the kernel's queue until one ends.
-const CONNECTIONS: usize = 10_000;
 /// After a failed accept (no file descriptors left): time for some connections to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// For a client who is turned away to take the answer.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// How many are told so at the same time; others only find the connection closed. Well below `descriptors::RESERVE`.
+const FAREWELLS: usize = 64;
+
+/// In the kernel, for what a client has not taken yet; the kernel doubles it. Without a bound it grows to megabytes for whoever asks and
+/// does not read. Enough for 25 MB/s at 10 ms.
+const SEND_BUFFER_BYTES: u32 = 128 * 1024;
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: u32 = 1024;
+
+/// Where the connection of a request comes from: the client, or a proxy before it.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(pub SocketAddr);
+
+/// Listens on `address`.
+///
+/// # Errors
+/// When somebody else does, or nobody may.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // Connections that ended lately must not keep a new process from its port.
+    socket.set_reuseaddr(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Serves until `stop`, then finishes the requests that are under way.
-pub async fn serve(listener: TcpListener, app: Router, stop: CancellationToken) {
+pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: CancellationToken) {
     let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE).max_buf_size(HEADER_LIMIT_BYTES);
-    while let Some(place) = stop.run_until_cancelled(places.clone().acquire_owned()).await {
-        let Some(accepted) = stop.run_until_cancelled(listener.accept()).await else { break };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+    let app = TowerToHyperService::new(app);
+    let farewells = Arc::new(Semaphore::new(FAREWELLS));
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Answers are small and must not wait for each other (Nagle's algorithm).
-        let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(app.clone());
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection broke");
+        let admission = limits.connections.admit();
+        limits.traffic.cut(admission.cut);
+        if let Some(seated) = admission.seated {
+            let app = AtPeer { app: app.clone(), peer: Peer(peer), seated };
+            tokio::spawn(connection(stream, app, limits.clone(), graceful.watcher()));
+        } else {
+            limits.traffic.full();
+            if let Ok(turn) = farewells.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    let _ = timeout(FAREWELL, turn_away(stream)).await;
+                    drop(turn);
+                });
             }
-            drop(place);
-        });
+        }
     }
     drop(listener);
     graceful.shutdown().await;
+}
+
+async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, watcher: Watcher) {
+    let _counted = limits.traffic.connected();
+    // Answers are small and must not wait for each other (Nagle's algorithm).
+    let _ = stream.set_nodelay(true);
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADER_DEADLINE)
+        .max_header_size(HEADER_LIMIT_BYTES)
+        .max_buf_size(HEADER_LIMIT_BYTES);
+    let seat = app.seated.seat.clone();
+    let wire = Wire::new(stream, limits.traffic.clone());
+    let served = watcher.watch(http.serve_connection(TokioIo::new(wire), app));
+    tokio::select! {
+        served = served => if let Err(error) = served {
+            if error.is_timeout() {
+                limits.traffic.no_request();
+            }
+            tracing::debug!(%error, "a connection broke");
+        },
+        () = seat.cut() => tracing::debug!("a connection was cut to make room"),
+    }
+}
+
+/// The app as one connection sees it. Its seat is given up with it.
+struct AtPeer {
+    app: TowerToHyperService<Router>,
+    peer: Peer,
+    seated: Seated,
+}
+
+impl Service<Request<Incoming>> for AtPeer {
+    type Response = Response;
+    type Error = std::convert::Infallible;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response, Self::Error>> + Send>>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.peer);
+        request.extensions_mut().insert(self.seated.seat.clone());
+        let (at_work, answer) = (self.seated.seat.at_work(), self.app.call(request));
+        Box::pin(async move {
+            let answer = answer.await;
+            drop(at_work);
+            answer
+        })
+    }
+}
+
+/// Says why, and waits until it was heard: to close at once, with a request unread, would take the words back.
+async fn turn_away(mut stream: TcpStream) {
+    let words = Problem::new(Code::Overloaded, "too many connections are at work").into_http();
+    if stream.write_all(&words).await.is_ok() && stream.shutdown().await.is_ok() {
+        let mut unread = [0; 4096];
+        while stream.read(&mut unread).await.is_ok_and(|bytes| bytes > 0) {}
+    }
 }

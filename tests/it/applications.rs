@@ -46,6 +46,7 @@ impl App {
             ("APP_DATABASE_URL", database_url.clone()),
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_SUBSCRIPTION", subscription.clone()),
+            ("TIDINGS_API_KEY", house::key().to_owned()),
             ("TIDINGS_URL", house.service.url.clone()),
         ];
         Self { example, subscription, database_url, settings }

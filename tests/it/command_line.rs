@@ -38,7 +38,10 @@ async fn run(command: &[&str], settings: &[(&str, &str)]) -> Outcome {
 #[tokio::test]
 async fn help_teaches() {
     let commands: &[(&[&str], &[&str])] = &[
-        (&["--help"], &["serve", "relay", "migrate", "tail", "openapi", "healthcheck", "TIDINGS_LOG"]),
+        (
+            &["--help"],
+            &["serve", "relay", "migrate", "tail", "import", "openapi", "asyncapi", "healthcheck", "TIDINGS_LOG"],
+        ),
         (
             &["serve", "--help"],
             &[
@@ -59,7 +62,21 @@ async fn help_teaches() {
         (&["tail", "--help"], &["Examples:", "--fields", "AMQP_URL", "user.deleted"]),
         (&["subscription", "--help"], &["Examples:", "put", "list", "show", "recovered", "delete"]),
         (&["subscription", "put", "--help"], &["--key", "--field", "--owner", "--purpose", "--expires-after", "30d"]),
+        (
+            &["import", "--help"],
+            &[
+                "Examples:",
+                "TIDINGS_URL",
+                "TIDINGS_API_KEY",
+                "--dry-run",
+                "--report",
+                "--from-line",
+                "external_id",
+                "Exit status",
+            ],
+        ),
         (&["openapi", "--help"], &["OpenAPI"]),
+        (&["asyncapi", "--help"], &["AsyncAPI"]),
         (&["healthcheck", "--help"], &["TIDINGS_LISTEN", "exit 0"]),
     ];
     for (command, taught) in commands {
@@ -116,6 +133,8 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
         (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL: is empty"),
         (&["tail"], ("AMQP_URL", "http://ana:s3cret@host"), "AMQP_URL: expected amqp://"),
         (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL: cannot read"),
+        (&["tail"], ("AMQP_REGISTRY_URL", "http://ana:s3cret@host"), "AMQP_REGISTRY_URL: expected amqp://"),
+        (&["relay"], ("AMQP_CA_FILE", "/nowhere"), "AMQP_CA_FILE: /nowhere: No such file"),
         (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
         (&["relay"], ("AMQP_URL", "amqp://localhost"), "DATABASE_URL: is not set"),
         (&["relay"], ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "soon"), "TIDINGS_SUBSCRIPTION_IDLE_AFTER: expected a number"),
@@ -168,21 +187,31 @@ async fn instances_that_start_together_migrate_once(db: PgPool) {
 }
 
 #[tokio::test]
-async fn the_openapi_document_is_the_committed_one() {
-    let printed = run(&["openapi"], &[]).await;
-    assert_eq!(printed.code, Some(0), "{printed:?}");
-    let committed = include_str!("../../openapi.yaml");
-    let differs = printed.stdout.lines().zip(committed.lines()).find(|(printed, committed)| printed != committed);
-    assert_eq!(differs, None, "run `tidings openapi > openapi.yaml`");
-    assert_eq!(printed.stdout.len(), committed.len(), "run `tidings openapi > openapi.yaml`");
+async fn each_document_is_the_committed_one() {
+    for (command, committed) in
+        [("openapi", include_str!("../../openapi.yaml")), ("asyncapi", include_str!("../../asyncapi.yaml"))]
+    {
+        let printed = run(&[command], &[]).await;
+        assert_eq!(printed.code, Some(0), "{printed:?}");
+        let differs = printed.stdout.lines().zip(committed.lines()).find(|(printed, committed)| printed != committed);
+        assert_eq!(differs, None, "run `tidings {command} > {command}.yaml`");
+        assert_eq!(printed.stdout.len(), committed.len(), "run `tidings {command} > {command}.yaml`");
+    }
 }
 
 #[sqlx::test]
-async fn the_service_serves_its_openapi_document(db: PgPool) {
-    let house = House::open(db).await;
-    let served = house.request(reqwest::Method::GET, "/openapi.yaml").send().await.unwrap();
-    assert_eq!(served.headers()["content-type"], "application/yaml");
-    assert_eq!(served.text().await.unwrap(), include_str!("../../openapi.yaml"));
+async fn the_service_serves_its_documents(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_ROUTING_KEY_PREFIX", "eu")]).await;
+    let served = async |path| {
+        let served = house.request(reqwest::Method::GET, path).send().await.unwrap();
+        assert_eq!(served.headers()["content-type"], "application/yaml");
+        served.text().await.unwrap()
+    };
+    assert_eq!(served("/openapi.yaml").await, include_str!("../../openapi.yaml"));
+    // Where this deployment really publishes to.
+    let messages = served("/asyncapi.yaml").await;
+    let names = [format!("name: {}\n", house.exchange), "address: eu.user.created\n".to_owned()];
+    assert!(names.iter().all(|name| messages.contains(name)), "{messages}");
 }
 
 // How it comes up.
@@ -343,8 +372,8 @@ async fn a_health_check_is_not_content_with_any_answer() {
 /// A request whose handler has begun: the service has asked for its body, which is still to come.
 async fn begin(house: &House) -> TcpStream {
     let mut line = TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap();
-    let head = "POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\nExpect: 100-continue\r\n\r\n";
-    line.write_all(head.as_bytes()).await.unwrap();
+    let head = "POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\nExpect: 100-continue\r\n";
+    line.write_all(format!("{head}Authorization: Bearer {}\r\n\r\n", house::key()).as_bytes()).await.unwrap();
     let mut go_on = [0; 25];
     timeout(PATIENCE, line.read_exact(&mut go_on)).await.expect("no 100 Continue").unwrap();
     assert_eq!(String::from_utf8_lossy(&go_on), "HTTP/1.1 100 Continue\r\n\r\n");

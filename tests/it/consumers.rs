@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::PathBuf,
     process::Stdio,
     sync::{Arc, LazyLock, Mutex},
@@ -30,7 +31,8 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, PATIENCE, collect, env, eventually, proxy_before, through},
+    clients::{client, revoke},
+    house::{self, House, PATIENCE, collect, env, eventually, file, proxy_before, through},
     proxy::Proxy,
 };
 
@@ -125,6 +127,7 @@ impl Consumer {
         let channel = connection.create_channel().await.unwrap();
         let settings = [
             ("AMQP_URL", through(&env("AMQP_URL"), &broker)),
+            ("TIDINGS_API_KEY", house::key().to_owned()),
             ("TIDINGS_URL", format!("http://{}", owner.address())),
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_QUEUE", name.to_string()),
@@ -147,6 +150,11 @@ impl Consumer {
 
     fn log(&self) -> String {
         self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until it says so on stderr.
+    async fn complains(&self, of: &str) {
+        eventually(of, async || if self.log().contains(of) { Ok(()) } else { Err(self.log()) }).await;
     }
 
     fn resyncs(&self) -> usize {
@@ -461,6 +469,39 @@ async fn heals(db: PgPool, language: Language) {
     consumer.end().await;
 }
 
+/// A refused key is the end at the start. Later on it is waited for another one, which takes effect without a restart, and no message
+/// is set aside for it.
+async fn waits_for_a_key(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let first = client(&house, "create badges --scope users:read").await;
+    let key = file(&format!("{first}\n"));
+    consumer.restart(&[("TIDINGS_API_KEY_FILE", key.to_str().unwrap())]).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    revoke(&house, "badges", &first).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    consumer.complains("the owner refuses the key: 401").await;
+    let blind = client(&house, "create badges --scope users:write").await;
+    fs::write(&key, &blind).unwrap();
+    consumer.complains("the owner refuses the key: 403").await;
+    let seeing = client(&house, "create badges.reader --scope users:read").await;
+    fs::write(&key, format!("{seeing}\n")).unwrap();
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Riga" })));
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
+    let is_silent = |log: &str| [&first, &blind, &seeing].iter().all(|key| !log.contains(&key[21..]));
+    assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
+
+    for (refused, status) in [(&first, 401), (&blind, 403)] {
+        consumer.restart(&[("TIDINGS_API_KEY", refused)]).await;
+        let left = timeout(PATIENCE, consumer.process.wait()).await.expect("it goes on").unwrap();
+        assert_eq!(left.code(), Some(1), "{}", consumer.log());
+        consumer.complains(&format!("the owner refuses the key: {status}")).await;
+        assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
+    }
+    consumer.end().await;
+}
+
 /// Asked to leave, it finishes what it has in hand; what waits behind goes back. Nothing is lost and nothing comes twice.
 async fn leaves_in_order(db: PgPool, language: Language) {
     let house = talkative_house(db).await;
@@ -509,6 +550,11 @@ macro_rules! stories {
             #[sqlx::test]
             async fn heals(db: PgPool) {
                 super::heals(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn waits_for_a_key(db: PgPool) {
+                super::waits_for_a_key(db, $language).await;
             }
 
             #[sqlx::test]

@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
-    house::{Answer, House, Service, eventually, tidings},
+    house::{self, Answer, House, Service, eventually, tidings},
     subscribed::{Consumer, Subscribed, header, notice},
 };
 
@@ -380,7 +380,7 @@ async fn an_instance_without_a_broker_shows_letters_and_redrives_none(db: PgPool
     bury(&orders, 1).await;
     await_letters(&house, &orders, 1).await;
     let api = house.another(&["serve", "--no-relay"]).await;
-    let http = reqwest::Client::new();
+    let http = house::http();
     let shown = Answer::to(http.get(format!("{}{}", api.url, orders.path("dead-letters")))).await.ok();
     assert_eq!(shown.body["total"], 1);
     let redriven = http.post(format!("{}{}", api.url, orders.path("dead-letters:redrive")));

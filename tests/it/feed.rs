@@ -84,12 +84,21 @@ async fn amend_within(transaction: &mut PgConnection, user: Uuid, seen: i64) {
         .bind(vec![seen])
         .bind(vec![seen + 1])
         .bind(vec![r#"{"first_name":"Late"}"#])
+        .bind(vec![None::<&str>])
         .bind(vec![Uuid::new_v4()])
         .bind(vec!["profile.updated"])
         .bind(vec![user])
         .bind(vec![seen + 1])
         .bind(vec![r#"["first_name"]"#])
         .bind(vec!["00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"])
+        .bind(Vec::<Uuid>::new())
+        .bind(Vec::<&str>::new())
+        .bind(Vec::<&[u8]>::new())
+        .bind(Vec::<&[u8]>::new())
+        .bind(Vec::<&[u8]>::new())
+        .bind(Vec::<&str>::new())
+        .bind(Vec::<Uuid>::new())
+        .bind(Vec::<i64>::new())
         .fetch_all(transaction)
         .await
         .unwrap();
@@ -245,6 +254,7 @@ async fn after_a_restore_from_a_dump_nobody_is_hidden(db: PgPool) {
     house.delete(&all[3]).await.ok();
     house.service.kill().await;
     restore(&house.db).await;
+    house.migrate().await;
     house.restart().await;
     let mut poller = Poller::default();
     poller.catch_up(&house).await;
@@ -265,6 +275,7 @@ async fn users_from_before_the_feed_are_in_it(db: PgPool) {
         select gen_random_uuid(), 3, '{}', now(), now() from generate_series(1, 10)
     ";
     sqlx::query(old).execute(&db).await.unwrap();
+    migrator.run(&db).await.unwrap();
     let house = House::open(db).await;
     let mut poller = Poller::default();
     poller.catch_up(&house).await;

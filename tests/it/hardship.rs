@@ -19,7 +19,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{Answer, House, eventually};
+use crate::house::{self, Answer, House, eventually};
 
 /// Which refusal it was, if it was one that a client may repeat.
 fn not_now(answer: &Answer) -> &str {
@@ -139,7 +139,9 @@ async fn hang_up(address: &str, user: &Uuid, n: u64) {
     let (share, pause_ms) = (n * 37 % 150, n * 23 % 61);
     let body = json!({ "profile": { "social": { format!("k{n}"): n } } }).to_string();
     let request = format!(
-        "PATCH /v1/users/{user} HTTP/1.1\r\nHost: x\r\nContent-Type: application/merge-patch+json\r\nContent-Length: {}\r\n\r\n{body}",
+        "PATCH /v1/users/{user} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n\
+         Content-Type: application/merge-patch+json\r\nContent-Length: {}\r\n\r\n{body}",
+        house::key(),
         body.len()
     );
     // A third sends it whole.
@@ -205,9 +207,11 @@ async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
     let address = house.service.url.strip_prefix("http://").unwrap();
     let asked = (0..300_u64).map(async |n| {
         let mut line = TcpStream::connect(address).await.unwrap();
-        line.write_all(b"GET /v1/users HTTP/1.1\r\nHost: x\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
-            .await
-            .unwrap();
+        let key = house::key();
+        let both = format!(
+            "GET /v1/users HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+        );
+        line.write_all(both.as_bytes()).await.unwrap();
         sleep(Duration::from_millis(n * 7 % 11)).await;
     });
     stream::iter(asked).buffer_unordered(32).collect::<()>().await;

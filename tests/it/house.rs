@@ -7,7 +7,7 @@ use std::{
     fmt::Debug,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
     time::{Duration, Instant},
 };
 
@@ -20,10 +20,18 @@ use lapin::{
     },
     types::{AMQPValue, FieldTable},
 };
-use reqwest::{Client, Method, RequestBuilder, StatusCode};
+use reqwest::{
+    Client, Method, RequestBuilder, StatusCode,
+    header::{AUTHORIZATION, HeaderMap},
+};
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tidings_sdk::envelope::{FieldName, Notice};
+use tidings::clients::{self, Key, NewClient, Scope};
+use tidings_sdk::{
+    envelope::{FieldName, Notice},
+    owner::Owner,
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
@@ -31,25 +39,36 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::proxy::Proxy;
+use crate::{contract, proxy::Proxy, rights};
 
-/// How long a test waits for what has to come.
+/// How long a test waits for what has to come, while nothing moves.
 pub const PATIENCE: Duration = Duration::from_secs(40);
+/// However much moves meanwhile.
+const END_OF_PATIENCE: Duration = Duration::from_secs(240);
 
 pub fn env(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the tests with ./dev test"))
 }
 
-/// Waits for `look` to give something; fails with the last thing it saw instead.
+/// Waits for `look` to give something; fails with the last thing it saw instead. What comes nearer on a slow machine is waited for.
 pub async fn eventually<T, Seen: Debug>(what: &str, mut look: impl AsyncFnMut() -> Result<T, Seen>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let began = Instant::now();
+    let (mut moved, mut last) = (began, String::new());
     loop {
-        match look().await {
+        let seen = match look().await {
             Ok(found) => return found,
-            Err(seen) if Instant::now() > deadline => panic!("waited {PATIENCE:?} for {what}, last saw {seen:?}"),
-            // A pause between two looks, not a wait for time to pass: the condition decides.
-            Err(_) => sleep(Duration::from_millis(10)).await,
+            Err(seen) => format!("{seen:?}"),
+        };
+        if seen != last {
+            (moved, last) = (Instant::now(), seen);
         }
+        assert!(
+            moved.elapsed() < PATIENCE && began.elapsed() < END_OF_PATIENCE,
+            "waited {:?} for {what}, last saw {last}",
+            began.elapsed()
+        );
+        // A pause between two looks, not a wait for time to pass: the condition decides.
+        sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -85,6 +104,40 @@ pub struct House {
     http: Client,
 }
 
+/// The key of all tests, which may everything.
+pub fn key() -> &'static str {
+    ADMIN.1.as_str()
+}
+
+static ADMIN: LazyLock<(Key, String)> = LazyLock::new(|| {
+    let (key, text) = Key::generate().unwrap();
+    (key, text.expose_secret().to_owned())
+});
+
+/// A client that asks with this key.
+pub fn http_with(key: &str) -> Client {
+    let headers = HeaderMap::from_iter([(AUTHORIZATION, format!("Bearer {key}").parse().unwrap())]);
+    Client::builder().timeout(PATIENCE).default_headers(headers).build().unwrap()
+}
+
+/// A client that may everything.
+pub fn http() -> Client {
+    http_with(key())
+}
+
+/// The owner there, asked with the key of all tests.
+pub fn owner_at(url: &str) -> Owner {
+    Owner::at(url).unwrap().with_key(key()).unwrap()
+}
+
+/// Lets the key of all tests in.
+pub async fn admit_key(db: &PgPool) {
+    let admin = NewClient::named("tests", [Scope::Admin]).unwrap();
+    if clients::create(db, &admin).await.unwrap() {
+        assert!(clients::issue(db, &admin.name, &ADMIN.0, None).await.unwrap());
+    }
+}
+
 impl House {
     pub async fn open(db: PgPool) -> Self {
         Self::with(db, &[]).await
@@ -95,23 +148,30 @@ impl House {
         Self::at(db, &env("AMQP_URL"), extra).await
     }
 
-    /// A House at another broker than that of all tests.
+    /// A House at another broker than that of all tests, which has the users that its service needs.
     pub async fn at(db: PgPool, amqp_url: &str, extra: &[(&str, &str)]) -> Self {
         let exchange = format!("test.{}", Uuid::new_v4().simple());
         let audit = Audit::at(amqp_url, &exchange).await;
         let database_url = database_url(&db);
         let (postgres, broker) = (proxy_before(&database_url).await, proxy_before(amqp_url).await);
         let mut settings: Vec<(String, String)> = [
-            ("DATABASE_URL", through(&database_url, &postgres).as_str()),
-            ("AMQP_URL", through(amqp_url, &broker).as_str()),
+            ("DATABASE_URL", rights::as_serve(&through(&database_url, &postgres)).as_str()),
+            ("TIDINGS_NO_MIGRATE", "true"),
             ("TIDINGS_EXCHANGE", &exchange),
             ("TIDINGS_LISTEN", "127.0.0.1:0"),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
+        let at_broker = rights::at_broker(&through(amqp_url, &broker));
+        settings.extend(at_broker.map(|(name, value)| (name.to_owned(), value)));
         settings.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        rights::grant(&db).await;
+        if amqp_url == env("AMQP_URL") {
+            rights::make_users().await;
+        }
+        admit_key(&db).await;
         let service = Service::start(&["serve"], &settings).await;
-        let http = Client::builder().timeout(PATIENCE).build().unwrap();
+        let http = http();
         Self { db, exchange, service, postgres, broker, audit, settings, http }
     }
 
@@ -130,8 +190,19 @@ impl House {
         self.service = Service::start(&["serve"], &self.settings).await;
     }
 
+    /// What the owner of the tables does before a new version serves, or after a restore.
+    pub async fn migrate(&self) {
+        let migrated = tidings(&["migrate"], &self.settings).output().await.unwrap();
+        assert!(migrated.status.success(), "{migrated:?}");
+    }
+
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.service.url))
+    }
+
+    /// Request line and headers, with the key of all tests, for who speaks HTTP by hand, such as `POST /v1/users`; these headers on top, each with its line end.
+    pub fn head(&self, method_and_path: &str, headers: &str) -> String {
+        format!("{method_and_path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\n{headers}\r\n", key())
     }
 
     pub async fn create(&self, profile: Value) -> Answer {
@@ -216,8 +287,16 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// The answer to a request; it must be one that the OpenAPI document promises.
     pub async fn to(request: RequestBuilder) -> Self {
-        Self::of(request.send().await.unwrap()).await
+        let (http, request) = request.build_split();
+        let request = request.unwrap();
+        let (method, path) = (request.method().clone(), request.url().path().to_owned());
+        let answer = Self::of(http.execute(request).await.unwrap()).await;
+        if let Err(lie) = contract::check(&method, &path, &answer) {
+            panic!("{method} {path}: {lie}: {answer:?}");
+        }
+        answer
     }
 
     pub async fn of(response: reqwest::Response) -> Self {
@@ -259,10 +338,16 @@ pub struct Service {
 /// A command of the binary with a clean environment and these settings.
 pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
     let mut tidings = Command::new(env!("CARGO_BIN_EXE_tidings"));
-    for name in ["DATABASE_URL", "AMQP_URL", "DATABASE_URL_FILE", "AMQP_URL_FILE", "TIDINGS_RABBITMQ_MANAGEMENT_URL"] {
+    let is_ours =
+        |name: &str| name.starts_with("TIDINGS_") || name.starts_with("DATABASE_") || name.starts_with("AMQP_");
+    for (name, _) in std::env::vars().filter(|(name, _)| is_ours(name)) {
         tidings.env_remove(name);
     }
-    tidings.args(command).envs(settings.iter().map(|(name, value)| (name, value)));
+    let as_its_role = |name: &str, value: &str| match name {
+        "DATABASE_URL" => rights::as_command(value, command),
+        _ => value.to_owned(),
+    };
+    tidings.args(command).envs(settings.iter().map(|(name, value)| (name, as_its_role(name, value))));
     tidings.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     tidings
 }
@@ -324,6 +409,8 @@ struct Heard {
     /// Everything of each message as it came, for those who look for what should not be there.
     raw: Vec<String>,
     marks: Vec<String>,
+    /// What the AsyncAPI document does not promise.
+    lies: Vec<String>,
 }
 
 impl Audit {
@@ -346,6 +433,16 @@ impl Audit {
         self.heard.lock().unwrap().notices.clone()
     }
 
+    fn lies(&self) -> Vec<String> {
+        self.heard.lock().unwrap().lies.clone()
+    }
+
+    /// Lets pass what a test told for the service, in its name and not as it would.
+    pub async fn forgive(&self) {
+        eventually("what is not told so", async || if self.lies().is_empty() { Err(()) } else { Ok(()) }).await;
+        self.heard.lock().unwrap().lies.clear();
+    }
+
     /// Properties and bodies as they came.
     pub fn raw(&self) -> Vec<String> {
         self.heard.lock().unwrap().raw.clone()
@@ -363,6 +460,7 @@ impl Audit {
             if heard.marks.contains(&mark) { Ok(()) } else { Err(heard.notices.len()) }
         })
         .await;
+        assert_eq!(self.lies(), Vec::<String>::new(), "messages that the AsyncAPI document does not promise");
     }
 
     async fn send_mark(&self, mark: &str) -> lapin::Result<()> {
@@ -394,6 +492,15 @@ pub async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) {
     channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await.unwrap();
 }
 
+impl Drop for Audit {
+    fn drop(&mut self) {
+        // A test that fails already says why.
+        if !std::thread::panicking() {
+            assert_eq!(self.lies(), Vec::<String>::new(), "messages that the AsyncAPI document does not promise");
+        }
+    }
+}
+
 async fn listen(amqp_url: String, queue: String, heard: Arc<Mutex<Heard>>) {
     loop {
         let lost = listen_once(&amqp_url, &queue, &heard).await;
@@ -417,6 +524,7 @@ async fn listen_once(amqp_url: &str, queue: &str, heard: &Mutex<Heard>) -> lapin
                 heard.marks.push(String::from_utf8(delivery.data.clone()).unwrap());
             } else {
                 heard.raw.push(format!("{:?} {}", delivery.properties, String::from_utf8_lossy(&delivery.data)));
+                heard.lies.extend(contract::check_message(&delivery.properties, &delivery.data).err());
                 heard.notices.push(Notice::from_message(&delivery.properties, &delivery.data).unwrap());
             }
         }

@@ -7,6 +7,8 @@ use tokio::{
     sync::{Mutex, MutexGuard},
 };
 
+use crate::rights;
+
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 pub struct HurtBroker {
@@ -19,33 +21,34 @@ impl HurtBroker {
     pub async fn borrow() -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
         // A test that failed may have left it frozen.
-        drop(dev(&["thaw", "hurt"]).await);
-        let started = dev(&["start", "hurt"]).await.unwrap();
+        drop(broker(&["thaw", "hurt"]).await);
+        let started = broker(&["start", "hurt"]).await.unwrap();
         let amqp_url = started.trim().strip_prefix("AMQP_URL=").unwrap().to_owned();
         let broker = Self { amqp_url, _turn: turn };
         // Or in an alarm.
         broker.end_alarm().await;
+        rights::make_users_at("hurt").await;
         broker
     }
 
     pub async fn stop(&self) {
-        dev(&["stop", "hurt"]).await.unwrap();
+        broker(&["stop", "hurt"]).await.unwrap();
     }
 
     pub async fn start(&self) {
-        dev(&["start", "hurt"]).await.unwrap();
+        broker(&["start", "hurt"]).await.unwrap();
     }
 
     pub async fn kill(&self) {
-        dev(&["kill", "hurt"]).await.unwrap();
+        broker(&["kill", "hurt"]).await.unwrap();
     }
 
     pub async fn freeze(&self) {
-        dev(&["freeze", "hurt"]).await.unwrap();
+        broker(&["freeze", "hurt"]).await.unwrap();
     }
 
     pub async fn thaw(&self) {
-        dev(&["thaw", "hurt"]).await.unwrap();
+        broker(&["thaw", "hurt"]).await.unwrap();
     }
 
     /// As if memory had run out: publishers are blocked.
@@ -62,14 +65,19 @@ impl HurtBroker {
     }
 
     pub async fn try_ctl(&self, command: &[&str]) -> Result<String, String> {
-        dev(&[&["ctl", "hurt"], command].concat()).await
+        broker(&[&["ctl", "hurt"], command].concat()).await
     }
 }
 
 /// `./dev broker` with these arguments; what it printed.
-async fn dev(arguments: &[&str]) -> Result<String, String> {
+pub async fn broker(arguments: &[&str]) -> Result<String, String> {
+    dev(&[&["broker"], arguments].concat()).await
+}
+
+/// `./dev` with these arguments; what it printed.
+pub async fn dev(arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev"));
-    let done = command.arg("broker").args(arguments).output().await.unwrap();
+    let done = command.args(arguments).output().await.unwrap();
     let (said, talk) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     if done.status.success() { Ok(said.into_owned()) } else { Err(format!("{arguments:?}: {said}{talk}")) }
 }

@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use tokio::{task::JoinHandle, time::sleep};
 use uuid::Uuid;
 
-use crate::house::{Answer, House, PATIENCE, eventually};
+use crate::house::{self, Answer, House, eventually};
 
 /// A version of a user.
 pub type Change = (Uuid, i64);
@@ -37,7 +37,7 @@ impl Load {
 
     /// On the instance that listens there.
     pub fn at(url: &str, users: &[Uuid], clients: usize) -> Self {
-        let http = Client::builder().timeout(PATIENCE).build().unwrap();
+        let http = house::http();
         let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
         let clients = (0..clients)
             .map(|place| {
@@ -139,7 +139,7 @@ pub async fn users(house: &House, count: usize) -> Vec<Uuid> {
 pub async fn watch(db: &PgPool) {
     let trigger = "
         create table shadow (user_id uuid not null, version bigint not null, primary key (user_id, version));
-        create function note() returns trigger language plpgsql as $$
+        create function note() returns trigger language plpgsql security definer as $$
         begin
           insert into shadow
           select new.id, generate_series(case when tg_op = 'UPDATE' then old.version else 0 end + 1, new.version);

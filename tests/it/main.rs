@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "a test holds transactions open on purpose, and nobody cancels it")]
 
+mod certificates;
 mod house;
 mod hurt;
 mod load;
@@ -10,16 +11,25 @@ mod sessions;
 mod subscribed;
 
 mod applications;
+mod authorisation;
 mod backfill;
 mod batch;
 mod broker;
+mod clients;
 mod command_line;
 mod consumers;
+mod contract;
 mod convergence;
 mod dead_letters;
+mod deletions;
 mod digest;
+mod external_ids;
 mod feed;
+mod fuzzed;
 mod hardship;
+mod idempotency;
+mod import;
+mod limits;
 mod messages;
 mod mirror;
 mod outbox;
@@ -27,8 +37,11 @@ mod privacy;
 mod races;
 mod refusals;
 mod relay;
+mod rights;
 mod sdk;
 mod sdk_faults;
 mod statements;
 mod subscriptions;
+mod tls;
+mod tokens;
 mod users;

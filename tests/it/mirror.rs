@@ -12,13 +12,13 @@ use tidings_sdk::{
 use uuid::Uuid;
 
 use crate::{
-    house::{House, eventually},
+    house::{House, eventually, owner_at},
     load::{self, Load},
     proxy::Proxy,
 };
 
 fn owner(house: &House) -> Owner {
-    Owner::at(&house.service.url).unwrap()
+    owner_at(&house.service.url)
 }
 
 /// A mirror of this House's users, in the same database: its tables have names of their own.
@@ -148,7 +148,7 @@ async fn an_answer_that_was_long_under_way_does_not_take_a_mirror_back(db: PgPoo
     let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
     let (fast, mirror) = (owner(&house), mirror(&house).await);
     let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
-    let slow = Owner::at(&format!("http://{}", line.address())).unwrap();
+    let slow = owner_at(&format!("http://{}", line.address()));
     let ana = house.user(json!({ "city": "Riga" })).await;
     let before = requests(&house);
     line.hold_answers();

@@ -5,9 +5,14 @@
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use uuid::Uuid;
 
-use crate::house::{Answer, House, Service, eventually};
+use crate::{
+    house::{Answer, House, Service, connect, eventually, file, key, tidings},
+    hurt::HurtBroker,
+    subscribed::{Subscribed, notice},
+};
 
 /// Everything is logged that can be.
 const AT_TRACE: [(&str, &str); 1] = [("TIDINGS_LOG", "trace")];
@@ -51,6 +56,7 @@ async fn tables_with(db: &PgPool, canary: &str) -> Vec<String> {
 
 /// The places outside the database where `canary` is seen.
 async fn places_with(house: &House, canary: &str) -> Vec<&'static str> {
+    let secret = key().rsplit('_').next().unwrap().to_owned();
     let text = async |path: &str| house.request(Method::GET, path).send().await.unwrap().text().await.unwrap();
     let places = [
         ("log", house.service.log()),
@@ -59,11 +65,31 @@ async fn places_with(house: &House, canary: &str) -> Vec<&'static str> {
         ("readyz", text("/readyz").await),
         // Values travel as parameters, never within a statement, where Postgres' own log and statistics would show them.
         ("statements", statements(&house.db).await),
+        ("Postgres's log", postgres_log(&house.db).await),
     ];
     for (name, text) in &places {
         assert!(text.len() > 20, "nothing in {name}: {text:?}");
+        // Every request of a House carries it.
+        for shape in [secret.clone(), bytes_of(&secret)] {
+            assert!(!text.contains(&shape), "a key in {name}");
+        }
     }
     places.into_iter().filter(|(_, text)| text.contains(canary)).map(|(name, _)| name).collect()
+}
+
+/// As `{:?}` prints bytes.
+fn bytes_of(text: &str) -> String {
+    format!("{:?}", text.as_bytes()).trim_matches(['[', ']']).to_owned()
+}
+
+/// What the server of the tests has logged, if it runs on this machine and writes into a file.
+async fn postgres_log(db: &PgPool) -> String {
+    let postmaster: String = sqlx::query_scalar("select pg_read_file('postmaster.pid')").fetch_one(db).await.unwrap();
+    let pid = postmaster.lines().next().unwrap();
+    match std::fs::read(format!("/proc/{pid}/fd/2")) {
+        Ok(log) => String::from_utf8_lossy(&log).into_owned(),
+        Err(error) => format!("the log of the server of the tests cannot be read: {error}"),
+    }
 }
 
 async fn statements(db: &PgPool) -> String {
@@ -86,6 +112,18 @@ async fn a_value_is_kept_with_its_user_and_nowhere_else(db: PgPool) {
     let ana = house.user(full_of(&old)).await;
     assert_eq!(tables_with(&house.db, &old).await, ["public.users"], "the search finds what is there");
     house.settle().await;
+    let named =
+        |external_id: &str| house.patch(&ana, json!({})).body(json!({ "external_id": external_id }).to_string());
+    let [first, second] = ["first", "second"].map(canary);
+    Answer::to(named(&first)).await.ok();
+    assert_eq!(tables_with(&house.db, &first).await, ["public.users"]);
+    house.page(&format!("/v1/users?external_id={first}")).await.ok();
+    let taken = json!({ "external_id": first, "profile": {} });
+    let taken = Answer::to(house.request(Method::POST, "/v1/users").json(&taken)).await;
+    assert_eq!(refused(&taken, 409, &first), "external_id_taken");
+    Answer::to(named(&second)).await.ok();
+    assert_eq!(tables_with(&house.db, &first).await, [""; 0]);
+    house.settle().await;
 
     // Held back, so that the events are seen at rest.
     house.broker.down();
@@ -99,14 +137,14 @@ async fn a_value_is_kept_with_its_user_and_nowhere_else(db: PgPool) {
         assert_eq!(tables_with(&house.db, canary).await, tables);
     }
     house.broker.up();
-    assert_eq!(house.told(&ana).await.len(), 3);
+    assert_eq!(house.told(&ana).await.len(), 5);
 
     // Of the dead stays nothing.
     for user in [&ana, &eve] {
         house.delete(user).await.ok();
     }
     house.settle().await;
-    for canary in [&old, &new, &last] {
+    for canary in [&old, &new, &last, &first, &second] {
         assert_eq!(tables_with(&house.db, canary).await, [""; 0]);
         assert_eq!(places_with(&house, canary).await, [""; 0]);
     }
@@ -187,7 +225,12 @@ async fn no_trouble_brings_a_value_to_light(db: PgPool) {
     refused(&house.get(&ana).await, 503, &value);
     refused(&house.page("/v1/users").await, 503, &value);
     house.postgres.up();
-    house.amend(&ana, json!({ "nickname": format!("{value}4") })).await.ok();
+    // The writer may only now find out that its connection is gone.
+    eventually("changes to be taken again", async || {
+        let answer = house.amend(&ana, json!({ "nickname": format!("{value}4") })).await;
+        if answer.status == 200 { Ok(()) } else { Err(refused(&answer, 503, &value)) }
+    })
+    .await;
     house.broker.up();
 
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[nickname]"]);
@@ -209,7 +252,7 @@ async fn passwords_are_never_logged(db: PgPool) {
     let password = canary("password");
     let mut settings = house.settings().to_vec();
     for (name, value) in &mut settings {
-        if name == "DATABASE_URL" || name == "AMQP_URL" {
+        if ["DATABASE_URL", "AMQP_URL", "AMQP_REGISTRY_URL"].contains(&name.as_str()) {
             *value = with_password(value, &password);
         }
     }
@@ -235,10 +278,313 @@ async fn passwords_are_never_logged(db: PgPool) {
     text("/v1/users").await;
     house.postgres.up();
     // As text, and as the bytes that `{:?}` makes of a frame.
-    let bytes = format!("{:?}", password.as_bytes());
+    let bytes = bytes_of(&password);
     for (place, text) in [("log", service.log()), ("readyz", readiness), ("metrics", text("/metrics").await)] {
-        for shape in [password.as_str(), bytes.trim_matches(['[', ']'])] {
+        for shape in [&password, &bytes] {
             assert!(!text.contains(shape), "a password in {place}");
         }
     }
+}
+
+/// Whatever a URL or a header holds: a path is logged as its route's template, a query and headers are not logged at all.
+#[sqlx::test]
+async fn what_stands_in_a_url_or_a_header_is_neither_logged_nor_repeated(db: PgPool) {
+    let house = House::with(db, &AT_TRACE).await;
+    let ana = house.user(json!({})).await;
+    let value = canary("url");
+    let paths = [
+        format!("/v1/users?external_id={value}"),
+        format!("/v1/users?limit={value}"),
+        format!("/v1/users?after={value}"),
+        format!("/v1/users?{value}=1"),
+        format!("/v1/users?limit=1&{value}"),
+        format!("/v1/users/{value}"),
+        format!("/v1/users/{ana}?min_version={value}"),
+        format!("/v1/users/{ana}/{value}"),
+        format!("/v1/users/{ana}%00{value}"),
+        format!("/{value}"),
+        format!("/v1/changes?after={value}"),
+        format!("/v1/digest?buckets={value}"),
+        format!("/v1/digest/{value}"),
+        format!("/v1/subscriptions/{value}"),
+        format!("/v1/subscriptions/{value}!"),
+        format!("/v1/subscriptions/x/dead-letters?reason={value}"),
+        format!("/v1/subscriptions/x/backfill?{value}"),
+        format!("/v1/deletions?state={value}"),
+        format!("/v1/deletions/{value}"),
+        format!("/metrics/{value}"),
+    ];
+    for path in paths {
+        let refusal = house.page(&path).await;
+        let said = format!("{} {:?}", refusal.body, refusal.headers);
+        assert!(refusal.status.is_client_error() || refusal.status.is_success(), "{path}: {refusal:?}");
+        assert!(!said.contains(&value), "{path} is answered {said}");
+    }
+    let headers =
+        ["if-match", "if-none-match", "traceparent", "tracestate", "content-type", "accept", "cookie", "referer"];
+    for header in
+        headers.into_iter().chain(["user-agent", "authorization", "idempotency-key", "forwarded", "range", &value])
+    {
+        for method in [Method::GET, Method::PATCH, Method::DELETE] {
+            let request = house.request(method.clone(), &format!("/v1/users/{}", Uuid::new_v4()));
+            let answer = Answer::to(request.header(header, format!("Bearer {value}")).body("{}")).await;
+            let said = format!("{} {:?}", answer.body, answer.headers);
+            assert!(!said.contains(&value), "{method} with {header} is answered {said}");
+        }
+    }
+    assert_eq!(places_with(&house, &value).await, [""; 0]);
+    assert_eq!(tables_with(&house.db, &value).await, [""; 0]);
+}
+
+/// A row that a constraint rules out breaks an `expect`, whose words quote it: the client hears that we failed, the operator hears where.
+#[sqlx::test]
+async fn a_panic_brings_no_value_to_light(db: PgPool) {
+    let house = House::with(db, &AT_TRACE).await;
+    let value = canary("panic");
+    let (ana, bo) = (house.user(json!({ "city": value })).await, house.user(json!({ "city": value })).await);
+    let corrupt = [
+        "alter table users drop constraint users_tombstone_holds_no_data, drop constraint users_profile_check",
+        "update users set profile = to_json(profile ->> 'city')",
+    ];
+    for sql in corrupt {
+        sqlx::query(sql).execute(&house.db).await.unwrap();
+    }
+    let broken = house.amend(&ana, json!({ "nickname": format!("{value}2") })).await;
+    assert_eq!(refused(&broken, 500, &value), "internal");
+    let broken = house.put(&bo, json!({ "nickname": format!("{value}3") })).await;
+    assert_eq!(refused(&broken, 500, &value), "internal");
+    let log = house.service.log();
+    assert!(log.contains("panicked") && log.contains("src/profile/mod.rs"), "{log}");
+    house.user(json!({ "city": "Riga" })).await;
+    assert_eq!(places_with(&house, &value).await, [""; 0]);
+}
+
+/// At rest in the queue of a consumer that is down, among the dead letters, and in what the broker itself has logged.
+#[sqlx::test]
+async fn what_waits_at_the_broker_holds_no_value(db: PgPool) {
+    let hurt = HurtBroker::borrow().await;
+    let house = House::at(db, &hurt.amqp_url, &AT_TRACE).await;
+    let value = canary("queue");
+    let orders = Subscribed::at(&house, &hurt.amqp_url, "orders", &["#"], &[]).await;
+    let ana = house.user(full_of(&value)).await;
+    house.amend(&ana, full_of(&format!("{value}2"))).await.ok();
+    house.delete(&ana).await.ok();
+    house.settle().await;
+    orders.await_waiting(3).await;
+    let waiting = orders.take().await;
+    let seen =
+        format!("{:?}", waiting.iter().map(|delivery| (&delivery.properties, &delivery.data)).collect::<Vec<_>>());
+    assert_eq!(waiting.len(), 3);
+    orders.bury_notice(&notice(&waiting[1]), tidings_sdk::letter::Reason::HandlerFailed).await;
+    let listed = eventually("the dead letter to be collected", async || {
+        let listed = house.page(&orders.path("dead-letters")).await.ok().body;
+        if listed["total"] == 1 { Ok(listed.to_string()) } else { Err(listed) }
+    })
+    .await;
+    let log = concat!(env!("CARGO_MANIFEST_DIR"), "/.dev/log/rabbitmq-hurt.log");
+    let log = std::fs::read(log).map(|log| String::from_utf8_lossy(&log).into_owned()).unwrap();
+    for (place, text) in [("the queue", &seen), ("the dead letters", &listed), ("the broker's log", &log)] {
+        assert!(text.len() > 100, "nothing in {place}");
+        for shape in [&value, &bytes_of(&value)] {
+            assert!(!text.contains(shape), "a value in {place}");
+        }
+    }
+    assert_eq!(places_with(&house, &value).await, [""; 0]);
+    orders.end().await;
+}
+
+/// Of a deleted user stay id, version and time, and who has confirmed: in all the tables there are.
+#[sqlx::test]
+async fn of_a_deleted_user_stays_nothing_but_the_tombstone(db: PgPool) {
+    let house = House::with(db, &AT_TRACE).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let value = canary("deleted");
+    let ana = Uuid::new_v4();
+    let put = async |body: Value| {
+        let request = house.request(Method::PUT, &format!("/v1/users/{ana}")).header("idempotency-key", canary("key"));
+        Answer::to(request.json(&body)).await
+    };
+    // With an id of the client's own, where there are such.
+    if put(json!({ "external_id": value, "profile": full_of(&value) })).await.status != 201 {
+        assert_eq!(put(json!({ "profile": full_of(&value) })).await.status, 201);
+    }
+    house.amend(&ana, json!({ "city": format!("{value}2") })).await.ok();
+    house.settle().await;
+    orders.await_waiting(2).await;
+    let told = notice(&orders.take().await[1]);
+    orders.bury_notice(&told, tidings_sdk::letter::Reason::HandlerFailed).await;
+    let backfill = house.request(Method::POST, &orders.path("backfill")).json(&json!({ "users": "all" }));
+    Answer::to(backfill).await.ok();
+    let delete = house.request(Method::DELETE, &format!("/v1/users/{ana}")).header("idempotency-key", canary("key"));
+    Answer::to(delete).await.ok();
+    let receipt = house.request(Method::POST, &format!("/v1/deletions/{ana}/receipts"));
+    Answer::to(receipt.json(&json!({ "subscription": orders.name.as_str() }))).await.ok();
+    house.settle().await;
+    eventually("the dead letter to be collected", async || {
+        let listed = house.page(&orders.path("dead-letters")).await.ok().body;
+        if listed["total"] == 1 { Ok(()) } else { Err(listed) }
+    })
+    .await;
+    let tombstone = "
+        select array(
+          select key from jsonb_each(jsonb_strip_nulls(to_jsonb(users))) as member (key, value) order by key
+        ) from users where id = $1
+    ";
+    let columns: Vec<String> = sqlx::query_scalar(tombstone).bind(ana).fetch_one(&house.db).await.unwrap();
+    assert_eq!(columns, ["changed_xid", "deleted_at", "id", "version"]);
+    assert_eq!(tables_with(&house.db, &value).await, [""; 0]);
+    // Where the id itself still stands: who was deleted, who has confirmed, and what could not be handled.
+    let known = [
+        "public.backfills",
+        "public.changes",
+        "public.dead_letters",
+        "public.deletion_receipts",
+        "public.deletions_looked_at",
+        "public.users",
+    ];
+    let with_id = tables_with(&house.db, &ana.to_string()).await;
+    assert!(
+        with_id.iter().all(|table| known.contains(&table.as_str()) || table.contains("idempotency")),
+        "{with_id:?}"
+    );
+    assert_eq!(places_with(&house, &value).await, [""; 0]);
+    orders.end().await;
+}
+
+/// The settings of somebody who may read every table, make a queue of his own, and look into others'.
+fn with_rights_to_listen(house: &House) -> Vec<(String, String)> {
+    let other =
+        house.settings().iter().filter(|(name, _)| !name.starts_with("AMQP_") && name != "DATABASE_URL").cloned();
+    let (database_url, amqp_url) = (crate::house::database_url(&house.db), house.audit.amqp_url.clone());
+    other.chain([("DATABASE_URL".to_owned(), database_url), ("AMQP_URL".to_owned(), amqp_url)]).collect()
+}
+
+/// What `tidings audit-leaks` says about this House.
+async fn audit(house: &House, words: &[&str]) -> (Option<i32>, String, String) {
+    let command = [&["audit-leaks", "--listen", "1s"], words].concat();
+    let output = tidings(&command, &with_rights_to_listen(house)).output().await.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[sqlx::test]
+async fn an_audit_finds_what_leaked_wherever_it_is_and_names_no_value(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["user.created"], &[]).await;
+    let value = canary("leak");
+    let ana = house.user(json!({ "full_name": value, "city": "Riga" })).await;
+    house.settle().await;
+    let log = file(&house.service.log());
+    let metrics = house.service.url.strip_prefix("http://").unwrap().to_owned();
+    let places = ["--file", log.to_str().unwrap(), "--metrics", &metrics, "--peek", orders.name.as_str()];
+    let (code, report, talk) = audit(&house, &places).await;
+    assert_eq!(code, Some(0), "{report}{talk}");
+    assert!(
+        report.starts_with("looked for 1 values of 1 users\n") && report.ends_with("clean: no value was found\n"),
+        "{report}"
+    );
+    for scanned in ["table outbox, rows", "table dead_letters, rows", "exchange ", "queue ", "metrics, lines"] {
+        assert!(report.contains(&format!("scanned  {scanned}")), "{report}");
+    }
+    assert!(talk.contains("counts as delivered"), "it says what peeking costs: {talk}");
+    orders.await_waiting(1).await;
+
+    // Planted, one after the other, in every place it looks at.
+    let leak = async |sql: &str| {
+        sqlx::query(sqlx::AssertSqlSafe(sql.to_owned())).bind(&value).execute(&house.db).await.unwrap()
+    };
+    leak("create table notes (id bigint, words text)").await;
+    leak("insert into notes values (1, 'said ' || upper($1))").await;
+    leak("update subscriptions set purpose = $1").await;
+    let line = format!("GET /v1/users?q={value} 200");
+    let log = file(&format!("nothing\nnothing\n{line}\n"));
+    let (properties, body) =
+        crate::sdk::notice(ana, 1, tidings_sdk::envelope::Event::Created).to_message("urn:tidings:test");
+    let id = properties.message_id().clone().unwrap();
+    orders.put_into_queue(properties.with_app_id(value.as_str().into()), &body).await;
+    let wrote = format!("table notes.words: 1 times, such as a value of full_name of user {ana}");
+    let planted = [wrote.as_str(), "table subscriptions.purpose", &format!("{}:3", log.display()), id.as_str()];
+    let (code, report, talk) = audit(&house, &["--file", log.to_str().unwrap(), "--peek", orders.name.as_str()]).await;
+    assert_eq!(code, Some(1), "{report}{talk}");
+    for place in planted {
+        assert!(report.lines().any(|line| line.starts_with("FOUND") && line.contains(place)), "{place}: {report}");
+    }
+    assert_eq!(report.matches("FOUND").count(), planted.len(), "{report}");
+    assert!(report.ends_with("LEAKS: values are where none may be\n"), "{report}");
+    orders.await_waiting(2).await;
+    let (code, as_json, more) = audit(&house, &["--no-broker", "--json", "--except", "notes"]).await;
+    let parsed: Value = serde_json::from_str(&as_json).unwrap();
+    assert_eq!((code, parsed["found"].as_array().unwrap().len()), (Some(1), 1), "{as_json}{more}");
+    for said in [report, talk, as_json, more] {
+        assert!(!said.to_lowercase().contains(&value), "{said}");
+    }
+    orders.end().await;
+}
+
+/// A message that leaks is seen as it passes by, and nobody else's queue is touched.
+#[sqlx::test]
+async fn an_audit_listens_to_what_is_published(db: PgPool) {
+    let house = House::open(db).await;
+    let value = canary("passing");
+    let ana = house.user(json!({ "full_name": value })).await;
+    house.settle().await;
+    let mut command = tidings(&["audit-leaks", "--listen", "3s"], &with_rights_to_listen(&house)).spawn().unwrap();
+    let mut talk = BufReader::new(command.stderr.take().unwrap()).lines();
+    while !talk.next_line().await.unwrap().expect("it should listen").starts_with("listening") {}
+    let leaking = crate::sdk::notice(ana, 1, tidings_sdk::envelope::Event::Created);
+    let (properties, body) = leaking.to_message("urn:tidings:test");
+    let connection = connect(&house.audit.amqp_url).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let published = channel.basic_publish(
+        house.exchange.as_str().into(),
+        "user.created".into(),
+        Default::default(),
+        &body,
+        properties.with_reply_to(value.as_str().into()),
+    );
+    published.await.unwrap().await.unwrap();
+    let output = command.wait_with_output().await.unwrap();
+    let report = String::from_utf8(output.stdout).unwrap();
+    let found = format!("FOUND    message {}", leaking.message_id);
+    assert!(output.status.code() == Some(1) && report.contains(&found) && !report.contains(&value), "{report}");
+    house.audit.forgive().await;
+}
+
+/// Rights to read are enough, and wrong settings are told from findings.
+#[sqlx::test]
+async fn an_audit_needs_no_right_to_write(db: PgPool) {
+    let house = House::open(db).await;
+    let (code, _, talk) = audit(&house, &[]).await;
+    assert_eq!(code, Some(1));
+    assert!(talk.contains("nothing to look for"), "{talk}");
+    house.user(json!({ "full_name": canary("reader") })).await;
+    house.settle().await;
+    let reader = format!("reader_{}", Uuid::new_v4().simple());
+    for sql in [
+        format!("create role {reader} login"),
+        format!("grant select on all tables in schema public to {reader}"),
+        format!("grant usage on schema public to {reader}"),
+        format!("grant connect on database \"{}\" to {reader}", house.db.connect_options().get_database().unwrap()),
+    ] {
+        sqlx::query(AssertSqlSafe(sql)).execute(&house.db).await.unwrap();
+    }
+    let mut settings = house.settings().to_vec();
+    for (name, value) in &mut settings {
+        if name == "DATABASE_URL" {
+            let (_, host) = value.split_once('@').unwrap();
+            *value = format!("postgres://{reader}@{host}");
+        }
+    }
+    let output = tidings(&["audit-leaks", "--no-broker"], &settings).output().await.unwrap();
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{talk}");
+    for sql in [format!("drop owned by {reader}"), format!("drop role {reader}")] {
+        sqlx::query(AssertSqlSafe(sql)).execute(&house.db).await.unwrap();
+    }
+    let wrong = ["--listen", "soon", "--file", "/no/such/file", "--metrics", "here"];
+    let command = [&["audit-leaks"], &wrong[..]].concat();
+    let output = tidings(&command, house.settings()).output().await.unwrap();
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{talk}");
+    assert!(["--listen", "--file", "--metrics"].iter().all(|setting| talk.contains(setting)), "{talk}");
 }

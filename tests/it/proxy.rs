@@ -20,6 +20,8 @@ pub struct Weather {
     pub hold_requests: bool,
     /// What the server says is held back.
     pub hold_answers: bool,
+    /// How often the connections that stood were cut.
+    cuts: usize,
 }
 
 pub struct Proxy {
@@ -46,6 +48,11 @@ impl Proxy {
         self.set(Weather { down: true, ..Weather::default() });
     }
 
+    /// Cuts every connection, and lets new ones through.
+    pub fn cut(&self) {
+        self.weather.send_modify(|weather| weather.cuts += 1);
+    }
+
     /// Half-open: the server hears the client, and its answers do not arrive.
     pub fn hold_answers(&self) {
         self.set(Weather { hold_answers: true, ..Weather::default() });
@@ -53,7 +60,7 @@ impl Proxy {
 
     /// Nothing arrives on either side, and no connection breaks.
     pub fn freeze(&self) {
-        self.set(Weather { hold_answers: true, hold_requests: true, down: false });
+        self.set(Weather { hold_answers: true, hold_requests: true, ..Weather::default() });
     }
 
     /// Fair weather: what was held back goes through.
@@ -62,7 +69,7 @@ impl Proxy {
     }
 
     fn set(&self, weather: Weather) {
-        self.weather.send_replace(weather);
+        self.weather.send_modify(|before| *before = Weather { cuts: before.cuts, ..weather });
     }
 }
 
@@ -88,8 +95,9 @@ async fn accept(listener: TcpListener, server: SocketAddr, weather: watch::Recei
 }
 
 async fn cut(mut weather: watch::Receiver<Weather>) {
+    let cuts = weather.borrow().cuts;
     // The proxy outlives its connections, or the test is over.
-    let _ = weather.wait_for(|weather| weather.down).await;
+    let _ = weather.wait_for(|weather| weather.down || weather.cuts != cuts).await;
 }
 
 async fn pump(

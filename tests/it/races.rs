@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 
 use futures_util::future::{join, join_all};
-use reqwest::{Client, Method, RequestBuilder};
+use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tidings_sdk::envelope::{Event, Notice};
 use uuid::Uuid;
 
-use crate::house::{Answer, House, Service};
+use crate::house::{self, Answer, House, Service};
 
 /// Everything that was told of a user, in order of version.
 async fn notices(house: &House, user: &Uuid) -> Vec<Notice> {
@@ -25,7 +25,7 @@ fn versions(notices: &[Notice]) -> Vec<i64> {
 
 /// The same question to another instance.
 fn ask(service: &Service, method: Method, user: &Uuid) -> RequestBuilder {
-    Client::new().request(method, format!("{}/v1/users/{user}", service.url))
+    house::http().request(method, format!("{}/v1/users/{user}", service.url))
 }
 
 #[sqlx::test]

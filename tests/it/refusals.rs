@@ -268,7 +268,11 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
         assert_eq!(answer.refusal(400), "invalid_header", "{name}: {value}");
     }
     let both = house.patch(&ana, json!({ "city": "Oslo" })).header("if-match", "\"1\"").header("if-none-match", "*");
-    assert_eq!(Answer::to(both).await.refusal(400), "invalid_header");
+    assert_eq!(Answer::to(both).await.refusal(412), "version_mismatch");
+    for version in ["0", "-1"] {
+        let read = house.page(&format!("/v1/users/{ana}?min_version={version}")).await;
+        assert_eq!(read.refusal(400), "invalid_query", "{version}");
+    }
     let read = house.request(Method::GET, &format!("/v1/users/{ana}")).header("if-none-match", "1");
     assert_eq!(Answer::to(read).await.refusal(400), "invalid_header");
     assert_eq!(house.told(&ana).await, ["user.created"]);

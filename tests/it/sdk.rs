@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -30,7 +31,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    house::{House, connect, env, eventually},
+    clients::{client, revoke},
+    house::{House, connect, env, eventually, file, owner_at},
     load::{self, Load},
     proxy::Proxy,
 };
@@ -169,7 +171,7 @@ pub fn subscription(house: &House) -> Subscription {
 }
 
 pub fn consumer(house: &House, amqp_url: &str, subscription: &Subscription) -> Consumer {
-    let owner = Owner::at(&house.service.url).unwrap().patience(Duration::from_millis(300));
+    let owner = owner_at(&house.service.url).patience(Duration::from_millis(300));
     let source = Source { exchange: house.exchange.clone(), prefix: None };
     Consumer::new(amqp_url, source, subscription.clone(), owner).unwrap().retry_delays(SOON)
 }
@@ -184,8 +186,22 @@ impl Listener {
     }
 
     pub async fn keeping(house: &House, amqp_url: &str, diary: Diary, set: impl FnOnce(Consumer) -> Consumer) -> Self {
+        let consumer = set(consumer(house, amqp_url, &subscription(house)).catch_up(diary.clone()));
+        Self::started(house, diary, consumer).await
+    }
+
+    /// A consumer that asks the owner with another key than that of all tests.
+    async fn asking(house: &House, owner: Owner, set: impl FnOnce(Consumer) -> Consumer) -> Self {
+        let source = Source { exchange: house.exchange.clone(), prefix: None };
+        let owner = owner.patience(Duration::from_millis(300));
+        let consumer = Consumer::new(&env("AMQP_URL"), source, subscription(house), owner).unwrap().retry_delays(SOON);
+        let diary = Diary::new();
+        let consumer = set(consumer.catch_up(diary.clone()));
+        Self::started(house, diary, consumer).await
+    }
+
+    async fn started(house: &House, diary: Diary, consumer: Consumer) -> Self {
         let (subscription, stop) = (subscription(house), CancellationToken::new());
-        let consumer = set(consumer(house, amqp_url, &subscription).catch_up(diary.clone()));
         let running = tokio::spawn(consumer.run(diary.clone(), stop.clone()));
         let connection = connect(&house.audit.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
@@ -475,6 +491,73 @@ async fn an_outage_of_the_owner_makes_no_dead_letters(db: PgPool) {
     listener.end().await;
 }
 
+/// What kept it waiting, by the reason it was told.
+#[derive(Clone, Default)]
+struct Outages(Arc<Mutex<Vec<&'static str>>>);
+
+impl Observer for Outages {
+    fn outage(&self, why: &'static str) {
+        self.0.lock().unwrap().push(why);
+    }
+}
+
+impl Outages {
+    /// Waits until it was told so often, which takes longer than the delays of all further attempts.
+    async fn are(&self, expected: &str) {
+        eventually("an outage to be told", async || {
+            let told = self.0.lock().unwrap().clone();
+            if told.iter().filter(|why| **why == expected).count() >= 4 { Ok(()) } else { Err(told) }
+        })
+        .await;
+    }
+}
+
+/// A key that is revoked, or may not read, says nothing about the news: that waits, and goes on with the next key, without a restart.
+#[sqlx::test]
+async fn a_refused_key_makes_no_dead_letters_and_is_replaced_without_a_restart(db: PgPool) {
+    let house = House::open(db).await;
+    let first = client(&house, "create sdk --scope users:read").await;
+    let (key, outages) = (file(&first), Outages::default());
+    let owner = Owner::at(&house.service.url).unwrap().with_key_file(&key).unwrap();
+    let listener = Listener::asking(&house, owner, |consumer| consumer.observe(outages.clone())).await;
+    house.user(json!({})).await;
+    listener.called(1).await;
+    revoke(&house, "sdk", &first).await;
+    let users = load::users(&house, 20).await;
+    outages.are("the owner refuses the key").await;
+    let blind = client(&house, "create sdk --scope users:write").await;
+    fs::write(&key, &blind).unwrap();
+    outages.are("the owner does not let this key read users").await;
+    assert_eq!(listener.diary.calls().len(), 1);
+    for retry in SOON {
+        assert_eq!(listener.depth(&listener.subscription.name.retry_queue(retry)).await.unwrap().ready, 0);
+    }
+    let seeing = client(&house, "create sdk.reader --scope users:read").await;
+    // As an editor leaves it.
+    fs::write(&key, format!("{seeing}\n")).unwrap();
+    let calls = listener.called(21).await;
+    assert!(users.iter().all(|user| calls.iter().any(|call| call.user == *user)));
+    assert_eq!(listener.dead_letters().await, 0);
+    listener.end().await;
+}
+
+/// What a consumer is started with has to be right; nothing is taken from the queue before that is known.
+#[sqlx::test]
+async fn a_consumer_does_not_begin_with_a_refused_key(db: PgPool) {
+    let house = House::open(db).await;
+    let blind = client(&house, "create blind --scope users:write").await;
+    let stranger = format!("tdg_{}_{}", "0".repeat(16), "0".repeat(64));
+    for (key, said) in [(blind, "403 forbidden"), (stranger, "401 unauthenticated")] {
+        let owner = Owner::at(&house.service.url).unwrap().with_key(&key).unwrap();
+        let source = Source { exchange: house.exchange.clone(), prefix: None };
+        let consumer = Consumer::new(&env("AMQP_URL"), source, subscription(&house), owner).unwrap();
+        let refused = consumer.run(Diary::new(), CancellationToken::new()).await.unwrap_err().to_string();
+        assert!(refused.contains(said) && refused.contains("users:read") && !refused.contains(&key), "{refused}");
+    }
+    let nowhere = Owner::at(&house.service.url).unwrap().with_key_file("/nowhere/key").unwrap_err();
+    assert!(nowhere.to_string().contains("cannot be read"), "{nowhere}");
+}
+
 #[sqlx::test]
 async fn what_is_no_notice_is_a_dead_letter_at_once_and_harms_nobody(db: PgPool) {
     let house = House::open(db).await;
@@ -637,7 +720,7 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     let missing = start(consumer(&house, &env("AMQP_URL"), &subscription).registered()).await;
     assert!(missing.contains(subscription.name.queue()) && missing.contains("register the subscription"), "{missing}");
     let elsewhere = Source { exchange: format!("{}.misspelt", house.exchange), prefix: None };
-    let owner = Owner::at(&house.service.url).unwrap();
+    let owner = owner_at(&house.service.url);
     let misspelt = Consumer::new(&env("AMQP_URL"), elsewhere, subscription.clone(), owner).unwrap().retry_delays(SOON);
     let misspelt = start(misspelt).await;
     assert!(misspelt.contains(".misspelt") && misspelt.contains("check its name"), "{misspelt}");
@@ -654,7 +737,7 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     assert!(differs.contains(queue) && differs.contains("delete it"), "{differs}");
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
     let source = Source { exchange: house.exchange.clone(), prefix: None };
-    let owner = Owner::at(&house.service.url).unwrap();
+    let owner = owner_at(&house.service.url);
     let url = Consumer::new("http://ana:s3cret@host", source, subscription, owner).err().unwrap().to_string();
     assert!(url.contains("amqp://") && !url.contains("s3cret"), "{url}");
 }

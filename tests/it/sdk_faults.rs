@@ -28,7 +28,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use uuid::Uuid;
 
 use crate::{
-    house::{House, connect, env, eventually},
+    house::{self, House, connect, env, eventually},
     hurt::HurtBroker,
     load,
     proxy::Proxy,
@@ -99,7 +99,7 @@ async fn line() -> (Proxy, String) {
 
 /// What stands before the owner and answers 500 to whatever is about this user; its URL.
 async fn curse_before(owner: &str, cursed: Uuid) -> String {
-    let (owner, http) = (owner.to_owned(), reqwest::Client::new());
+    let (owner, http) = (owner.to_owned(), house::http());
     let answer = move |request: Request| {
         let (owner, http) = (owner.clone(), http.clone());
         async move {

@@ -23,7 +23,10 @@ use tidings_sdk::{
 };
 use time::OffsetDateTime;
 
-use crate::house::{self, House, env, eventually};
+use crate::{
+    contract::check_message,
+    house::{self, House, env, eventually},
+};
 
 pub struct Subscribed {
     pub name: SubscriptionName,
@@ -35,10 +38,15 @@ pub struct Subscribed {
 
 impl Subscribed {
     pub async fn to(house: &House, name: &str, keys: &[&str], fields: &[&str]) -> Self {
+        Self::at(house, &env("AMQP_URL"), name, keys, fields).await
+    }
+
+    /// At another broker than that of all tests.
+    pub async fn at(house: &House, amqp_url: &str, name: &str, keys: &[&str], fields: &[&str]) -> Self {
         let mut subscription = Subscription::new(format!("{}.{name}", house.exchange).parse().unwrap());
         subscription.keys = keys.iter().map(|key| key.parse().unwrap()).collect();
         subscription.fields = fields.iter().map(|field| field.parse().unwrap()).collect();
-        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+        let connection = house::connect(amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let source = Source { exchange: house.exchange.clone(), prefix: None };
@@ -92,11 +100,18 @@ impl Subscribed {
         self.bury(failed(properties, reason), &body).await;
     }
 
+    /// Puts a message straight into the queue.
+    pub async fn put_into_queue(&self, properties: BasicProperties, body: &[u8]) {
+        let (queue, options) = (self.name.queue().into(), BasicPublishOptions::default());
+        self.channel.basic_publish("".into(), queue, options, body, properties).await.unwrap().await.unwrap();
+    }
+
     /// Everything that waits in the queue, taken out.
     pub async fn take(&self) -> Vec<Delivery> {
         let mut taken = vec![];
         let options = BasicGetOptions { no_ack: true };
         while let Some(message) = self.channel.basic_get(self.name.queue().into(), options).await.unwrap() {
+            check_message(&message.delivery.properties, &message.delivery.data).unwrap();
             taken.push(message.delivery);
         }
         taken
@@ -167,6 +182,7 @@ impl Consumer {
                     );
                     buried.await.unwrap().await.unwrap();
                 } else {
+                    check_message(&delivery.properties, &delivery.data).unwrap();
                     handled.lock().unwrap().push(notice(&delivery));
                 }
                 delivery.ack(BasicAckOptions::default()).await.unwrap();

@@ -267,7 +267,7 @@ async fn while_it_is_changed_nothing_is_missed_that_it_wants_before_and_after(db
 async fn of_many_changes_at_once_the_last_one_is_what_the_broker_has(db: PgPool) {
     let house = House::open(db).await;
     let other = house.another(&["serve"]).await;
-    let (admin, orders, http) = (Admin::new().await, unique("orders"), reqwest::Client::new());
+    let (admin, orders, http) = (Admin::new().await, unique("orders"), house::http());
     let wishes = [wish(&["user.created"], &[]), wish(&[], &["address"]), wish(&["user.deleted"], &["city"])];
     let puts = (0..9).map(|place| {
         let url = [&house.service.url, &other.url][place % 2];
@@ -426,7 +426,7 @@ async fn a_broker_that_refuses_is_asked_again_until_it_grants(db: PgPool) {
     drop(broker.try_ctl(&["add_user", "registry", "secret"]).await);
     broker.ctl(&["set_permissions", "registry", "^test\\.", "^test\\.", "^$"]).await;
     let url = broker.amqp_url.replace("guest:guest", "registry:secret");
-    let house = House::at(db, &broker.amqp_url, &[("AMQP_URL", &url), EVERY_SECOND]).await;
+    let house = House::at(db, &broker.amqp_url, &[("AMQP_REGISTRY_URL", &url), EVERY_SECOND]).await;
     let orders = unique("orders");
     assert_eq!(house.register(&orders, &wish(&["user.deleted"], &[])).await.refusal(503), "broker_refused");
     house.comes_to_be(&orders, "undeclared").await;
@@ -747,8 +747,9 @@ async fn without_the_management_api_all_else_is_told(db: PgPool) {
 async fn an_instance_without_a_broker_says_so(db: PgPool) {
     let settings = [("DATABASE_URL", database_url(&db)), ("TIDINGS_LISTEN", "127.0.0.1:0".to_owned())];
     let settings = settings.map(|(name, value)| (name.to_owned(), value));
+    house::admit_key(&db).await;
     let service = Service::start(&["serve", "--no-relay"], &settings).await;
-    let http = reqwest::Client::new();
+    let http = house::http();
     let url = format!("{}/v1/subscriptions", service.url);
     let registered = Answer::to(http.put(format!("{url}/orders")).json(&wish(&["user.deleted"], &[]))).await;
     assert_eq!(registered.refusal(503), "no_broker_here");

@@ -1,6 +1,6 @@
 // A consumer in Go with amqp091-go: hears that users changed, and keeps up by fetching their latest record.
 //
-//	AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges go run . 'user.*' profile.updated
+//	AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges go run . 'user.*'
 //
 // A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 package main
@@ -92,6 +92,7 @@ func pause(ctx context.Context, atLeast time.Duration) error {
 func fetch(ctx context.Context, path string, found any) error {
 	seconds, _ := strconv.Atoi(patience)
 	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	told := 0
 	for {
 		answer, body, err := ask(path)
 		wait := time.Second
@@ -101,6 +102,11 @@ func fetch(ctx context.Context, path string, found any) error {
 				return json.Unmarshal(body, found)
 			case 404: // no deletion: that is 410
 				return setAside("the owner never knew this user")
+			case 401, 403: // nothing is wrong with the message: the key may be about to be replaced
+				if status != told {
+					log.Printf("the owner refuses the key: %d", status)
+				}
+				told = status
 			case 408, 429, 502, 503, 504:
 				if strings.Contains(string(body), `"not_yet_visible"`) && time.Now().After(end) {
 					return setAside("the owner shows no state this new")
@@ -118,8 +124,36 @@ func fetch(ctx context.Context, path string, found any) error {
 	}
 }
 
+// Read anew for each request when it is in a file: a new key takes effect without a restart.
+func key() (string, error) {
+	if file := os.Getenv("TIDINGS_API_KEY_FILE"); file != "" {
+		text, err := os.ReadFile(file)
+		return strings.TrimSpace(string(text)), err
+	}
+	return required("TIDINGS_API_KEY"), nil
+}
+
+// Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+func checkKey() {
+	if _, err := key(); err != nil {
+		log.Fatal(err)
+	}
+	if answer, _, err := ask("/v1/users?limit=1"); err == nil && (answer.StatusCode == 401 || answer.StatusCode == 403) {
+		log.Fatalf("the owner refuses the key: %d", answer.StatusCode)
+	}
+}
+
 func ask(path string) (*http.Response, []byte, error) {
-	answer, err := client.Get(owner + path)
+	request, err := http.NewRequest(http.MethodGet, owner+path, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := key()
+	if err != nil {
+		return nil, nil, err
+	}
+	request.Header.Set("Authorization", "Bearer "+key)
+	answer, err := client.Do(request)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -335,6 +369,7 @@ func main() {
 	if len(keys) == 0 {
 		keys = []string{"#"}
 	}
+	checkKey()
 	for ctx.Err() == nil {
 		if err := session(ctx); ctx.Err() == nil {
 			log.Printf("session ended: %v", err)

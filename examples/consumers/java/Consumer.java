@@ -1,6 +1,6 @@
 // A consumer in Java with RabbitMQ's client: hears that users changed, and keeps up by fetching their latest record.
 //
-//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges java -cp JARS Consumer.java 'user.*' profile.updated
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges java -cp JARS Consumer.java 'user.*'
 //
 // A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 
@@ -23,6 +23,8 @@ import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
 import java.net.http.HttpResponse.BodyHandlers;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
 import java.time.Duration;
 import java.util.LinkedHashMap;
 import java.util.List;
@@ -44,6 +46,7 @@ public class Consumer {
     static final Duration PATIENCE = Duration.ofSeconds(Long.parseLong(setting("TIDINGS_PATIENCE_S", "30")));
 
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
+    static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
     static final Set<Integer> OUTAGES = Set.of(408, 429, 502, 503, 504);
     static final Gson JSON = new GsonBuilder().serializeNulls().create();
     static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
@@ -81,14 +84,38 @@ public class Consumer {
         if (stop.await((long) (ms * ThreadLocalRandom.current().nextDouble(1, 2)), TimeUnit.MILLISECONDS)) throw new Stop();
     }
 
+    /** Read anew for each request when it is in a file: a new key takes effect without a restart. */
+    static String key() throws IOException {
+        String file = System.getenv("TIDINGS_API_KEY_FILE");
+        return file == null ? required("TIDINGS_API_KEY") : Files.readString(Path.of(file)).strip().split("\\s+")[0];
+    }
+
+    static HttpResponse<String> ask(String path) throws IOException, InterruptedException {
+        HttpRequest.Builder request = HttpRequest.newBuilder(URI.create(OWNER + path)).timeout(Duration.ofSeconds(10));
+        return HTTP.send(request.header("Authorization", "Bearer " + key()).build(), BodyHandlers.ofString());
+    }
+
+    /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
+    static void checkKey() throws IOException, InterruptedException {
+        key(); // here, where it is no outage that there is none
+        try {
+            int status = ask("/v1/users?limit=1").statusCode();
+            if (!DENIALS.contains(status)) return;
+            System.err.println("the owner refuses the key: " + status);
+            System.exit(1);
+        } catch (IOException outage) {
+            // Whoever it is that is away, the fetches wait for it.
+        }
+    }
+
     /** What the owner says, asked for as long as it takes. */
     JsonObject fetch(String path) throws InterruptedException, SetAside, Stop {
         long end = System.nanoTime() + PATIENCE.toNanos();
-        HttpRequest request = HttpRequest.newBuilder(URI.create(OWNER + path)).timeout(Duration.ofSeconds(10)).build();
+        int told = 0;
         while (true) {
             HttpResponse<String> answer;
             try {
-                answer = HTTP.send(request, BodyHandlers.ofString());
+                answer = ask(path);
             } catch (IOException outage) {
                 pause(1000);
                 continue;
@@ -96,6 +123,12 @@ public class Consumer {
             int status = answer.statusCode();
             if (status == 200 || status == 410) return JSON.fromJson(answer.body(), JsonObject.class);
             if (status == 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+            if (DENIALS.contains(status)) {
+                if (status != told) System.err.println("the owner refuses the key: " + status);
+                told = status;
+                pause(1000);
+                continue;
+            }
             if (!OUTAGES.contains(status)) throw new SetAside("the owner answered " + status);
             if (answer.body().contains("\"not_yet_visible\"") && System.nanoTime() > end) {
                 throw new SetAside("the owner shows no state this new");
@@ -269,7 +302,8 @@ public class Consumer {
         return error.getCause() == null ? String.valueOf(error.getMessage()) : reason(error.getCause());
     }
 
-    public static void main(String[] keys) throws InterruptedException {
+    public static void main(String[] keys) throws InterruptedException, IOException {
+        checkKey();
         Consumer consumer = new Consumer(keys);
         Thread main = Thread.currentThread();
         // The JVM leaves with 143 after SIGTERM, unless the last word is ours.

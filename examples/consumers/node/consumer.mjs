@@ -1,21 +1,25 @@
 // A consumer in Node with amqplib: hears that users changed, and keeps up by fetching their latest record.
 //
-//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges node consumer.mjs 'user.*' profile.updated
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges node consumer.mjs 'user.*'
 //
 // A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 
+import { readFile } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import amqp from "amqplib";
 
 const { AMQP_URL, TIDINGS_URL, TIDINGS_EXCHANGE: EXCHANGE = "masterdata", TIDINGS_QUEUE: QUEUE } = process.env;
+const { TIDINGS_API_KEY, TIDINGS_API_KEY_FILE } = process.env;
 const DECLARE = process.env.TIDINGS_DECLARE !== "no";
 const PATIENCE_MS = 1000 * (process.env.TIDINGS_PATIENCE_S ?? 30); // for a state that the owner has told of and does not show
 const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
 for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
   if (!process.env[name]) throw new Error(`${name} is not set`);
 }
+if (!TIDINGS_API_KEY && !TIDINGS_API_KEY_FILE) throw new Error("TIDINGS_API_KEY is not set");
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
 const OUTAGES = [408, 429, 502, 503, 504];
 
 class SetAside extends Error {} // a message that no repetition helps; its text never quotes the message
@@ -38,20 +42,44 @@ let failures = 0;
 // Throws when somebody asks us to leave. Jitter keeps consumers from coming back all at once.
 const pause = (ms) => sleep(ms * (1 + Math.random()), undefined, { signal: stop.signal });
 
-// What the owner says, asked for as long as it takes. Node's fetch keeps connections open by itself.
+// Read anew for each request when it is in a file: a new key takes effect without a restart.
+const key = async () => (TIDINGS_API_KEY_FILE ? (await readFile(TIDINGS_API_KEY_FILE, "utf8")).trim() : TIDINGS_API_KEY);
+
+// Node's fetch keeps connections open by itself.
+async function askOnce(path) {
+  const headers = { authorization: `Bearer ${await key()}` };
+  const answer = await fetch(TIDINGS_URL.replace(/\/$/, "") + path, { headers, signal: AbortSignal.timeout(10_000) });
+  return { answer, found: await answer.text() }; // in full, or the connection cannot be used again
+}
+
+// Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+async function checkKey() {
+  await key(); // here, where it is no outage that there is none
+  const { answer } = await askOnce("/v1/users?limit=1").catch(() => ({}));
+  if (!DENIALS.includes(answer?.status)) return;
+  console.error(`the owner refuses the key: ${answer.status}`);
+  process.exit(1);
+}
+
+// What the owner says, asked for as long as it takes.
 async function ask(path) {
   const patience = Date.now() + PATIENCE_MS;
+  let told;
   for (;;) {
     let answer, found;
     try {
-      answer = await fetch(TIDINGS_URL.replace(/\/$/, "") + path, { signal: AbortSignal.timeout(10_000) });
-      found = await answer.text(); // in full, or the connection cannot be used again
+      ({ answer, found } = await askOnce(path));
     } catch {
       await pause(1000);
       continue;
     }
     if (answer.status === 200 || answer.status === 410) return JSON.parse(found);
     if (answer.status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+    if (DENIALS.includes(answer.status)) {
+      if (answer.status !== told) console.error(`the owner refuses the key: ${(told = answer.status)}`);
+      await pause(1000);
+      continue;
+    }
     if (!OUTAGES.includes(answer.status)) throw new SetAside(`the owner answered ${answer.status}`);
     if (found.includes('"not_yet_visible"') && Date.now() > patience) throw new SetAside("the owner shows no state this new");
     await pause(1000 * (Number(answer.headers.get("retry-after")) || 1));
@@ -164,6 +192,7 @@ async function session(connection) {
 }
 
 for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => stop.abort());
+await checkKey();
 while (!stop.signal.aborted) {
   let connection;
   try {

@@ -1,7 +1,7 @@
 <?php
 // A consumer in PHP with php-amqplib: hears that users changed, and keeps up by fetching their latest record.
 //
-//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges php consumer.php 'user.*' profile.updated
+//   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges php consumer.php 'user.*'
 //
 // A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 
@@ -27,6 +27,13 @@ function setting(string $name, ?string $otherwise = null): string
     return $value === false ? $otherwise ?? throw new RuntimeException("$name is not set") : $value; // "0" is false to PHP
 }
 
+/** Read anew for each request when it is in a file: a new key takes effect without a restart. */
+function apiKey(): string
+{
+    $file = getenv('TIDINGS_API_KEY_FILE');
+    return preg_split('/\s+/', trim($file === false ? setting('TIDINGS_API_KEY') : (string) @file_get_contents($file)))[0];
+}
+
 define('AMQP_URL', setting('AMQP_URL'));
 define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
 define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
@@ -36,6 +43,7 @@ define('PATIENCE_S', (float) setting('TIDINGS_PATIENCE_S', '30')); // for a stat
 define('KEYS', array_slice($argv, 1) ?: ['#']);
 
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
+const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
 const OUTAGES = [0, 408, 429, 502, 503, 504]; // 0: not reached at all
 
 /** A message that no repetition helps; the text never quotes the message. */
@@ -92,26 +100,54 @@ final class Consumer
         }
     }
 
+    /** Status, body, and the seconds after which to ask again. */
+    private function ask(string $path): array
+    {
+        $after = 1;
+        $header = function ($http, string $line) use (&$after): int {
+            $after = preg_match('/^retry-after: *(\d{1,4})\s*$/i', $line, $found) ? (int) $found[1] : $after;
+            return strlen($line);
+        };
+        curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,
+            CURLOPT_HEADERFUNCTION => $header, CURLOPT_HTTPHEADER => ['Authorization: Bearer ' . apiKey()]]);
+        $body = curl_exec($this->http);
+        return [$body === false ? 0 : curl_getinfo($this->http, CURLINFO_RESPONSE_CODE), $body, $after];
+    }
+
+    /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
+    public function checkKey(): void
+    {
+        if (apiKey() === '') {
+            throw new RuntimeException('there is no key in TIDINGS_API_KEY_FILE');
+        }
+        [$status] = $this->ask('/v1/users?limit=1');
+        if (in_array($status, DENIALS, true)) {
+            fwrite(STDERR, "the owner refuses the key: $status\n");
+            exit(1);
+        }
+    }
+
     /** What the owner says, asked for as long as it takes. */
     private function fetch(string $path): array
     {
         $patience = microtime(true) + PATIENCE_S;
+        $told = null;
         while (true) {
-            $after = 1;
-            $header = function ($http, string $line) use (&$after): int {
-                $after = preg_match('/^retry-after: *(\d{1,4})\s*$/i', $line, $found) ? (int) $found[1] : $after;
-                return strlen($line);
-            };
-            curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,
-                CURLOPT_HEADERFUNCTION => $header]);
-            $body = curl_exec($this->http);
-            $status = $body === false ? 0 : curl_getinfo($this->http, CURLINFO_RESPONSE_CODE);
+            [$status, $body, $after] = $this->ask($path);
             if ($status === 200 || $status === 410) {
                 // Objects stay objects: an empty profile is {} and not [].
                 return (array) json_decode($body, flags: JSON_THROW_ON_ERROR);
             }
             if ($status === 404) { // no deletion: that is 410
                 throw new SetAside('the owner never knew this user');
+            }
+            if (in_array($status, DENIALS, true)) {
+                if ($status !== $told) {
+                    fwrite(STDERR, "the owner refuses the key: $status\n");
+                }
+                $told = $status;
+                $this->pause(1);
+                continue;
             }
             if (!in_array($status, OUTAGES, true)) {
                 throw new SetAside("the owner answered $status");
@@ -303,6 +339,7 @@ function connect(): AbstractConnection
 
 pcntl_async_signals(true);
 $consumer = new Consumer();
+$consumer->checkKey();
 foreach ([SIGTERM, SIGINT] as $signal) {
     pcntl_signal($signal, function () use ($consumer): void { $consumer->stopping = true; });
 }

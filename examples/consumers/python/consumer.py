@@ -1,6 +1,6 @@
 """A consumer in Python with pika: hears that users changed, and keeps up by fetching their latest record.
 
-    AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges python3 consumer.py 'user.*' profile.updated
+    AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges python3 consumer.py 'user.*'
 
 A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 """
@@ -14,8 +14,9 @@ import sys
 import time
 from collections import OrderedDict
 from http.client import HTTPException
+from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
@@ -29,6 +30,7 @@ PATIENCE_S = float(os.environ.get("TIDINGS_PATIENCE_S", "30"))  # for a state th
 KEYS = sys.argv[1:] or ["#"]
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
 OUTAGES = (408, 429, 502, 503, 504)
 
 
@@ -74,6 +76,7 @@ class Consumer:
     def fetch(self, path):
         """What the owner says, asked for as long as it takes."""
         patience = time.monotonic() + PATIENCE_S
+        told = None
         while True:
             try:
                 status, headers, body = ask(path)
@@ -84,6 +87,12 @@ class Consumer:
                 return json.loads(body)
             if status == 404:  # no deletion: that is 410
                 raise SetAside("the owner never knew this user")
+            if status in DENIALS:
+                if status != told:
+                    complain(f"the owner refuses the key: {status}")
+                told = status
+                self.pause(1)
+                continue
             if status not in OUTAGES:
                 raise SetAside(f"the owner answered {status}")
             if b'"not_yet_visible"' in body and time.monotonic() > patience:
@@ -171,9 +180,28 @@ class Consumer:
             self.failures = min(self.failures + 1, 6)
 
 
-def ask(path):
+def key():
+    """Read anew for each request when it is in a file: a new key takes effect without a restart."""
+    file = os.environ.get("TIDINGS_API_KEY_FILE")
+    return (Path(file).read_text().split() or [""])[0] if file else os.environ["TIDINGS_API_KEY"]
+
+
+def check_key():
+    """Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later."""
+    key()  # here, where it is no outage that there is none
     try:
-        with urlopen(OWNER + path, timeout=10) as answer:
+        status, _, _ = ask("/v1/users?limit=1")
+    except (OSError, HTTPException):
+        return
+    if status in DENIALS:
+        sys.exit(f"the owner refuses the key: {status}")
+
+
+def ask(path):
+    request = Request(OWNER + path)
+    request.add_unredirected_header("Authorization", f"Bearer {key()}")  # for the owner alone
+    try:
+        with urlopen(request, timeout=10) as answer:
             return answer.status, answer.headers, answer.read()
     except HTTPError as refusal:
         with refusal:
@@ -227,6 +255,7 @@ def close(connection):
 
 
 if __name__ == "__main__":
+    check_key()
     consumer = Consumer()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: setattr(consumer, "stopping", True))

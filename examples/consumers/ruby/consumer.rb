@@ -1,6 +1,6 @@
 # A consumer in Ruby with Bunny: hears that users changed, and keeps up by fetching their latest record.
 #
-#   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_QUEUE=badges ruby consumer.rb 'user.*' profile.updated
+#   AMQP_URL=amqp://localhost TIDINGS_URL=http://127.0.0.1:8080 TIDINGS_API_KEY=tdg_.. TIDINGS_QUEUE=badges ruby consumer.rb 'user.*'
 #
 # A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 
@@ -17,6 +17,7 @@ PATIENCE_S = Float(ENV.fetch("TIDINGS_PATIENCE_S", "30")) # for a state that the
 KEYS = ARGV.empty? ? ["#"] : ARGV
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
+DENIALS = %w[401 403] # nothing is wrong with the message: the key may be about to be replaced
 OUTAGES = %w[408 429 502 503 504]
 NETWORK = [SystemCallError, SocketError, IOError, Timeout::Error, Net::ProtocolError, Net::HTTPBadResponse, OpenSSL::SSL::SSLError]
 
@@ -47,16 +48,38 @@ def pause(seconds)
   raise Stop if $stopping
 end
 
+# Read anew for each request when it is in a file: a new key takes effect without a restart.
+def key
+  file = ENV["TIDINGS_API_KEY_FILE"]
+  file ? File.read(file).split.first.to_s : ENV.fetch("TIDINGS_API_KEY")
+end
+
+def ask(path)
+  HTTP.start unless HTTP.started?
+  HTTP.get(OWNER.path.chomp("/") + path, "Authorization" => "Bearer #{key}")
+end
+
+# Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+def check_key
+  code = ask("/v1/users?limit=1").code
+  abort "the owner refuses the key: #{code}" if DENIALS.include?(code)
+rescue *NETWORK
+  HTTP.finish if HTTP.started?
+end
+
 # What the owner says, asked for as long as it takes.
 def fetch(path)
   patience = now + PATIENCE_S
+  told = nil
   loop do
-    HTTP.start unless HTTP.started?
-    answer = HTTP.get(OWNER.path.chomp("/") + path)
+    answer = ask(path)
     found = JSON.parse(answer.body) rescue {}
     case answer.code
     when "200", "410" then return found
     when "404" then raise SetAside, "the owner never knew this user" # no deletion: that is 410
+    when *DENIALS
+      warn "the owner refuses the key: #{told = answer.code}" if told != answer.code
+      pause(1)
     when *OUTAGES
       raise SetAside, "the owner shows no state this new" if found["code"] == "not_yet_visible" && now > patience
       pause(Float(answer["Retry-After"] || 1, exception: false) || 1)
@@ -160,6 +183,8 @@ end
 $stdout.sync = true
 $failures = 0
 %w[TERM INT].each { |signal| trap(signal) { ($stopping = true) && $inbox&.push(:stop) } }
+key # here, where it is no outage that there is none
+check_key
 begin
   session
 rescue Stop

@@ -20,13 +20,17 @@ use uuid::Uuid;
 use super::{
     back_off,
     handler::{Failure, Handler, Kind, News, Observer},
-    park::{Failed, Parker},
+    park::{Failed, Owed, Parker},
 };
 use crate::{
     envelope::{Event, Notice},
     letter::Reason,
     owner::Owner,
+    subscription::SubscriptionName,
 };
+
+/// For the owner's answer to a receipt.
+const RECEIPT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A notice that came in, and the message that it came in.
 pub(super) struct Arrival {
@@ -39,13 +43,14 @@ pub(super) struct Arrival {
 /// What has become of a job.
 pub(super) enum Report {
     /// To be acknowledged.
-    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery> },
+    /// `deletions` only once they are confirmed to the owner.
+    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery>, deletions: Vec<Delivery> },
     /// To be parked.
     Failed { user: Uuid, version: i64, event: Event, reason: Reason, arrivals: Vec<Arrival> },
     /// Nobody waits for it any more; the messages will come again.
     GivenUp { user: Uuid },
-    /// A message that failed is in another queue, and to be acknowledged in this one; unless it was given up.
-    Parked(Option<Box<Delivery>>),
+    /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
+    Settled(Option<Box<Delivery>>),
 }
 
 /// Everything that attempts share.
@@ -55,7 +60,9 @@ pub(super) struct Attempts<H> {
     pub parker: Arc<Parker>,
     pub observer: Arc<dyn Observer>,
     pub deadline: Duration,
-    pub subscription: String,
+    pub subscription: SubscriptionName,
+    /// Whether the owner is told of deletions that are done.
+    pub confirms: bool,
     /// Cancelled when the consumer is to leave: work is finished, but no outage is waited out.
     pub stop: CancellationToken,
     /// Cancelled when nobody waits for reports any more.
@@ -81,8 +88,11 @@ impl<H: Handler> Attempts<H> {
                 self.observer.handled(&event, arrivals.len(), began.elapsed(), lag);
                 // What was fetched may be newer than what was told, and then stands for that too.
                 let version = latest.get().map_or(version, |latest| version.max(latest.version()));
-                let done = arrivals.into_iter().map(|arrival| arrival.delivery).collect();
-                Report::Handled { user, version, event, done }
+                let (deletions, done): (Vec<_>, Vec<_>) =
+                    arrivals.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
+                let deliveries =
+                    |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
+                Report::Handled { user, version, event, done: deliveries(done), deletions: deliveries(deletions) }
             }
             Some(Err(reason)) => Report::Failed { user, version, event, reason, arrivals },
         }
@@ -123,8 +133,9 @@ impl<H: Handler> Attempts<H> {
                 Err(failure) => failure,
             };
             match failure {
-                Called::Failed(Failure { kind: Kind::Outage, .. }) => {
-                    tracing::warn!("an outage, waiting");
+                Called::Failed(Failure { kind: Kind::Outage(why), .. }) => {
+                    tracing::warn!("an outage, waiting: {why}");
+                    self.observer.outage(why);
                     self.stop.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
                 }
                 Called::Failed(failure @ Failure { kind: Kind::Attempt(reason), .. }) => {
@@ -162,7 +173,44 @@ impl<H: Handler> Attempts<H> {
     /// Parks until it succeeds; the message itself waits unacknowledged meanwhile, and nobody else waits for it.
     pub(super) async fn park(self: Arc<Self>, mut delivery: Delivery, reason: Reason, attempts: u32) -> Report {
         let failed = Failed::take(&mut delivery, reason, attempts);
-        Report::Parked(self.park_until_it_succeeds(&failed).await.map(|()| Box::new(delivery)))
+        Report::Settled(self.park_until_it_succeeds(&failed).await.map(|()| Box::new(delivery)))
+    }
+
+    /// Tells the owner that a deletion is done. When it cannot be told, the message goes to a queue that gives it back later, marked as
+    /// done: an outage of the owner has no handler run again, and holds up nobody.
+    pub(super) async fn confirm(self: Arc<Self>, user: Uuid, mut delivery: Delivery) -> Report {
+        if !self.confirms {
+            return Report::Settled(Some(Box::new(delivery)));
+        }
+        let said = self
+            .over
+            .run_until_cancelled(timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)));
+        let why = match said.await {
+            None => return Report::Settled(None),
+            Some(Ok(Ok(receipt))) => {
+                tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is confirmed");
+                return Report::Settled(Some(Box::new(delivery)));
+            }
+            Some(Ok(Err(why))) => why.to_string(),
+            Some(Err(_)) => format!("no answer within {RECEIPT_DEADLINE:?}"),
+        };
+        tracing::warn!(subscription = %self.subscription, user_id = %user, "a deletion is done and cannot be confirmed yet: {why}");
+        let owed = Owed::take(&mut delivery);
+        Report::Settled(self.owe_until_it_succeeds(&owed).await.map(|()| Box::new(delivery)))
+    }
+
+    /// `None` when it was given up because nobody waits for it any more.
+    async fn owe_until_it_succeeds(&self, owed: &Owed) -> Option<()> {
+        let mut pauses = back_off();
+        loop {
+            match self.over.run_until_cancelled(self.parker.owe(owed)).await? {
+                Ok(()) => return Some(()),
+                Err(why) => {
+                    tracing::warn!(subscription = %self.subscription, "a deletion to be confirmed cannot be put aside, trying again: {why}")
+                }
+            }
+            self.over.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+        }
     }
 
     /// `None` when it was given up because nobody waits for it any more.

@@ -73,15 +73,16 @@ pub struct Failure {
 pub(super) enum Kind {
     /// An attempt of this news.
     Attempt(Reason),
-    /// Something that this news has no part in; it waits for it to end, and no attempt is counted.
-    Outage,
+    /// Something that this news has no part in; it waits for it to end, and no attempt is counted. What it is, in words that quote
+    /// nobody's data.
+    Outage(&'static str),
 }
 
 impl Failure {
     /// A failure that has nothing to do with the news at hand: a database of the application's that is down. The news waits where it
     /// is and is tried again, and its attempts are not counted.
     pub fn outage(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { kind: Kind::Outage, cause: cause.into() }
+        Self { kind: Kind::Outage("the application says so"), cause: cause.into() }
     }
 
     /// A failed attempt, for causes that `?` does not take: words, or an `anyhow::Error`.
@@ -118,7 +119,9 @@ fn known(cause: &(dyn Error + 'static)) -> Option<Kind> {
 
 fn kind_of_fetch(error: &FetchError) -> Kind {
     match error {
-        FetchError::Unavailable(_) => Kind::Outage,
+        FetchError::Unavailable(why) => Kind::Outage(why),
+        FetchError::Denied { status: 401, .. } => Kind::Outage("the owner refuses the key"),
+        FetchError::Denied { .. } => Kind::Outage("the owner does not let this key read users"),
         FetchError::UnknownUser => Kind::Attempt(Reason::UnknownUser),
         FetchError::Refused { .. } | FetchError::NotYetVisible | FetchError::Malformed => {
             Kind::Attempt(Reason::FetchFailed)
@@ -136,7 +139,21 @@ fn kind_of_database(error: &sqlx::Error) -> Kind {
         }
         _ => false,
     };
-    if is_outage { Kind::Outage } else { Kind::Attempt(Reason::HandlerFailed) }
+    if is_outage {
+        Kind::Outage("the application's database does not answer")
+    } else {
+        Kind::Attempt(Reason::HandlerFailed)
+    }
+}
+
+impl Failure {
+    /// What may be logged of it.
+    pub(super) fn reason(&self) -> &'static str {
+        match self.kind {
+            Kind::Outage(why) => why,
+            Kind::Attempt(reason) => reason.as_str(),
+        }
+    }
 }
 
 /// The cause, whose words are the application's and may quote its data.
@@ -203,6 +220,9 @@ pub trait Observer: Send + Sync + 'static {
     fn dropped(&self, _why: Dropped) {}
     /// An attempt has failed; the message will come again.
     fn failed(&self, _reason: Reason, _attempts: u32) {}
+    /// A call of the handler met an outage: of the owner, who may also refuse the key, or of the application's own making. The news waits
+    /// and is tried again.
+    fn outage(&self, _why: &'static str) {}
     /// A message has become a dead letter.
     fn dead(&self, _reason: Reason) {}
     /// Users that are being handled now.
@@ -224,8 +244,12 @@ mod tests {
     #[test]
     fn an_outage_is_told_from_a_failed_attempt_however_it_is_wrapped() {
         let unavailable = FetchError::Unavailable("no answer");
-        assert_eq!(Failure::from(unavailable.clone()).kind, Kind::Outage);
-        assert_eq!(Failure::from(Wrapped(unavailable)).kind, Kind::Outage);
+        assert_eq!(Failure::from(unavailable.clone()).kind, Kind::Outage("no answer"));
+        assert_eq!(Failure::from(Wrapped(unavailable)).kind, Kind::Outage("no answer"));
+        for status in [401, 403] {
+            let denied = FetchError::Denied { status, code: String::new() };
+            assert!(matches!(Failure::from(Wrapped(denied)).kind, Kind::Outage(why) if why.contains("key")));
+        }
         assert_eq!(Failure::from(Wrapped(FetchError::UnknownUser)).kind, Kind::Attempt(Reason::UnknownUser));
         let refused = FetchError::Refused { status: 500, code: String::new() };
         assert_eq!(Failure::from(refused).kind, Kind::Attempt(Reason::FetchFailed));

@@ -2,7 +2,7 @@
 //!
 //! Promise: a notice is acknowledged after its work; one user's notices are handled one after the other, different users' at the same
 //! time; what fails is tried again later and later, and ends as a dead letter with a reason; lost connections and deleted queues
-//! heal by themselves, followed by a catch-up.
+//! heal by themselves, followed by a catch-up; a deletion is confirmed to the owner between its work and its acknowledgement.
 //! Not here, on purpose: exactly once. A handler may see a notice again, after a crash for one, and must not mind.
 //!
 //! ```no_run
@@ -24,7 +24,7 @@
 //! }
 //!
 //! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
-//! let owner = Owner::at("http://127.0.0.1:8080")?;
+//! let owner = Owner::at("http://127.0.0.1:8080")?.with_key(&std::env::var("TIDINGS_API_KEY")?)?;
 //! let source = Source { exchange: "masterdata".into(), prefix: None };
 //! let mut subscription = Subscription::new("badges".parse()?);
 //! subscription.keys.insert("user.*".parse()?);
@@ -51,27 +51,30 @@ use std::{
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use lapin::uri::AMQPUri;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    owner::Owner,
+    owner::{FetchError, Owner},
     subscription::Subscription,
     topology::{self, RETRY_DELAYS, Source},
+    trust::Trust,
 };
 use handler::{BoxedCatchUp, boxed};
 use memory::Memory;
-use session::{Ended, Session};
+use session::{Address, Ended, Session};
 
 /// A peer that says nothing for twice this long is gone.
 const HEARTBEAT_S: u16 = 10;
+/// For the question whether the key is good.
+const KEY_DEADLINE: Duration = Duration::from_secs(3);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// A session that lasted this long was a good one: the next back-off starts small again.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 
 /// A consumer to be: what it listens to, and how.
 pub struct Consumer {
-    uri: AMQPUri,
+    broker: Address,
     source: Source,
     subscription: Subscription,
     owner: Owner,
@@ -91,6 +94,7 @@ struct Settings {
     remembered: usize,
     farewell: Duration,
     check_every: Duration,
+    confirms: bool,
 }
 
 impl Default for Settings {
@@ -104,6 +108,7 @@ impl Default for Settings {
             remembered: 100_000,
             farewell: Duration::from_secs(15),
             check_every: Duration::from_secs(30),
+            confirms: true,
         }
     }
 }
@@ -133,6 +138,8 @@ pub enum StartError {
     NotRegistered(String),
     #[error("there is no exchange {0:?} at the broker: check its name, and that its owner has been started there once")]
     NoExchange(String),
+    #[error("the owner answers {status} {code} to this key: give the consumer a valid one with the scope users:read")]
+    KeyRefused { status: u16, code: String },
 }
 
 impl Consumer {
@@ -143,8 +150,15 @@ impl Consumer {
     pub fn new(amqp_url: &str, source: Source, subscription: Subscription, owner: Owner) -> Result<Self, InvalidUrl> {
         let mut uri: AMQPUri = amqp_url.parse().map_err(|_| InvalidUrl)?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
-        let settings = Settings::default();
-        Ok(Self { uri, source, subscription, owner, settings, catch_up: None, observer: Arc::new(handler::Blind) })
+        let (broker, settings) = (Address { uri, trust: Trust::default() }, Settings::default());
+        Ok(Self { broker, source, subscription, owner, settings, catch_up: None, observer: Arc::new(handler::Blind) })
+    }
+
+    /// Trusts these certificate authorities at an `amqps` address, beside those of this machine. Needs the feature `tls`.
+    #[must_use]
+    pub fn trusting(mut self, trust: Trust) -> Self {
+        self.broker.trust = trust;
+        self
     }
 
     /// The owner's registry has made the queue: nothing is declared, and no right to do so is needed.
@@ -205,6 +219,14 @@ impl Consumer {
         self
     }
 
+    /// Do not tell the owner which deletions are done: for an application that holds nothing of its users, or confirms by itself
+    /// ([`Owner::confirm_deletion`]) when work that its handler only began is done.
+    #[must_use]
+    pub fn without_receipts(mut self) -> Self {
+        self.settings.confirms = false;
+        self
+    }
+
     /// What to do when news may have been missed: between being bound, so that nothing more is missed, and consuming.
     #[must_use]
     pub fn catch_up(mut self, catch_up: impl CatchUp) -> Self {
@@ -224,6 +246,7 @@ impl Consumer {
     /// # Errors
     /// [`StartError`], at the first start only.
     pub async fn run(self, handler: impl Handler, stop: CancellationToken) -> Result<(), StartError> {
+        self.check_key().await?;
         let (handler, mut memory) = (Arc::new(handler), Memory::new(self.settings.remembered));
         let (mut gap, mut delays) = (Gap::FirstStart, back_off());
         while !stop.is_cancelled() {
@@ -248,6 +271,15 @@ impl Consumer {
             let _ = stop.run_until_cancelled(sleep(delay)).await;
         }
         Ok(())
+    }
+
+    /// Before anything is taken from the queue: an outage of the owner is no reason not to begin, a wrong key is. One that is refused
+    /// later may have been revoked to be replaced, and is waited out.
+    async fn check_key(&self) -> Result<(), StartError> {
+        match timeout(KEY_DEADLINE, self.owner.objection()).await {
+            Ok(Some(FetchError::Denied { status, code })) => Err(StartError::KeyRefused { status, code }),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -11,17 +11,16 @@ use lapin::{
     message::Delivery,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     types::{AMQPValue, FieldTable},
-    uri::AMQPUri,
 };
 use time::OffsetDateTime;
 use tokio::{sync::Mutex, time::timeout};
 
-use super::session::{CONNECT_DEADLINE, connect};
+use super::session::{Address, CONNECT_DEADLINE};
 use crate::{
     envelope::{APP_ID, Event, FieldName, message_id},
     letter::{Letter, Reason},
     subscription::SubscriptionName,
-    topology::{BACKFILL, DEAD, retry_key},
+    topology::{BACKFILL, DEAD, RECEIPT_OWED, retry_key},
 };
 
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
@@ -44,7 +43,7 @@ const FIELD_LIMIT: usize = 1_000;
 const TEXT_LIMIT_BYTES: usize = 512;
 
 pub(super) struct Parker {
-    uri: AMQPUri,
+    broker: Address,
     name: SubscriptionName,
     delays: Vec<Duration>,
     line: Mutex<Option<Line>>,
@@ -79,6 +78,37 @@ impl Failed {
         let mut headers = self.properties.headers().clone().unwrap_or_default();
         letter.write(&mut headers);
         self.properties.clone().with_headers(headers)
+    }
+}
+
+/// A deletion that was handled, and that the owner has not heard so of.
+pub(super) struct Owed {
+    properties: BasicProperties,
+    body: Vec<u8>,
+    /// How often it was put aside before.
+    tries: u32,
+}
+
+impl Owed {
+    /// Takes what is to be kept out of the message.
+    pub(super) fn take(delivery: &mut Delivery) -> Self {
+        let tries = tries(&delivery.properties).unwrap_or_default();
+        Self { properties: carried(&delivery.properties), body: mem::take(&mut delivery.data), tries }
+    }
+
+    fn properties(&self) -> BasicProperties {
+        let mut headers = self.properties.headers().clone().unwrap_or_default();
+        let tries = i32::try_from(self.tries.saturating_add(1)).unwrap_or(i32::MAX);
+        headers.insert(RECEIPT_OWED.into(), AMQPValue::LongInt(tries));
+        self.properties.clone().with_headers(headers)
+    }
+}
+
+/// How often a deletion that is only to be confirmed was put aside; `None` for every other message.
+pub(super) fn tries(properties: &BasicProperties) -> Option<u32> {
+    match properties.headers().as_ref()?.inner().get(RECEIPT_OWED)? {
+        AMQPValue::LongInt(tries) => u32::try_from(*tries).ok(),
+        _ => None,
     }
 }
 
@@ -121,8 +151,8 @@ fn is_small(value: &AMQPValue) -> bool {
 }
 
 impl Parker {
-    pub(super) fn new(uri: AMQPUri, name: SubscriptionName, delays: Vec<Duration>) -> Self {
-        Self { uri, name, delays, line: Mutex::new(None) }
+    pub(super) fn new(broker: Address, name: SubscriptionName, delays: Vec<Duration>) -> Self {
+        Self { broker, name, delays, line: Mutex::new(None) }
     }
 
     /// Parks a message: for a later attempt, or for good. True when it is a dead letter now.
@@ -143,14 +173,31 @@ impl Parker {
             Some(open) if open.channel.status().connected() => open,
             _ => self.open().await?,
         };
-        self.publish(&open, &key, failed, &letter).await?;
+        self.publish(&open, &key, &failed.body, failed.properties(&letter)).await?;
         *line = Some(open);
         Ok(delay.is_none())
     }
 
+    /// Puts a deletion aside that was handled and is still to be confirmed. It never becomes a dead letter: there is nothing to mend.
+    ///
+    /// # Errors
+    /// When the broker does not take it; it has to be tried again.
+    pub(super) async fn owe(&self, owed: &Owed) -> Result<(), String> {
+        let latest = self.delays.len().checked_sub(1).ok_or("there is no queue to wait in")?;
+        let delay = self.delays[latest.min(owed.tries as usize)];
+        let mut line = self.line.lock().await;
+        let open = match line.take() {
+            Some(open) if open.channel.status().connected() => open,
+            _ => self.open().await?,
+        };
+        self.publish(&open, &retry_key(delay), &owed.body, owed.properties()).await?;
+        *line = Some(open);
+        Ok(())
+    }
+
     async fn open(&self) -> Result<Line, String> {
         let connection =
-            connect(&self.uri, &format!("{} parking", self.name)).await.map_err(|error| error.to_string())?;
+            self.broker.connect(&format!("{} parking", self.name)).await.map_err(|error| error.to_string())?;
         let opened = timeout(CONNECT_DEADLINE, async {
             let channel = connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -161,12 +208,11 @@ impl Parker {
     }
 
     /// One at a time, so that a returned message can be no other.
-    async fn publish(&self, line: &Line, key: &str, failed: &Failed, letter: &Letter) -> Result<(), String> {
-        let (exchange, properties) = (self.name.as_str().into(), failed.properties(letter));
+    async fn publish(&self, line: &Line, key: &str, body: &[u8], properties: BasicProperties) -> Result<(), String> {
+        let exchange = self.name.as_str().into();
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let mut published = pin!(async {
-            line.channel.basic_publish(exchange, key.into(), options, &failed.body, properties).await?.await
-        });
+        let mut published =
+            pin!(async { line.channel.basic_publish(exchange, key.into(), options, body, properties).await?.await });
         loop {
             return match timeout(CONFIRM_DEADLINE, &mut published).await {
                 Ok(Ok(Confirmation::Ack(None))) => Ok(()),

@@ -24,12 +24,13 @@ use super::{
     handler::{Dropped, Gap, Handler},
     lanes::Lanes,
     memory::Memory,
-    park::Parker,
+    park::{self, Parker},
 };
 use crate::{
-    envelope::Notice,
+    envelope::{Event, Notice},
     letter::{Letter, Reason},
     topology,
+    trust::Trust,
 };
 
 /// For the whole of connecting: lapin itself would wait for a silent peer for ever.
@@ -77,14 +78,23 @@ fn lost(error: lapin::Error) -> Ended {
     Ended::Lost(error.to_string())
 }
 
-/// Connects, without lapin's own recovery: what was under way on a lost connection comes again.
-pub(super) async fn connect(uri: &AMQPUri, name: &str) -> Result<Connection, Ended> {
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    match timeout(CONNECT_DEADLINE, Connection::connect_uri(uri.clone(), properties)).await {
-        Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) if is_login_refused(&error) => Err(Ended::Refused(StartError::Login)),
-        Ok(Err(error)) => Err(Ended::Lost(format!("the broker cannot be reached: {error}"))),
-        Err(_) => Err(Ended::Lost(format!("the broker did not answer within {CONNECT_DEADLINE:?}"))),
+/// Where the broker is, and by whose word it is known.
+#[derive(Clone)]
+pub(super) struct Address {
+    pub uri: AMQPUri,
+    pub trust: Trust,
+}
+
+impl Address {
+    /// Connects, without lapin's own recovery: what was under way on a lost connection comes again.
+    pub(super) async fn connect(&self, name: &str) -> Result<Connection, Ended> {
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        match timeout(CONNECT_DEADLINE, self.trust.connect(&self.uri, properties)).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) if is_login_refused(&error) => Err(Ended::Refused(StartError::Login)),
+            Ok(Err(error)) => Err(Ended::Lost(format!("the broker cannot be reached: {error}"))),
+            Err(_) => Err(Ended::Lost(format!("the broker did not answer within {CONNECT_DEADLINE:?}"))),
+        }
     }
 }
 
@@ -113,7 +123,7 @@ impl<'a> Session<'a> {
 
     async fn open_until_stopped(consumer: &'a Consumer, gap: &mut Gap) -> Result<Self, Ended> {
         let name = &consumer.subscription.name;
-        let connection = connect(&consumer.uri, name.as_str()).await?;
+        let connection = consumer.broker.connect(name.as_str()).await?;
         let looking = request(connection.create_channel()).await?;
         if let Some(part) = consumer.missing(&looking).await? {
             // New at the first start; later it was there, and somebody deleted it.
@@ -135,7 +145,7 @@ impl<'a> Session<'a> {
                 Ok(Ok(())) => {}
                 Ok(Err(failure)) => {
                     tracing::debug!(?failure, "catching up failed");
-                    return Err(Ended::Lost("catching up failed".to_owned()));
+                    return Err(Ended::Lost(format!("catching up failed: {}", failure.reason())));
                 }
                 Err(_) => return Err(Ended::Lost("catching up panicked".to_owned())),
             }
@@ -164,15 +174,16 @@ impl<'a> Session<'a> {
     }
 
     fn attempts<H: Handler>(&self, handler: Arc<H>, stop: CancellationToken, over: CancellationToken) -> Attempts<H> {
-        let Consumer { uri, subscription, owner, settings, observer, .. } = self.consumer;
-        let parker = Parker::new(uri.clone(), subscription.name.clone(), settings.retry_delays().to_vec());
+        let Consumer { broker, subscription, owner, settings, observer, .. } = self.consumer;
+        let parker = Parker::new(broker.clone(), subscription.name.clone(), settings.retry_delays().to_vec());
         Attempts {
             handler,
             owner: owner.clone(),
             parker: Arc::new(parker),
             observer: observer.clone(),
             deadline: settings.handler_deadline,
-            subscription: subscription.name.to_string(),
+            subscription: subscription.name.clone(),
+            confirms: settings.confirms,
             stop,
             over,
         }
@@ -248,6 +259,11 @@ impl<'a> Session<'a> {
             self.consumer.observer.dropped(Dropped::Unwanted);
             return ack(&delivery).await;
         }
+        // Handled before, and only to be confirmed. Whoever could forge that on the way here could also have sent the receipt.
+        if was_addressed && notice.event == Event::Deleted && park::tries(&delivery.properties).is_some() {
+            self.jobs.spawn(attempts.clone().confirm(notice.user_id, delivery));
+            return Ok(());
+        }
         let letter = Letter::read(delivery.properties.headers().as_ref());
         let attempts = letter.map_or(0, |letter| letter.attempts);
         self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
@@ -265,6 +281,13 @@ impl<'a> Session<'a> {
         {
             let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
             let (news, again) = distinct(news);
+            // A deletion that comes again may not have been confirmed before the connection was lost.
+            let (deletions, old): (Vec<_>, Vec<_>) =
+                old.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
+            for Arrival { delivery, .. } in deletions {
+                self.consumer.observer.dropped(Dropped::Old);
+                self.jobs.spawn(attempts.clone().confirm(user, delivery));
+            }
             self.drop_all(old, Dropped::Old).await?;
             self.drop_all(again, Dropped::Duplicate).await?;
             if news.is_empty() {
@@ -292,9 +315,12 @@ impl<'a> Session<'a> {
         memory: &mut Memory,
     ) -> Result<(), Ended> {
         match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
-            Report::Handled { user, version, event, done } => {
+            Report::Handled { user, version, event, done, deletions } => {
                 self.is_back(user);
                 memory.note(user, version, &event);
+                for delivery in deletions.into_iter().filter(|delivery| delivery.acker.usable()) {
+                    self.jobs.spawn(attempts.clone().confirm(user, delivery));
+                }
                 for delivery in done {
                     ack(&delivery).await?;
                 }
@@ -310,8 +336,8 @@ impl<'a> Session<'a> {
                 }
             }
             Report::GivenUp { user } => self.is_back(user),
-            Report::Parked(None) => {}
-            Report::Parked(Some(delivery)) => ack(&delivery).await?,
+            Report::Settled(None) => {}
+            Report::Settled(Some(delivery)) => ack(&delivery).await?,
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use super::{Mirror, MirrorError, store};
-use crate::owner::{Change, Changes, FetchError, Latest, Owner};
+use crate::owner::{Change, Changes, FetchError, Latest, Owner, State::Deleted};
 
 /// Fetches under way at the same time; they are gathered into few requests.
 const FETCHES: usize = 500;
@@ -55,7 +55,16 @@ impl Mirror {
             page.changes.iter().filter(|change| held.get(&change.user_id).is_none_or(|held| *held < change.version));
         let latest = fetch_all(owner, news.copied().collect()).await?;
         let states = latest.iter().map(|latest| self.state(latest)).collect();
-        Ok(store::keep(&mut *pool.acquire().await?, states, Some(&page.next)).await?)
+        let gone = page.changes.iter().filter(|change| change.state == Deleted && held.contains_key(&change.user_id));
+        let gone: Vec<Uuid> = gone.map(|change| change.user_id).collect();
+        if gone.is_empty() || self.confirming.is_none() {
+            return Ok(store::keep(&mut *pool.acquire().await?, states, Some(&page.next)).await?);
+        }
+        // Before the cursor moves on: who is cut off here sees the page again, and confirms it again.
+        let written = store::keep(&mut *pool.acquire().await?, states, None).await?;
+        self.confirm(owner, gone.into_iter()).await?;
+        store::keep(&mut *pool.acquire().await?, vec![], Some(&page.next)).await?;
+        Ok(written)
     }
 }
 

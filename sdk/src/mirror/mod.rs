@@ -16,6 +16,7 @@ pub use verify::Difference;
 
 use std::collections::BTreeSet;
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
@@ -24,13 +25,18 @@ use store::State;
 
 use crate::{
     envelope::FieldName,
-    owner::{FetchError, Latest, User},
+    owner::{FetchError, Latest, Owner, User},
+    subscription::SubscriptionName,
 };
+
+/// Receipts under way at the same time.
+const RECEIPTS: usize = 16;
 
 /// A mirror in the tables `tidings_users` and `tidings_cursor` of the schema that the connection looks into.
 #[derive(Debug, Clone, Default)]
 pub struct Mirror {
     fields: Option<BTreeSet<FieldName>>,
+    confirming: Option<SubscriptionName>,
 }
 
 /// Why a mirror could not do what was asked.
@@ -59,7 +65,30 @@ impl Mirror {
     /// A mirror of these fields and no others: what an application does not need it should not hold.
     #[must_use]
     pub fn of(fields: impl IntoIterator<Item = FieldName>) -> Self {
-        Self { fields: Some(fields.into_iter().collect()) }
+        Self { fields: Some(fields.into_iter().collect()), confirming: None }
+    }
+
+    /// Tells the owner, for this subscription, of deletions that catching up and repairing have applied to users that were held. Those that
+    /// come as notices the consumer confirms by itself.
+    #[must_use]
+    pub fn confirming(mut self, subscription: SubscriptionName) -> Self {
+        self.confirming = Some(subscription);
+        self
+    }
+
+    /// An outage is an error, and to be tried again; a refusal has been told and is nothing to stop for.
+    async fn confirm(&self, owner: &Owner, users: impl Iterator<Item = Uuid>) -> Result<(), FetchError> {
+        let Some(subscription) = &self.confirming else { return Ok(()) };
+        let receipts = users.map(async |user| match owner.confirm_deletion(user, subscription).await {
+            Ok(_) => Ok(()),
+            // A key that is refused here is refused everywhere, and about to be replaced.
+            Err(outage @ (FetchError::Unavailable(_) | FetchError::Denied { status: 401, .. })) => Err(outage),
+            Err(refusal) => {
+                tracing::warn!(%subscription, user_id = %user, "a deletion is done and cannot be confirmed: {refusal}");
+                Ok(())
+            }
+        });
+        stream::iter(receipts).buffer_unordered(RECEIPTS).try_collect().await
     }
 
     /// Creates the tables where they are missing. Safe to call at every start, from several processes.

@@ -75,7 +75,10 @@ impl Mirror {
                 Err(FetchError::UnknownUser) => None,
                 Err(error) => return Err(error.into()),
             };
-            self.mend(pool, *user, difference.held.get(user).copied(), latest.as_ref()).await?;
+            let held = difference.held.get(user).copied();
+            self.mend(pool, *user, held, latest.as_ref()).await?;
+            let was_erased = held.is_some() && matches!(latest, Some(Latest::Gone(_)));
+            self.confirm(owner, was_erased.then_some(*user).into_iter()).await?;
         }
         Ok(())
     }

@@ -1,23 +1,28 @@
 //! Requests to the owner: deadlines, retries, and what an answer means.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response, StatusCode, Uri,
     body::{Bytes, Incoming},
-    header::{CONTENT_TYPE, HeaderName, RETRY_AFTER},
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER},
 };
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use crate::trust::{Connector, InvalidCa, Trust};
 
 /// For one try. The owner answers in milliseconds, and gives up by itself after 30 s.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -33,6 +38,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 #[error("expected the owner's URL, such as http://127.0.0.1:8080, without query and fragment")]
 pub struct InvalidUrl;
 
+/// Not a key that the owner gave out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected a key such as `tidings client create` prints")]
+pub struct InvalidKey;
+
+/// There is no key in the file that should hold one.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyFileError {
+    #[error("the file with the owner's key cannot be read: {0}")]
+    Unreadable(#[from] io::Error),
+    #[error(transparent)]
+    Invalid(#[from] InvalidKey),
+}
+
 /// Why there is no record. Holds no value of anybody's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
@@ -45,6 +64,10 @@ pub enum FetchError {
     /// An outage: unreachable, silent, or asking to be left alone for a while. Nothing is wrong with the request.
     #[error("the owner does not answer: {0}")]
     Unavailable(&'static str),
+    /// The owner does not let this key in (401), or not to what was asked for (403). Nothing is wrong with the request: it can be sent
+    /// again when there is another key, or the key has another scope.
+    #[error("the owner refuses the key: {status} {code}")]
+    Denied { status: u16, code: String },
     /// The owner answered, with something else than was asked for.
     #[error("the owner answered {status} {code}")]
     Refused { status: u16, code: String },
@@ -52,10 +75,53 @@ pub enum FetchError {
     Malformed,
 }
 
+/// Connections to the owner, kept between requests; over TLS where the URL says so.
+pub type Connections = Client<Connector, Full<Bytes>>;
+
 pub(super) struct Http {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Connections,
     url: String,
     patience: Duration,
+    /// An owner that asks nobody for a key needs none.
+    key: Option<Arc<Key>>,
+}
+
+/// What opens the owner.
+struct Key {
+    /// `Bearer` and the key.
+    authorization: Mutex<HeaderValue>,
+    /// Where to look for another one when this one is refused.
+    file: Option<PathBuf>,
+}
+
+impl Key {
+    fn now(&self) -> HeaderValue {
+        self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether there is another key in place of this one.
+    async fn is_replaced(&self, refused: &HeaderValue) -> bool {
+        if self.now() == *refused
+            && let Some(file) = self.file.clone()
+            && let Ok(Ok(authorization)) = spawn_blocking(move || authorization_in(&file)).await
+        {
+            *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = authorization;
+        }
+        self.now() != *refused
+    }
+}
+
+fn authorization(key: &str) -> Result<HeaderValue, InvalidKey> {
+    if key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(InvalidKey);
+    }
+    let mut authorization = HeaderValue::from_str(&format!("Bearer {key}")).map_err(|_| InvalidKey)?;
+    authorization.set_sensitive(true);
+    Ok(authorization)
+}
+
+fn authorization_in(file: &Path) -> Result<HeaderValue, KeyFileError> {
+    Ok(authorization(fs::read_to_string(file)?.trim())?)
 }
 
 /// A request that can be sent again.
@@ -90,26 +156,49 @@ impl Http {
         if !is_ours || url.contains('#') {
             return Err(InvalidUrl);
         }
-        let mut plain = HttpConnector::new();
-        plain.enforce_http(false);
-        plain.set_connect_timeout(Some(CONNECT_DEADLINE));
-        plain.set_nodelay(true);
-        let connector =
-            HttpsConnectorBuilder::new().with_tls_config(tls()).https_or_http().enable_http1().wrap_connector(plain);
-        let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { client, url: url.trim_end_matches('/').to_owned(), patience: PATIENCE })
+        let url = url.trim_end_matches('/').to_owned();
+        let client = connections(&Trust::default()).expect("there is no file that could be wrong");
+        Ok(Self { client, url, patience: PATIENCE, key: None })
+    }
+
+    pub(super) fn trusting(&self, trust: &Trust) -> Result<Self, InvalidCa> {
+        Ok(Self { client: connections(trust)?, ..self.copy() })
     }
 
     pub(super) fn with_patience(&self, patience: Duration) -> Self {
-        Self { client: self.client.clone(), url: self.url.clone(), patience }
+        Self { patience, ..self.copy() }
     }
 
-    /// Sends a request until it is answered, or patience is at its end.
+    pub(super) fn with_key(&self, key: &str) -> Result<Self, InvalidKey> {
+        Ok(self.authorized(authorization(key)?, None))
+    }
+
+    pub(super) fn with_key_file(&self, file: &Path) -> Result<Self, KeyFileError> {
+        Ok(self.authorized(authorization_in(file)?, Some(file.to_owned())))
+    }
+
+    fn authorized(&self, authorization: HeaderValue, file: Option<PathBuf>) -> Self {
+        Self { key: Some(Arc::new(Key { authorization: Mutex::new(authorization), file })), ..self.copy() }
+    }
+
+    pub(super) fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
+    fn copy(&self) -> Self {
+        let (client, url) = (self.client.clone(), self.url.clone());
+        Self { client, url, patience: self.patience, key: self.key.clone() }
+    }
+
+    /// Sends a request until it is answered, or patience is at its end. A refusal of the key is no answer once there is another key.
     pub(super) async fn ask(&self, ask: Ask) -> Result<Answer, FetchError> {
         let end = Instant::now() + self.patience;
         let mut pauses = pauses();
         loop {
-            let outage = match timeout_at(end, self.send(&ask)).await {
+            let authorization = self.authorization();
+            let outage = match timeout_at(end, self.send(&ask, authorization.as_ref())).await {
+                Ok(Ok(answer)) if answer.is_denial() && self.is_replaced(authorization.as_ref()).await => continue,
+                Ok(Ok(answer)) if answer.is_denial() => return Err(answer.refusal()),
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(outage)) => outage,
                 Err(_) => return Err(SILENCE.into()),
@@ -124,16 +213,30 @@ impl Http {
 
     /// Sends a request once; `None` when it was not answered.
     pub(super) async fn ask_once(&self, ask: Ask) -> Option<Answer> {
-        self.send(&ask).await.ok()
+        self.send(&ask, self.authorization().as_ref()).await.ok()
     }
 
-    async fn send(&self, ask: &Ask) -> Result<Answer, Outage> {
-        timeout(DEADLINE, self.exchange(ask)).await.unwrap_or(Err(SILENCE))
+    fn authorization(&self) -> Option<HeaderValue> {
+        self.key.as_ref().map(|key| key.now())
     }
 
-    async fn exchange(&self, ask: &Ask) -> Result<Answer, Outage> {
+    async fn is_replaced(&self, refused: Option<&HeaderValue>) -> bool {
+        match (&self.key, refused) {
+            (Some(key), Some(refused)) => key.is_replaced(refused).await,
+            _ => false,
+        }
+    }
+
+    async fn send(&self, ask: &Ask, authorization: Option<&HeaderValue>) -> Result<Answer, Outage> {
+        timeout(DEADLINE, self.exchange(ask, authorization)).await.unwrap_or(Err(SILENCE))
+    }
+
+    async fn exchange(&self, ask: &Ask, authorization: Option<&HeaderValue>) -> Result<Answer, Outage> {
         let broken = |what| Outage { what, ..SILENCE };
         let mut request = Request::builder().method(&ask.method).uri(format!("{}{}", self.url, ask.path));
+        if let Some(authorization) = authorization {
+            request = request.header(AUTHORIZATION, authorization);
+        }
         for (name, value) in &ask.headers {
             request = request.header(name, value);
         }
@@ -151,15 +254,12 @@ impl Http {
     }
 }
 
-/// Trusts the certificates that this machine trusts. It may have none; that is no harm to an owner on plain http.
-fn tls() -> ClientConfig {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("the provider knows the versions that are safe")
-        .with_root_certificates(roots)
-        .with_no_client_auth()
+/// For the owner's own tools, which ask in other ways than an application does.
+///
+/// # Errors
+/// As [`Trust::in_file`].
+pub fn connections(trust: &Trust) -> Result<Connections, InvalidCa> {
+    Ok(Client::builder(TokioExecutor::new()).build(trust.for_http(CONNECT_DEADLINE)?))
 }
 
 /// Jittered, so that consumers that met the same outage do not come back together.
@@ -237,8 +337,14 @@ impl Answer {
         self.status == StatusCode::NOT_FOUND && self.code() == "user_not_found"
     }
 
+    /// Whether it is the key that is refused, not the request.
+    pub(super) fn is_denial(&self) -> bool {
+        matches!(self.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+    }
+
     pub(super) fn refusal(&self) -> FetchError {
-        FetchError::Refused { status: self.status.as_u16(), code: self.code() }
+        let (status, code) = (self.status.as_u16(), self.code());
+        if self.is_denial() { FetchError::Denied { status, code } } else { FetchError::Refused { status, code } }
     }
 }
 

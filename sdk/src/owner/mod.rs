@@ -8,20 +8,24 @@ mod gather;
 mod http;
 
 pub use feed::{BucketDigest, Change, Changes, Cursor, Digests, Held, State};
-pub use http::{FetchError, InvalidUrl};
+pub use http::{Connections, FetchError, InvalidKey, InvalidUrl, KeyFileError, connections};
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use hyper::{
     StatusCode,
     header::{HeaderName, IF_NONE_MATCH},
 };
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::trace::Traceparent;
+use crate::{
+    subscription::SubscriptionName,
+    trace::Traceparent,
+    trust::{InvalidCa, Trust},
+};
 use gather::Gatherer;
 use http::{Ask, Http};
 
@@ -67,6 +71,8 @@ pub struct User {
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
+    /// The id that other systems know the user by, if there is one.
+    pub external_id: Option<String>,
     pub profile: Map<String, Value>,
 }
 
@@ -101,6 +107,14 @@ pub enum Fetched {
     Unchanged,
 }
 
+/// What became of a receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Receipt {
+    Kept,
+    /// There is nothing to confirm: the user lives, nobody ever had the id, or the subscription is not registered with this owner.
+    Unwanted,
+}
+
 /// The owner, by its URL. Cheap to clone; clones share connections, and gather what they ask for at the same time.
 #[derive(Clone)]
 pub struct Owner {
@@ -124,6 +138,44 @@ impl Owner {
     pub fn at(url: &str) -> Result<Self, InvalidUrl> {
         let http = Arc::new(Http::at(url)?);
         Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: None })
+    }
+
+    /// Trusts these certificate authorities at an `https` address, beside those of this machine.
+    ///
+    /// # Errors
+    /// When their file cannot be read any more.
+    pub fn trusting(self, trust: &Trust) -> Result<Self, InvalidCa> {
+        let http = Arc::new(self.http.trusting(trust)?);
+        Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: self.trace })
+    }
+
+    /// The same owner, asked with this key.
+    ///
+    /// # Errors
+    /// When `key` cannot be one.
+    pub fn with_key(self, key: &str) -> Result<Self, InvalidKey> {
+        let http = Arc::new(self.http.with_key(key)?);
+        Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: self.trace })
+    }
+
+    /// The same owner, asked with the key in this file. When it is refused the file is read again: a new key takes effect without a
+    /// restart.
+    ///
+    /// # Errors
+    /// When the file cannot be read now, or holds no key.
+    pub fn with_key_file(self, file: impl AsRef<Path>) -> Result<Self, KeyFileError> {
+        let http = Arc::new(self.http.with_key_file(file.as_ref())?);
+        Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: self.trace })
+    }
+
+    /// What the owner says against the key, asked once. `None` when it says nothing: the key is good, or there is none, or the owner is
+    /// away.
+    pub(crate) async fn objection(&self) -> Option<FetchError> {
+        if !self.http.has_key() {
+            return None;
+        }
+        let answer = self.http.ask_once(Ask::get("/v1/users?limit=1".to_owned())).await?;
+        answer.is_denial().then(|| answer.refusal())
     }
 
     /// How long an outage of the owner is waited out within one call; 10 s unless told otherwise. A call that has not been answered
@@ -187,6 +239,23 @@ impl Owner {
         };
         // The owner promised; whoever stands between may not have.
         if latest.version() < at_least { Err(FetchError::Malformed) } else { Ok(Fetched::New(latest)) }
+    }
+}
+
+impl Owner {
+    /// Says for a subscription that it is done with the deletion of a user: what it held of him is gone. It may be said again.
+    ///
+    /// # Errors
+    /// [`FetchError`]; then it has to be said again.
+    pub async fn confirm_deletion(&self, user: Uuid, subscription: &SubscriptionName) -> Result<Receipt, FetchError> {
+        let ask = Ask::post(&format!("/v1/deletions/{user}/receipts"), &json!({ "subscription": subscription }))
+            .with(TRACEPARENT, self.trace.map(|trace| trace.to_string()));
+        let answer = self.http.ask(ask).await?;
+        match answer.status {
+            status if status.is_success() => Ok(Receipt::Kept),
+            StatusCode::NOT_FOUND | StatusCode::CONFLICT => Ok(Receipt::Unwanted),
+            _ => Err(answer.refusal()),
+        }
     }
 }
 

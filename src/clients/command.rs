@@ -1,0 +1,244 @@
+//! `tidings client ..`: who may ask, for operators, directly on the database.
+//!
+//! Promise: a key stands alone on stdout, once; talk goes to stderr; a refusal says what can be done about it.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Display,
+    io::{Write, stdout},
+    str::FromStr,
+    time::Duration,
+};
+
+use anyhow::{anyhow, ensure};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Serialize;
+use sqlx::PgConnection;
+use tidings_sdk::envelope::FieldName;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::{
+    key::Key,
+    model::{Client, NewClient},
+    store::{self, KeyFacts},
+};
+use crate::{
+    config::{self, ClientAction, ClientCreate, ClientRevoke, ClientRotate, Faults},
+    db::{Db, Trouble},
+    profile::Schema,
+};
+
+/// # Errors
+/// When what was asked for was not done.
+pub async fn run(action: ClientAction, faults: Faults) -> anyhow::Result<()> {
+    match action {
+        ClientAction::Create(create) => self::create(create, faults).await,
+        ClientAction::Rotate(rotate) => self::rotate(rotate, faults).await,
+        ClientAction::Revoke(revoke) => self::revoke(revoke, faults).await,
+        ClientAction::List(list) => {
+            let mut connection = open(list.database.open(&mut { faults })).await?;
+            let clients = asked(store::find(&mut connection).await)?;
+            let keys = asked(store::keys(&mut connection).await)?;
+            if list.json { print_json(&clients, &keys) } else { print_table(&clients, &keys) }
+        }
+    }
+}
+
+async fn create(asked_for: ClientCreate, mut faults: Faults) -> anyhow::Result<()> {
+    let scopes = parsed("--scope", &asked_for.scopes, &mut faults);
+    let client = faults.note("NAME", NewClient::named(&asked_for.name, scopes));
+    let schema = faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(asked_for.profile_schema.as_deref()));
+    let fields = fields("--field", &asked_for.fields, schema.as_ref(), &mut faults);
+    let write_fields = self::fields("--write-field", &asked_for.write_fields, schema.as_ref(), &mut faults);
+    let expires_after = duration("--expires-after", asked_for.expires_after.as_deref(), &mut faults);
+    let rate = faults.note("--rate-limit", asked_for.rate_limit.as_deref().map(str::parse).transpose()).flatten();
+    let db = asked_for.database.open(&mut faults);
+    faults.none()?;
+    let client = NewClient { fields, write_fields, rate, purpose: asked_for.purpose, ..client.expect("no faults") };
+
+    let mut connection = open(db).await?;
+    let created = asked(store::create(&mut connection, &client).await)?;
+    ensure!(created, "there is a client {} already\nhint: `tidings client rotate` gives it another key", client.name);
+    if asked_for.no_key {
+        eprintln!("{} is made, without a key", client.name);
+        return Ok(());
+    }
+    let (key, text) = Key::generate()?;
+    issue(&mut connection, &client.name, &key, expires_after).await?;
+    print_key(&client.name, &key, &text)
+}
+
+async fn rotate(asked_for: ClientRotate, mut faults: Faults) -> anyhow::Result<()> {
+    let overlap = duration("--overlap", Some(&asked_for.overlap), &mut faults);
+    let expires_after = duration("--expires-after", asked_for.expires_after.as_deref(), &mut faults);
+    let db = asked_for.database.open(&mut faults);
+    faults.none()?;
+    let mut connection = open(db).await?;
+    let (key, text) = Key::generate()?;
+    issue(&mut connection, &asked_for.name, &key, expires_after).await?;
+    let overlap = overlap.expect("no faults, and it has a default");
+    let retired = asked(store::retire(&mut connection, &asked_for.name, &key.id, overlap).await)?;
+    if retired > 0 {
+        eprintln!("the key before goes on for {}", asked_for.overlap);
+    }
+    print_key(&asked_for.name, &key, &text)
+}
+
+async fn revoke(asked_for: ClientRevoke, mut faults: Faults) -> anyhow::Result<()> {
+    let db = asked_for.database.open(&mut faults);
+    faults.none()?;
+    let mut connection = open(db).await?;
+    let name = &asked_for.name;
+    match &asked_for.key {
+        Some(key) => {
+            let revoked = asked(store::revoke_keys(&mut connection, name, Some(key)).await)?;
+            ensure!(revoked > 0, "{name} has no such key\nhint: `tidings client list` tells which it has");
+            eprintln!("the key {key} is revoked: within a second every instance refuses it");
+        }
+        None => {
+            let revoked = asked(store::revoke(&mut connection, name).await)?;
+            ensure!(revoked, "there is no client {name}\nhint: `tidings client list` tells which there are");
+            eprintln!("{name} is revoked: within a second every instance refuses it");
+        }
+    }
+    Ok(())
+}
+
+async fn issue(
+    connection: &mut PgConnection,
+    client: &str,
+    key: &Key,
+    expires_after: Option<Duration>,
+) -> anyhow::Result<()> {
+    let issued = asked(store::issue(&mut *connection, client, key, expires_after).await)?;
+    ensure!(
+        issued,
+        "{client} gets no key: there is no such client, or it has two keys already\n\
+         hint: `tidings client list` tells; `tidings client revoke {client} --key ID` makes room"
+    );
+    Ok(())
+}
+
+async fn open(db: Option<Db>) -> anyhow::Result<PgConnection> {
+    let db = db.ok_or_else(|| anyhow!("no database"))?;
+    db.maintenance("client command").await.map_err(explained)
+}
+
+fn asked<T>(outcome: sqlx::Result<T>) -> anyhow::Result<T> {
+    outcome.map_err(|error| explained(error.into()))
+}
+
+fn explained(trouble: Trouble) -> anyhow::Error {
+    anyhow!("{}\nhint: is the database up, and migrated? `tidings migrate`", trouble.report())
+}
+
+fn parsed<T>(setting: &str, texts: &[String], faults: &mut Faults) -> BTreeSet<T>
+where
+    T: FromStr + Ord,
+    T::Err: Display,
+{
+    texts.iter().filter_map(|text| faults.note(setting, text.parse())).collect()
+}
+
+/// `None` when none is named.
+fn fields(
+    setting: &str,
+    names: &[String],
+    schema: Option<&Schema>,
+    faults: &mut Faults,
+) -> Option<BTreeSet<FieldName>> {
+    let fields: BTreeSet<FieldName> = parsed(setting, names, faults);
+    for field in fields.iter().filter(|field| schema.is_some_and(|schema| !schema.has(field))) {
+        faults.note::<(), _>(setting, Err(format!("the profile schema has no field {field}")));
+    }
+    (!fields.is_empty()).then_some(fields)
+}
+
+fn duration(setting: &str, text: Option<&str>, faults: &mut Faults) -> Option<Duration> {
+    faults.note(setting, text.map(config::duration).transpose()).flatten()
+}
+
+fn print_key(client: &str, key: &Key, text: &SecretString) -> anyhow::Result<()> {
+    eprintln!("{client} has the key {}; it is shown this once:", key.id);
+    Ok(writeln!(stdout().lock(), "{}", text.expose_secret())?)
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    name: &'a str,
+    scopes: &'a [String],
+    fields: Option<&'a [String]>,
+    write_fields: Option<&'a [String]>,
+    purpose: Option<&'a str>,
+    rate_limit: Option<&'a str>,
+    subscriptions: &'a [String],
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    revoked_at: Option<OffsetDateTime>,
+    keys: Vec<ShownKey<'a>>,
+}
+
+#[derive(Serialize)]
+struct ShownKey<'a> {
+    id: &'a str,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    expires_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    last_used_at: Option<OffsetDateTime>,
+}
+
+fn print_json(clients: &[Client], keys: &[KeyFacts]) -> anyhow::Result<()> {
+    let shown: Vec<Shown<'_>> = clients
+        .iter()
+        .map(|client| Shown {
+            name: &client.name,
+            scopes: &client.scopes,
+            fields: client.fields.as_deref(),
+            write_fields: client.write_fields.as_deref(),
+            purpose: client.purpose.as_deref(),
+            rate_limit: client.rate_limit.as_deref(),
+            subscriptions: &client.subscriptions,
+            created_at: client.created_at,
+            revoked_at: client.revoked_at,
+            keys: keys
+                .iter()
+                .filter(|key| key.client == client.name)
+                .map(|key| ShownKey {
+                    id: &key.id,
+                    created_at: key.created_at,
+                    expires_at: key.expires_at,
+                    last_used_at: key.last_used_at,
+                })
+                .collect(),
+        })
+        .collect();
+    let mut out = stdout().lock();
+    serde_json::to_writer_pretty(&mut out, &shown)?;
+    Ok(out.write_all(b"\n")?)
+}
+
+fn print_table(clients: &[Client], keys: &[KeyFacts]) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    for client in clients {
+        let fields = client.fields.as_ref().map_or_else(|| "every field".to_owned(), |fields| fields.join(","));
+        let state = if client.revoked_at.is_some() { "  revoked" } else { "" };
+        writeln!(out, "{}  {}  {fields}{state}", client.name, client.scopes.join(","))?;
+        for key in keys.iter().filter(|key| key.client == client.name) {
+            let used = key.last_used_at.map_or_else(|| "never used".to_owned(), |at| format!("used {}", text(at)));
+            let ends = match key.expires_at {
+                None => String::new(),
+                Some(at) if key.is_expired => format!(", expired {}", text(at)),
+                Some(at) => format!(", expires {}", text(at)),
+            };
+            writeln!(out, "  {}  made {}, {used}{ends}", key.id, text(key.created_at))?;
+        }
+    }
+    Ok(())
+}
+
+fn text(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).unwrap_or_default()
+}

@@ -1,0 +1,197 @@
+//! The door of every room under `/v1`: who asks, and whether he may.
+//!
+//! Promise: a handler comes to its feature only through [`Allowed`], which asks for a permission: a route without a policy does not
+//! compile.
+
+use std::{marker::PhantomData, sync::Arc};
+
+use axum::{
+    extract::FromRequestParts,
+    http::{HeaderMap, header, request::Parts},
+};
+use tidings_sdk::subscription::SubscriptionName;
+
+use super::{Caller, Clients, Scope, roster::Unknowable};
+use crate::{
+    json::{Fault, step},
+    web::{Code, Meter, Name, Problem, refuses},
+};
+
+/// A feature behind the door: the state of its routes. Cheap to clone, whatever the feature is.
+pub struct Guarded<T>(Arc<Behind<T>>);
+
+struct Behind<T> {
+    clients: Clients,
+    desk: T,
+}
+
+impl<T> Guarded<T> {
+    pub fn new(clients: &Clients, desk: T) -> Self {
+        Self(Arc::new(Behind { clients: clients.clone(), desk }))
+    }
+}
+
+impl<T> Clone for Guarded<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+/// What a route demands of its caller.
+pub trait Permission {
+    const SCOPE: Scope;
+}
+
+pub struct ReadUsers;
+pub struct WriteUsers;
+pub struct ManageSubscriptions;
+pub struct Administer;
+
+impl Permission for ReadUsers {
+    const SCOPE: Scope = Scope::ReadUsers;
+}
+
+impl Permission for WriteUsers {
+    const SCOPE: Scope = Scope::WriteUsers;
+}
+
+impl Permission for ManageSubscriptions {
+    const SCOPE: Scope = Scope::Subscriptions;
+}
+
+impl Permission for Administer {
+    const SCOPE: Scope = Scope::Admin;
+}
+
+refuses!(
+    ReadUsers => [Unauthenticated, Forbidden, RateLimited, Overloaded, DatabaseUnavailable];
+    WriteUsers => [Unauthenticated, Forbidden, RateLimited, Overloaded, DatabaseUnavailable];
+    ManageSubscriptions => [Unauthenticated, Forbidden, RateLimited, Overloaded, DatabaseUnavailable];
+    Administer => [Unauthenticated, Forbidden, RateLimited, Overloaded, DatabaseUnavailable];
+    Mine => [InvalidSubscriptionName, SubscriptionNotFound, DatabaseUnavailable];
+);
+
+/// A caller who may do what `P` stands for, and the feature that does it. First among a handler's arguments: nothing of a request is
+/// looked at before it is known whose it is.
+pub struct Allowed<P, T> {
+    pub caller: Caller,
+    pub desk: T,
+    permission: PhantomData<P>,
+}
+
+impl<P: Permission, T: Clone + Send + Sync> FromRequestParts<Guarded<T>> for Allowed<P, T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &Guarded<T>) -> Result<Self, Problem> {
+        let caller = authenticate(parts, &state.0.clients).await?;
+        if !caller.may(P::SCOPE) {
+            return Err(forbidden(P::SCOPE));
+        }
+        parts.extensions.insert(caller.clone());
+        Ok(Self { caller, desk: state.0.desk.clone(), permission: PhantomData })
+    }
+}
+
+async fn authenticate(parts: &Parts, clients: &Clients) -> Result<Caller, Problem> {
+    if clients.is_anybody() {
+        return Ok(Caller::anonymous());
+    }
+    let caller = identify(parts, clients).await?;
+    if let Some(meter) = Meter::of(&parts.extensions) {
+        meter.client(&caller.client, caller.rate)?;
+    }
+    Ok(caller)
+}
+
+async fn identify(parts: &Parts, clients: &Clients) -> Result<Caller, Problem> {
+    let token = bearer(&parts.headers).ok_or_else(|| unauthenticated("Bearer realm=\"tidings\""))?;
+    let unknown = || unauthenticated("Bearer realm=\"tidings\", error=\"invalid_token\"");
+    if let Some(caller) = clients.known(token) {
+        return Ok(caller);
+    }
+    // While the database is away or slow, nobody is known, which is not their fault.
+    let Some(meter) = Meter::of(&parts.extensions).filter(|_| clients.is_strange(token)) else {
+        return clients.caller(token).await?.ok_or_else(unknown);
+    };
+    meter.guess()?;
+    let caller = clients.caller(token).await;
+    if !matches!(caller, Ok(None)) {
+        meter.no_guess();
+    }
+    caller?.ok_or_else(unknown)
+}
+
+/// The token of `Authorization: Bearer ..` (RFC 6750, section 2.1), if there is exactly one.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
+
+/// The same words whatever is wrong with a key: unknown, revoked, expired or misspelt.
+fn unauthenticated(challenge: &'static str) -> Problem {
+    Problem::from(Code::Unauthenticated).with_header(header::WWW_AUTHENTICATE, challenge)
+}
+
+fn forbidden(scope: Scope) -> Problem {
+    Problem::new(Code::Forbidden, format!("the key lacks the scope {scope}"))
+}
+
+/// Fields outside a client's list, each with its place below `root`.
+pub(crate) fn field_forbidden<'f>(root: &str, fields: impl IntoIterator<Item = &'f str>) -> Problem {
+    let faults = fields
+        .into_iter()
+        .map(|name| Fault::new(step(root, name), "field_forbidden", "this client may not have to do with this field"));
+    Problem::from(Code::FieldForbidden).with_errors(faults.collect())
+}
+
+impl From<Unknowable> for Problem {
+    fn from(_: Unknowable) -> Self {
+        Code::DatabaseUnavailable.into()
+    }
+}
+
+/// The name of a subscription that the caller looks after, in the path as `{name}`. Of another client's nothing is told, not even
+/// that it is there.
+pub struct Mine(pub SubscriptionName);
+
+impl<T: Send + Sync> FromRequestParts<Guarded<T>> for Mine {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &Guarded<T>) -> Result<Self, Problem> {
+        let Name(name) = Name::from_request_parts(parts, state).await?;
+        let caller = parts.extensions.get::<Caller>().cloned().ok_or(Code::Internal)?;
+        // An administrator looks after all of them, and the feature itself tells whether there is this one.
+        if caller.is_admin() {
+            return Ok(Self(name));
+        }
+        match state.0.clients.stands_for(&caller, &name).await {
+            Ok(Some(true)) => Ok(Self(name)),
+            Ok(_) => Err(Code::SubscriptionNotFound.into()),
+            Err(trouble) => {
+                tracing::warn!("the registry cannot be asked: {}", trouble.report());
+                Err(Code::DatabaseUnavailable.into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bearer_token_stands_alone() {
+        let token = |values: &[&str]| {
+            let headers: HeaderMap =
+                values.iter().map(|value| (header::AUTHORIZATION, value.parse().unwrap())).collect();
+            bearer(&headers).map(str::to_owned)
+        };
+        assert_eq!(token(&["Bearer abc"]), Some("abc".to_owned()));
+        assert_eq!(token(&["bearer  abc "]), Some("abc".to_owned()));
+        for none in [vec![], vec!["abc"], vec!["Basic abc"], vec!["Bearer"], vec!["Bearer a", "Bearer b"]] {
+            assert_eq!(token(&none), None, "{none:?}");
+        }
+    }
+}

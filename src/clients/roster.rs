@@ -1,0 +1,303 @@
+//! Roster: who may ask, as every instance has it in memory.
+//!
+//! Promise: a caller is judged by what the database said less than a second ago, and never by anything older: rather 503.
+//! Not here, on purpose: a look at the database for each request, or for each wrong key that somebody tries.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use sqlx::PgPool;
+use subtle::ConstantTimeEq;
+use tidings_sdk::subscription::SubscriptionName;
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    key::{Key, KeyId},
+    model::{Caller, Facts, Scope, declared},
+    store::{self, Asker, KeyRow},
+    token::{Claimed, Tokens},
+};
+use crate::{
+    db::{self, Db, Line, Trouble},
+    lifecycle::Roles,
+    profile::FieldSet,
+};
+
+/// Between two looks.
+const EVERY: Duration = Duration::from_millis(250);
+/// A look older than this decides nothing any more.
+const BELIEVED: Duration = Duration::from_millis(900);
+/// Between two looks that somebody waits for: whoever tries keys costs the database twenty looks a second, however many he tries.
+const GAP: Duration = Duration::from_millis(50);
+/// For a look that somebody waits for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two notes of which keys were used.
+const NOTE_USE_EVERY: Duration = Duration::from_secs(60);
+
+/// Who may ask. Cheap to clone.
+#[derive(Clone)]
+pub struct Clients {
+    /// `None`: whoever asks, may.
+    roster: Option<Roster>,
+    queries: PgPool,
+}
+
+#[derive(Clone)]
+struct Roster {
+    /// `None`: only keys are taken.
+    tokens: Option<Arc<Tokens>>,
+    looks: watch::Receiver<Look>,
+    wanted: Arc<Notify>,
+    used: Used,
+}
+
+/// The keys that were used since that was last noted.
+type Used = Arc<Mutex<HashSet<KeyId>>>;
+
+/// The latest look at the database.
+#[derive(Clone)]
+struct Look {
+    /// When it began: what was committed before is in it.
+    began: Instant,
+    /// `None` when it failed.
+    seen: Option<Arc<Seen>>,
+}
+
+struct Seen {
+    by_key: HashMap<KeyId, ([u8; 32], Caller)>,
+    by_name: HashMap<String, Caller>,
+}
+
+/// Why nobody can be told who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("it cannot be told now whose key this is")]
+pub struct Unknowable;
+
+impl Clients {
+    /// Starts looking, on `roles`. Looks until the last clone is gone.
+    pub fn open(db: &Db, queries: PgPool, tokens: Option<Tokens>, roles: &Roles) -> Self {
+        let nothing = Look { began: Instant::now(), seen: None };
+        let (sender, looks) = watch::channel(nothing);
+        let (wanted, used) = <(Arc<Notify>, Used)>::default();
+        roles.spawn("clients", look_on(db.line("clients", []), sender, wanted.clone(), used.clone()));
+        Self { roster: Some(Roster { tokens: tokens.map(Arc::new), looks, wanted, used }), queries }
+    }
+
+    /// Asks nobody for a key.
+    pub fn anybody(queries: PgPool) -> Self {
+        Self { roster: None, queries }
+    }
+
+    /// Whether nobody is asked for a key.
+    pub fn is_anybody(&self) -> bool {
+        self.roster.is_none()
+    }
+
+    /// Whether nobody had this key or token when the database last said whose they are, however long ago: whoever makes the machine
+    /// slow gains nothing by it, and nobody whom it had known becomes a stranger. False while the database does not answer.
+    pub fn is_strange(&self, bearer: &str) -> bool {
+        let Some(roster) = &self.roster else { return false };
+        let Some(seen) = roster.looks.borrow().seen.clone() else { return false };
+        roster.sought(bearer).and_then(|sought| sought.in_roster(&seen)).is_none()
+    }
+
+    /// Whose key or token this is, if that is known already; without a look at the database.
+    pub fn known(&self, bearer: &str) -> Option<Caller> {
+        let roster = self.roster.as_ref()?;
+        let caller = roster.sought(bearer)?.in_roster(&*roster.latest()?)?;
+        roster.note_use(&caller);
+        Some(caller)
+    }
+
+    /// Whose key or token this is; `None` when it opens nothing.
+    ///
+    /// # Errors
+    /// When the database has not said so for a second, and does not now.
+    pub async fn caller(&self, bearer: &str) -> Result<Option<Caller>, Unknowable> {
+        let Some(roster) = &self.roster else { return Ok(Some(Caller::anonymous())) };
+        let Some(sought) = roster.sought(bearer) else { return Ok(None) };
+        let caller = roster.find(|seen| sought.in_roster(seen)).await?;
+        caller.iter().for_each(|caller| roster.note_use(caller));
+        Ok(caller)
+    }
+
+    /// Whether `caller` may look after this subscription; `None` when there is none of this name.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn stands_for(&self, caller: &Caller, name: &SubscriptionName) -> Result<Option<bool>, Trouble> {
+        let (queries, name) = (self.queries.clone(), name.clone());
+        let client = db::ask(async move { store::client_of(&queries, &name).await }).await?;
+        Ok(client.map(|client| caller.is_admin() || client.as_deref() == Some(&*caller.client)))
+    }
+}
+
+impl Roster {
+    /// What to look for; `None` when it is neither a key nor a token of ours.
+    fn sought(&self, bearer: &str) -> Option<Sought> {
+        if Key::is_meant(bearer) {
+            return bearer.parse().ok().map(Sought::Key);
+        }
+        self.tokens.as_ref()?.verify(bearer).map(Sought::Token)
+    }
+
+    /// What was seen last, if that was lately.
+    fn latest(&self) -> Option<Arc<Seen>> {
+        let latest = self.looks.borrow().clone();
+        latest.seen.filter(|_| latest.began.elapsed() < BELIEVED)
+    }
+
+    async fn find(&self, find: impl Fn(&Seen) -> Option<Caller>) -> Result<Option<Caller>, Unknowable> {
+        if let Some(found) = self.latest().and_then(|seen| find(&seen)) {
+            return Ok(Some(found));
+        }
+        // Unknown until now: made a moment ago, perhaps, on another instance.
+        Ok(find(&*self.look_now().await?))
+    }
+
+    /// What a look sees that begins from now on.
+    async fn look_now(&self) -> Result<Arc<Seen>, Unknowable> {
+        let asked = Instant::now();
+        let mut looks = self.looks.clone();
+        self.wanted.notify_one();
+        let look = timeout(PATIENCE, looks.wait_for(|look| look.began >= asked)).await;
+        let look = look.map_err(|_| Unknowable)?.map_err(|_| Unknowable)?.clone();
+        look.seen.ok_or(Unknowable)
+    }
+
+    fn note_use(&self, caller: &Caller) {
+        let Some(key) = &caller.key else { return };
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if !used.contains(key) {
+            used.insert(key.clone());
+        }
+    }
+}
+
+/// What somebody came with.
+enum Sought {
+    Key(Key),
+    Token(Claimed),
+}
+
+impl Sought {
+    fn in_roster(&self, seen: &Seen) -> Option<Caller> {
+        match self {
+            Self::Key(key) => seen.with_key(key),
+            Self::Token(claimed) => {
+                let caller = seen.by_name.get(&claimed.client).cloned()?;
+                Some(match &claimed.scopes {
+                    Some(scopes) => caller.limited_to(scopes),
+                    None => caller,
+                })
+            }
+        }
+    }
+}
+
+impl Seen {
+    fn of(keys: Vec<KeyRow>, askers: Vec<Asker>) -> Self {
+        let callers: HashMap<String, Asker> = askers.into_iter().map(|asker| (asker.name.clone(), asker)).collect();
+        let entry = |key: KeyRow| {
+            let (asker, id) = (callers.get(&key.client)?, KeyId::from_kept(key.id));
+            let sha256 = key.sha256.try_into().ok()?;
+            Some((id.clone(), (sha256, asker.caller(Some(id)))))
+        };
+        let by_key = keys.into_iter().filter_map(entry).collect();
+        let by_name = callers.iter().map(|(name, asker)| (name.clone(), asker.caller(None))).collect();
+        Self { by_key, by_name }
+    }
+
+    fn with_key(&self, key: &Key) -> Option<Caller> {
+        let (sha256, caller) = self.by_key.get(&key.id)?;
+        bool::from(sha256.ct_eq(&key.sha256)).then(|| caller.clone())
+    }
+}
+
+impl Asker {
+    fn caller(&self, key: Option<KeyId>) -> Caller {
+        let may_declare = FieldSet::of(self.fields.clone());
+        let is_admin = self.scopes.contains(&Scope::Admin);
+        let reads = if is_admin {
+            FieldSet::All
+        } else if self.subscriptions.is_empty() {
+            may_declare.clone()
+        } else {
+            may_declare.and(&declared(&self.declared_keys, self.declared_fields.clone()))
+        };
+        let writes = self.write_fields.clone().map_or_else(|| may_declare.clone(), |fields| FieldSet::of(Some(fields)));
+        Facts {
+            client: self.name.as_str().into(),
+            key,
+            scopes: self.scopes.clone(),
+            reads,
+            writes: if is_admin { FieldSet::All } else { writes },
+            may_declare: if is_admin { FieldSet::All } else { may_declare },
+            subscriptions: self.subscriptions.clone(),
+            rate: self.rate,
+        }
+        .into()
+    }
+}
+
+/// Looks, and looks again, until nobody wants to know.
+async fn look_on(mut line: Line, looks: watch::Sender<Look>, wanted: Arc<Notify>, used: Used) {
+    // An outage is told once.
+    let (mut is_well, mut noted) = (true, Instant::now());
+    while !looks.is_closed() {
+        let began = Instant::now();
+        let seen = match look(&mut line).await {
+            Ok(seen) => {
+                is_well = true;
+                Some(Arc::new(seen))
+            }
+            Err(trouble) => {
+                if std::mem::take(&mut is_well) {
+                    tracing::warn!(
+                        "clients cannot be told from strangers until the database answers: {}",
+                        trouble.report()
+                    );
+                }
+                None
+            }
+        };
+        looks.send_replace(Look { began, seen });
+        if noted.elapsed() >= NOTE_USE_EVERY {
+            noted = Instant::now();
+            note_use(&mut line, &used).await;
+        }
+        tokio::select! {
+            () = sleep(EVERY) => {}
+            () = async { wanted.notified().await; sleep(GAP.saturating_sub(began.elapsed())).await } => {}
+            () = looks.closed() => {}
+        }
+    }
+    note_use(&mut line, &used).await;
+    line.hang_up().await;
+}
+
+async fn look(line: &mut Line) -> Result<Seen, Trouble> {
+    // A look that failed because the connection was lost is worth one more on a new one.
+    let outcome = match line.run(async |connection| store::roster(connection).await).await {
+        Err(Trouble::Broken(_)) => line.run(async |connection| store::roster(connection).await).await,
+        outcome => outcome,
+    };
+    outcome.map(|(keys, askers)| Seen::of(keys, askers))
+}
+
+async fn note_use(line: &mut Line, used: &Used) {
+    let used = std::mem::take(&mut *used.lock().unwrap_or_else(PoisonError::into_inner));
+    if used.is_empty() {
+        return;
+    }
+    let ids: Vec<KeyId> = used.into_iter().collect();
+    if let Err(trouble) = line.run(async |connection| store::used(connection, &ids).await).await {
+        tracing::debug!("which keys were used could not be noted: {}", trouble.report());
+    }
+}

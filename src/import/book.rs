@@ -1,0 +1,159 @@
+//! Book: what became of the lines, kept in the journal, told in the report, shown as progress.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+use uuid::Uuid;
+
+use super::{
+    journal::{Journal, RefusedLine, Tally},
+    lines::Place,
+    progress::Progress,
+    report::Report,
+    service::{Ended, Outcome},
+};
+use crate::config::{Faults, Import, ImportSettings, Input};
+
+pub struct Book {
+    place: Place,
+    tally: Tally,
+    journal: Option<Journal>,
+    /// Something was noted that the journal does not have yet.
+    is_behind: bool,
+    report: Report,
+    progress: Progress,
+    import_id: Uuid,
+    /// How to go on, for somebody who ended it.
+    again: String,
+    dry_run: bool,
+}
+
+impl Book {
+    /// # Errors
+    /// When the report cannot be written, or the journal not be read.
+    pub fn open(
+        import: &Import,
+        settings: &ImportSettings,
+        journal: Option<Journal>,
+        place: Place,
+    ) -> anyhow::Result<Self> {
+        let mut report = Report::to(import.report.as_deref())?;
+        let tally = journal.as_ref().map(|journal| journal.tally).unwrap_or_default();
+        if let Some(journal) = &journal {
+            journal.refusals(|refused| report.add(&refused))?;
+        }
+        let progress = Progress::new(place, settings.size_bytes);
+        let import_id = journal.as_ref().map_or_else(Uuid::new_v4, Journal::import_id);
+        let again = match &settings.input {
+            Input::File(file) => format!("`tidings import {}` goes on from there", file.display()),
+            Input::Stdin => "--from-line goes on with the same lines".to_owned(),
+        };
+        let book = Self {
+            place,
+            tally,
+            journal,
+            is_behind: false,
+            report,
+            progress,
+            import_id,
+            again,
+            dry_run: import.dry_run,
+        };
+        book.greet(settings);
+        Ok(book)
+    }
+
+    fn greet(&self, settings: &ImportSettings) {
+        let line = self.place.line;
+        match &self.journal {
+            Some(journal) if journal.is_done() => {
+                self.progress.say("every line is settled already; --restart begins anew")
+            }
+            Some(_) if line > 0 => self.progress.say(&format!("going on after line {line}")),
+            None if !self.dry_run && matches!(settings.input, Input::Stdin) => {
+                self.progress.say("standard input has no journal: an import that is ended cannot go on by itself");
+            }
+            _ => {}
+        }
+    }
+
+    pub fn import_id(&self) -> Uuid {
+        self.import_id
+    }
+
+    /// Everything before `end` is settled, the last line by `outcome`.
+    ///
+    /// # Errors
+    /// When the report cannot be written.
+    pub fn note(&mut self, end: Place, outcome: Outcome) -> anyhow::Result<()> {
+        let mut refused = None;
+        match outcome {
+            Outcome::Created => self.tally.created += 1,
+            Outcome::Replaced => self.tally.replaced += 1,
+            Outcome::Blank => self.tally.blank += 1,
+            Outcome::Refused(why) => {
+                self.tally.refused += 1;
+                refused = Some(RefusedLine { line: end.line, refused: why });
+            }
+        }
+        if let Some(refused) = &refused {
+            self.report.add(refused)?;
+        }
+        self.place = end;
+        self.is_behind = true;
+        if let Some(journal) = &mut self.journal {
+            journal.settle(end, self.tally, refused);
+        }
+        Ok(())
+    }
+
+    /// Writes down what was noted, and shows it.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub fn save(&mut self, trouble: Option<(String, Duration)>) -> anyhow::Result<()> {
+        if let Some(journal) = &mut self.journal
+            && std::mem::take(&mut self.is_behind)
+        {
+            journal.write()?;
+        }
+        self.progress.show(self.place, &self.tally, trouble);
+        Ok(())
+    }
+
+    /// Tells how it ended.
+    ///
+    /// # Errors
+    /// When not every line is in, or when what was settled cannot be written down.
+    pub fn close(mut self, ended: Option<anyhow::Error>) -> anyhow::Result<()> {
+        self.save(None)?;
+        if let Some(journal) = &mut self.journal {
+            journal.sync()?;
+        }
+        self.progress.end();
+        let (place, progress, again) = (self.place, &self.progress, &self.again);
+        let Tally { created, replaced, refused, blank } = self.tally;
+        self.report.finish(|line| progress.say(line))?;
+        let took = progress.elapsed().as_secs_f64();
+        let blank = if blank > 0 { format!(", {blank} blank") } else { String::new() };
+        let kept = match self.dry_run {
+            true => format!("{replaced} lines could be sent"),
+            false => format!("{created} users created, {replaced} brought up to date"),
+        };
+        progress.say(&format!("{kept}, {refused} refused{blank}; {took:.1} s, {} lines/s", progress.rate(place)));
+        let is_done = self.journal.as_ref().is_some_and(Journal::is_done);
+        match ended.filter(|_| !is_done) {
+            Some(why) if why.downcast_ref() == Some(&Ended::Stopped) => {
+                Err(anyhow!("ended before the end, after line {}\nhint: {again}", place.line))
+            }
+            Some(why) if let Some(Ended::Unknown(_) | Ended::Forbidden(_)) = why.downcast_ref() => {
+                let mut faults = Faults::default();
+                faults.note::<(), _>("TIDINGS_API_KEY", Err(why));
+                Err(faults.none().expect_err("one was noted").into())
+            }
+            Some(why) => Err(why.context(format!("ended before the end, after line {}", place.line))),
+            None if refused > 0 => Err(anyhow!("{refused} of {} lines were refused", place.line)),
+            None => Ok(()),
+        }
+    }
+}

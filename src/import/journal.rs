@@ -1,0 +1,350 @@
+//! Journal: how far a file is settled and what was refused on the way, in a file beside it.
+//!
+//! Promise: what it says is settled is settled, whatever was killed; it belongs to one file and one service, and is never taken for
+//! another's.
+//! Not here, on purpose: values. It holds numbers, codes and places.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{line::Refused, lines::Place};
+
+/// Of the file, to know it again by. A change behind it that leaves the size as it was goes unnoticed.
+const BEGINNING_BYTES: u64 = 1024 * 1024;
+/// Between two writes that reach the disk. What is lost in between is sent again.
+const SYNC_EVERY: Duration = Duration::from_secs(2);
+/// A journal's lines are short; whatever has a longer one is none.
+const LINE_LIMIT_BYTES: u64 = 1024 * 1024;
+
+/// What became of the lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Tally {
+    /// Users that were not there before.
+    pub created: u64,
+    /// Users that were there, and now are as the line has them.
+    pub replaced: u64,
+    pub refused: u64,
+    pub blank: u64,
+}
+
+/// A line that was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedLine {
+    pub line: u64,
+    #[serde(flatten)]
+    pub refused: Refused,
+}
+
+/// The first line of a journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Head {
+    /// The version of this form.
+    tidings_import: u32,
+    /// Random; the ids of users that bring none are made from it. Whoever knows it can tell which line an id came from.
+    import_id: Uuid,
+    target: String,
+    size_bytes: u64,
+    /// A digest of the first mebibyte.
+    beginning: Uuid,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Entry {
+    Refused(RefusedLine),
+    /// Everything before `place`, the refusals above included.
+    Settled {
+        line: u64,
+        offset: u64,
+        tally: Tally,
+    },
+}
+
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    head: Head,
+    pub place: Place,
+    pub tally: Tally,
+    /// Refusals since the last time that it was written.
+    unwritten: Vec<RefusedLine>,
+    synced: Instant,
+}
+
+/// Where the journal of a file lies: beside it.
+pub fn path_of(file: &Path) -> PathBuf {
+    let mut path = file.as_os_str().to_owned();
+    path.push(".import");
+    path.into()
+}
+
+impl Journal {
+    /// The journal of `file` and `target`; a new one when there is none, or when `restart`.
+    ///
+    /// # Errors
+    /// When it belongs to another file or service, when another import holds it, or when it cannot be written.
+    pub fn open(file: &Path, target: &str, restart: bool) -> anyhow::Result<Self> {
+        let path = path_of(file);
+        let shown = path.display();
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let journal = opened.with_context(|| format!("the journal {shown} cannot be opened"))?;
+        journal.try_lock().map_err(|_| anyhow!("another import of this file is under way: it holds {shown}"))?;
+        let expected = Head::of(file, target)?;
+        let kept =
+            Kept::read(&journal).with_context(|| format!("{shown} cannot be read as the journal of an import"))?;
+        match kept {
+            Some(kept) if !restart => {
+                kept.head.check(&expected).with_context(|| format!("the journal {shown}"))?;
+                journal.set_len(kept.bytes)?;
+                Ok(Self::new(journal, path, kept))
+            }
+            _ => Self::begin(journal, path, expected),
+        }
+    }
+
+    fn new(file: File, path: PathBuf, Kept { head, place, tally, .. }: Kept) -> Self {
+        Self { path, file, head, place, tally, unwritten: vec![], synced: Instant::now() }
+    }
+
+    /// On the disk before anything is sent: ids are made from what it holds.
+    fn begin(mut file: File, path: PathBuf, head: Head) -> anyhow::Result<Self> {
+        file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(&lines(&[&head])?)?;
+        file.sync_all()?;
+        Ok(Self::new(file, path, Kept::new(head)))
+    }
+
+    /// Forgets what was, and says that everything before `place` is settled.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn begin_at(&mut self, place: Place) -> anyhow::Result<()> {
+        self.file.set_len(0)?;
+        self.file.rewind()?;
+        self.file.write_all(&lines(&[&self.head])?)?;
+        (self.place, self.tally) = (place, Tally::default());
+        self.write()?;
+        Ok(self.file.sync_all()?)
+    }
+
+    pub fn import_id(&self) -> Uuid {
+        self.head.import_id
+    }
+
+    /// Nothing is left to do.
+    pub fn is_done(&self) -> bool {
+        self.place.offset >= self.head.size_bytes
+    }
+
+    /// Everything before `place` is settled. Written with the next [`Self::write`].
+    pub fn settle(&mut self, place: Place, tally: Tally, refused: Option<RefusedLine>) {
+        (self.place, self.tally) = (place, tally);
+        self.unwritten.extend(refused);
+    }
+
+    /// Writes what was settled: the refusals first, so that a line torn by a crash leaves out both or neither.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&mut self) -> anyhow::Result<()> {
+        let Place { line, offset } = self.place;
+        let mut entries: Vec<Entry> = self.unwritten.drain(..).map(Entry::Refused).collect();
+        entries.push(Entry::Settled { line, offset, tally: self.tally });
+        self.file.seek(SeekFrom::End(0))?;
+        let written = self.file.write_all(&lines(&entries)?);
+        written.with_context(|| format!("the journal {} cannot be written", self.path.display()))?;
+        if self.synced.elapsed() >= SYNC_EVERY {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// When it does not reach the disk.
+    pub fn sync(&mut self) -> anyhow::Result<()> {
+        self.synced = Instant::now();
+        self.file.sync_data().with_context(|| format!("the journal {} cannot be written", self.path.display()))
+    }
+
+    /// Every refusal that was written, in order of line.
+    ///
+    /// # Errors
+    /// When it cannot be read, or `tell` cannot tell it.
+    pub fn refusals(&self, mut tell: impl FnMut(RefusedLine) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let mut reader = entries(File::open(&self.path)?);
+        while let Some((line, _)) = next(&mut reader)? {
+            if let Ok(Entry::Refused(refused)) = serde_json::from_slice(&line) {
+                tell(refused)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Head {
+    fn of(file: &Path, target: &str) -> anyhow::Result<Self> {
+        let input = File::open(file)?;
+        let size_bytes = input.metadata()?.len();
+        let mut beginning = Vec::new();
+        input.take(BEGINNING_BYTES).read_to_end(&mut beginning)?;
+        let (import_id, target) = (Uuid::new_v4(), target.to_owned());
+        let beginning = Uuid::new_v5(&Uuid::NAMESPACE_OID, &beginning);
+        Ok(Self { tidings_import: FORM, import_id, target, size_bytes, beginning })
+    }
+
+    /// Whether this journal is the one of what is to be imported now.
+    fn check(&self, expected: &Self) -> anyhow::Result<()> {
+        const HINT: &str = "if that is as it should be, --restart begins anew, from the first line";
+        ensure!(
+            (self.size_bytes, self.beginning) == (expected.size_bytes, expected.beginning),
+            "is of another file, or the file was changed since; {HINT}"
+        );
+        ensure!(self.target == expected.target, "is of an import into {}; {HINT}", self.target);
+        Ok(())
+    }
+}
+
+/// The form of the journal that this version writes and reads.
+const FORM: u32 = 1;
+
+/// What a journal held.
+struct Kept {
+    head: Head,
+    place: Place,
+    tally: Tally,
+    /// To the end of what counts. A crash may have left half a line behind it.
+    bytes: u64,
+}
+
+impl Kept {
+    fn new(head: Head) -> Self {
+        Self { head, place: Place::default(), tally: Tally::default(), bytes: 0 }
+    }
+
+    /// `None` when the journal is empty.
+    fn read(journal: &File) -> anyhow::Result<Option<Self>> {
+        let mut reader = entries(journal.try_clone()?);
+        let Some((line, mut bytes)) = next(&mut reader)? else { return Ok(None) };
+        let head: Head = serde_json::from_slice(&line)?;
+        ensure!(head.tidings_import == FORM, "it was written by another version");
+        let mut kept = Self { bytes, ..Self::new(head) };
+        while let Some((line, length)) = next(&mut reader)? {
+            bytes += length;
+            match serde_json::from_slice(&line) {
+                Ok(Entry::Refused(_)) => {}
+                Ok(Entry::Settled { line, offset, tally }) => {
+                    kept = Self { place: Place { line, offset }, tally, bytes, ..kept };
+                }
+                // A crash of the machine may leave anything at the end. What it stood for is sent again.
+                Err(_) => break,
+            }
+        }
+        Ok(Some(kept))
+    }
+}
+
+fn entries(journal: File) -> BufReader<File> {
+    BufReader::new(journal)
+}
+
+/// The next whole line and its length; `None` at the end, or before a line without one.
+fn next(reader: &mut BufReader<File>) -> anyhow::Result<Option<(Vec<u8>, u64)>> {
+    let mut line = Vec::new();
+    let length = reader.take(LINE_LIMIT_BYTES).read_until(b'\n', &mut line)? as u64;
+    if length == LINE_LIMIT_BYTES {
+        bail!("a line of it is too long");
+    }
+    Ok(line.ends_with(b"\n").then_some((line, length)))
+}
+
+fn lines(entries: &[impl Serialize]) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    for entry in entries {
+        serde_json::to_writer(&mut text, entry)?;
+        text.push(b'\n');
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGET: &str = "http://127.0.0.1:8080";
+
+    fn input(text: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("tidings-import-{}.jsonl", Uuid::new_v4()));
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn refused(line: u64) -> RefusedLine {
+        RefusedLine { line, refused: Refused::here("body_invalid", "no", vec![]) }
+    }
+
+    fn open(input: &Path) -> anyhow::Result<Journal> {
+        Journal::open(input, TARGET, false)
+    }
+
+    fn told(journal: &Journal) -> Vec<u64> {
+        let mut lines = vec![];
+        let mut tell = |refused: RefusedLine| {
+            lines.push(refused.line);
+            Ok(())
+        };
+        journal.refusals(&mut tell).unwrap();
+        lines
+    }
+
+    #[test]
+    fn it_goes_on_where_it_was_and_half_a_line_does_not_count() {
+        let input = input("1\n2\n3\n");
+        let mut journal = open(&input).unwrap();
+        let (id, place) = (journal.import_id(), Place { line: 2, offset: 4 });
+        let tally = Tally { created: 1, refused: 1, ..Tally::default() };
+        journal.settle(place, tally, Some(refused(2)));
+        journal.write().unwrap();
+        // As a crash leaves it: a refusal whose settling was not written, and half a line.
+        journal.file.write_all(&lines(&[Entry::Refused(refused(3))]).unwrap()).unwrap();
+        journal.file.write_all(b"{\"settled\":{\"li").unwrap();
+        drop(journal);
+        for _ in 0..2 {
+            let journal = open(&input).unwrap();
+            assert_eq!((journal.import_id(), journal.place, journal.tally), (id, place, tally));
+            assert_eq!(told(&journal), [2]);
+            assert!(!journal.is_done());
+        }
+        let mut journal = open(&input).unwrap();
+        journal.begin_at(Place { line: 1, offset: 2 }).unwrap();
+        drop(journal);
+        let journal = open(&input).unwrap();
+        assert_eq!((journal.import_id(), journal.place.line, journal.tally), (id, 1, Tally::default()));
+        assert_eq!(told(&journal), [0; 0]);
+    }
+
+    #[test]
+    fn it_is_not_taken_for_that_of_another_file_service_or_import() {
+        let input = input("1\n2\n");
+        let journal = open(&input).unwrap();
+        assert!(open(&input).err().unwrap().to_string().contains("under way"));
+        let id = journal.import_id();
+        drop(journal);
+        assert!(Journal::open(&input, "http://elsewhere", false).is_err());
+        std::fs::write(&input, "1\n3\n").unwrap();
+        assert!(open(&input).is_err());
+        assert_ne!(Journal::open(&input, TARGET, true).unwrap().import_id(), id);
+        std::fs::write(path_of(&input), "somebody's own text\n").unwrap();
+        assert!(Journal::open(&input, TARGET, true).is_err());
+        assert_eq!(std::fs::read_to_string(path_of(&input)).unwrap(), "somebody's own text\n");
+    }
+}

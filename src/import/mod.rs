@@ -1,0 +1,282 @@
+//! Import: an existing user base, loaded through the API.
+//!
+//! Promise: every line is settled, by a user that is there or a refusal that is told; whatever is killed, going on doubles nobody
+//! and leaves nobody out.
+//! Not here, on purpose: the database. What an import may do is what its key may do, and what it brings is told like any change.
+
+mod book;
+mod journal;
+mod line;
+mod lines;
+mod pace;
+mod progress;
+mod report;
+mod service;
+mod turns;
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read, Seek, SeekFrom, stdin},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, anyhow, bail};
+use futures_util::{Stream, StreamExt, stream};
+use tidings_sdk::owner::connections;
+use tokio::{sync::mpsc, time::interval};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    config::{Import, ImportSettings, Input},
+    lifecycle,
+    profile::Schema,
+};
+use book::Book;
+use journal::Journal;
+use line::{Person, Refused};
+use lines::{Lines, Piece, Place, Text};
+use pace::Pace;
+use service::{Ended, Outcome, Service};
+use turns::Turns;
+
+pub use service::address;
+
+/// For reading the file: a disk likes large bites.
+const BITE_BYTES: usize = 256 * 1024;
+/// Lines that were read and are not sent yet.
+const READ_AHEAD: usize = 64;
+/// Lines under way for each that is being asked about: one that is slow must not hold up the others.
+const WINDOW: usize = 4;
+/// Between two looks at how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// A line on its way. No Debug: it holds values.
+struct Sheet {
+    end: Place,
+    content: Content,
+}
+
+enum Content {
+    Person(Person),
+    Refused(Refused),
+    Blank,
+}
+
+type Sheets = mpsc::Receiver<anyhow::Result<Sheet>>;
+
+/// # Errors
+/// When not every line is in: some were refused, or the import cannot go on.
+pub async fn run(import: &Import, settings: ImportSettings) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    lifecycle::leave_on_signal(stop.clone())?;
+    if import.dry_run {
+        return dry_run(import, &settings, &stop);
+    }
+    let journal = match &settings.input {
+        Input::File(file) => Some(Journal::open(file, &settings.url, import.restart)?),
+        Input::Stdin => None,
+    };
+    let (book, lines) = open(import, &settings, journal)?;
+    let halt = stop.child_token();
+    let pace = Arc::new(Pace::new(settings.concurrency));
+    let connections = connections(&settings.trust)?;
+    let service = Service::at(&settings.url, settings.key.as_ref(), connections, pace.clone(), halt.clone());
+    let service = service.map_err(|wrong| anyhow!(wrong))?;
+    let import_id = book.import_id();
+    let importer = Arc::new(Importer {
+        service,
+        turns: Turns::default(),
+        import_id,
+        namespace: settings.namespace.unwrap_or(import_id),
+    });
+    let outcomes = importer.settle_all(read_ahead(lines), halt.clone(), settings.concurrency * WINDOW);
+    settle(book, outcomes, &pace, &stop, &halt).await
+}
+
+/// Writes down what becomes of each line, in order.
+async fn settle(
+    mut book: Book,
+    outcomes: impl Stream<Item = anyhow::Result<(Place, Result<Outcome, Ended>)>>,
+    pace: &Pace,
+    stop: &CancellationToken,
+    halt: &CancellationToken,
+) -> anyhow::Result<()> {
+    let mut outcomes = std::pin::pin!(outcomes);
+    let mut look = interval(LOOK_EVERY);
+    // The first line that was not settled ends it: what comes after it is sent again.
+    let mut ended: Option<anyhow::Error> = None;
+    loop {
+        let outcome = tokio::select! {
+            outcome = outcomes.next() => outcome,
+            _ = look.tick() => {
+                book.save(pace.trouble())?;
+                continue;
+            }
+        };
+        match outcome {
+            None => break,
+            Some(_) if ended.is_some() => {}
+            Some(Ok((end, Ok(outcome)))) => book.note(end, outcome)?,
+            Some(Ok((_, Err(why)))) => {
+                ended = Some(why.into());
+                halt.cancel();
+            }
+            Some(Err(why)) => {
+                ended = Some(why);
+                halt.cancel();
+            }
+        }
+    }
+    if stop.is_cancelled() && ended.is_none() {
+        ended = Some(Ended::Stopped.into());
+    }
+    book.close(ended)
+}
+
+struct Importer {
+    service: Service,
+    turns: Turns,
+    /// What the ids of users that bring nothing of their own are made from.
+    import_id: Uuid,
+    /// What the ids of users that bring an external id are made from.
+    namespace: Uuid,
+}
+
+impl Importer {
+    /// What becomes of each line, in order, `window` of them at a time.
+    fn settle_all(
+        self: Arc<Self>,
+        sheets: Sheets,
+        halt: CancellationToken,
+        window: usize,
+    ) -> impl Stream<Item = anyhow::Result<(Place, Result<Outcome, Ended>)>> {
+        let sheets = stream::unfold(sheets, async |mut sheets| Some((sheets.recv().await?, sheets)));
+        sheets
+            .take_until(halt.cancelled_owned())
+            .map(move |sheet| {
+                // Taken here, in the order of the file, and not when the future is first polled.
+                let sheet = sheet.map(|sheet| (self.turn(&sheet), sheet));
+                let importer = self.clone();
+                async move {
+                    let (turn, Sheet { end, content }) = sheet?;
+                    let outcome = match (content, turn) {
+                        (Content::Person(person), Some((id, turn))) => {
+                            turn.comes().await;
+                            importer.service.put(id, &person, person.id.is_none()).await
+                        }
+                        (Content::Refused(refused), _) => Ok(Outcome::Refused(refused)),
+                        (Content::Blank | Content::Person(_), _) => Ok(Outcome::Blank),
+                    };
+                    Ok((end, outcome))
+                }
+            })
+            .buffered(window)
+    }
+
+    /// Whom a line is about, and its turn.
+    fn turn(&self, sheet: &Sheet) -> Option<(Uuid, turns::Turn)> {
+        let Content::Person(person) = &sheet.content else { return None };
+        let line = sheet.end.line;
+        let by_external_id =
+            person.external_id.as_ref().map(|external_id| Uuid::new_v5(&self.namespace, external_id.as_bytes()));
+        let by_line = || Uuid::new_v5(&self.import_id, format!("line {line}").as_bytes());
+        let id = person.id.or(by_external_id).unwrap_or_else(by_line);
+        let keys = [Some(id), by_external_id.filter(|other| *other != id)];
+        Some((id, self.turns.take(line, keys.into_iter().flatten().collect())))
+    }
+}
+
+/// Reads and parses in a thread of its own, a little ahead. It ends when nobody receives any more.
+fn read_ahead(mut lines: Lines<Box<dyn BufRead + Send>>) -> Sheets {
+    let (sheets, receiver) = mpsc::channel(READ_AHEAD);
+    thread::spawn(move || {
+        loop {
+            let sheet = match lines.next() {
+                Ok(None) => break,
+                Ok(Some(piece)) => Ok(Sheet::of(piece)),
+                Err(error) => Err(anyhow::Error::from(error).context("the lines cannot be read")),
+            };
+            let failed = sheet.is_err();
+            if sheets.blocking_send(sheet).is_err() || failed {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+impl Sheet {
+    fn of(Piece { text, end }: Piece) -> Self {
+        let content = match text {
+            Text::Line(text) => line::parse(&text).map_or_else(Content::Refused, Content::Person),
+            Text::Blank => Content::Blank,
+            Text::TooLong => Content::Refused(too_long()),
+        };
+        Self { end, content }
+    }
+}
+
+fn too_long() -> Refused {
+    Refused::here("line_too_long", format!("a line has at most {} bytes", lines::LIMIT_BYTES), vec![])
+}
+
+/// The book and the lines, both where the import goes on.
+fn open(
+    import: &Import,
+    settings: &ImportSettings,
+    mut journal: Option<Journal>,
+) -> anyhow::Result<(Book, Lines<Box<dyn BufRead + Send>>)> {
+    let mut input: Box<dyn Read + Send> = Box::new(stdin());
+    let mut place = Place::default();
+    if let Input::File(file) = &settings.input {
+        let mut opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+        place =
+            journal.as_ref().filter(|_| import.from_line.is_none()).map(|journal| journal.place).unwrap_or_default();
+        opened.seek(SeekFrom::Start(place.offset))?;
+        input = Box::new(opened);
+    }
+    let input: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(BITE_BYTES, input));
+    let mut lines = Lines::new(input, place);
+    if let Some(from_line) = import.from_line {
+        if !lines.skip_to(from_line - 1)? {
+            bail!("there is no line {from_line}");
+        }
+        if let Some(journal) = &mut journal {
+            journal.begin_at(lines.place())?;
+        }
+    }
+    let book = Book::open(import, settings, journal, lines.place())?;
+    Ok((book, lines))
+}
+
+/// Says what is wrong with the lines, as far as it can be known here, and sends nothing.
+fn dry_run(import: &Import, settings: &ImportSettings, stop: &CancellationToken) -> anyhow::Result<()> {
+    let (mut book, mut lines) = open(import, settings, None)?;
+    while !stop.is_cancelled()
+        && let Some(Piece { text, end }) = lines.next().context("the lines cannot be read")?
+    {
+        let outcome = match text {
+            Text::Line(text) => {
+                check(&text, settings.schema.as_ref()).map_or_else(Outcome::Refused, |()| Outcome::Replaced)
+            }
+            Text::Blank => Outcome::Blank,
+            Text::TooLong => Outcome::Refused(too_long()),
+        };
+        book.note(end, outcome)?;
+        if end.line % 1_000 == 0 {
+            book.save(None)?;
+        }
+    }
+    book.close(stop.is_cancelled().then(|| Ended::Stopped.into()))
+}
+
+fn check(text: &[u8], schema: Option<&Schema>) -> Result<(), Refused> {
+    let profile = line::profile(text)?;
+    let faults = schema.and_then(|schema| schema.admit(profile).err());
+    faults.map_or(Ok(()), |faults| {
+        Err(Refused::here("profile_invalid", "the profile breaks the schema, see errors", faults))
+    })
+}

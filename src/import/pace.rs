@@ -1,0 +1,135 @@
+//! Pace: how many requests at once, and when none.
+//!
+//! Promise: when the service asks to be left alone, or does not answer, everybody waits together.
+//! Not here, on purpose: an end to patience. Whoever started the import may end it.
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, sleep_until},
+};
+use uuid::Uuid;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// However long an answer asks to wait: somebody looks at this.
+const LONGEST_WISH: Duration = Duration::from_secs(120);
+
+pub struct Pace {
+    places: Semaphore,
+    rest: Mutex<Rest>,
+    answers: AtomicU64,
+    began: Instant,
+}
+
+struct Rest {
+    until: Instant,
+    /// The pause after the next failure.
+    next: Duration,
+    /// What the service said instead of an answer, and since when.
+    trouble: Option<(String, Instant)>,
+}
+
+impl Pace {
+    pub fn new(concurrency: usize) -> Self {
+        let now = Instant::now();
+        let rest = Rest { until: now, next: FIRST_PAUSE, trouble: None };
+        Self { places: Semaphore::new(concurrency), rest: rest.into(), answers: AtomicU64::new(0), began: now }
+    }
+
+    /// Waits for a place among those who ask, and for the end of a rest.
+    pub async fn turn(&self) -> SemaphorePermit<'_> {
+        let place = self.places.acquire().await.expect("it is never closed");
+        loop {
+            let until = self.rest().until;
+            if Instant::now() >= until {
+                return place;
+            }
+            sleep_until(until).await;
+        }
+    }
+
+    /// An answer came.
+    pub fn well(&self) {
+        self.answers.fetch_add(1, Ordering::Relaxed);
+        let mut rest = self.rest();
+        if rest.trouble.take().is_some() {
+            rest.next = FIRST_PAUSE;
+        }
+    }
+
+    /// Nobody asks for a while, and at least for `wish`.
+    pub fn hold(&self, trouble: &str, wish: Duration) {
+        let now = Instant::now();
+        let mut rest = self.rest();
+        let since = rest.trouble.as_ref().map_or(now, |(_, since)| *since);
+        rest.trouble = Some((trouble.to_owned(), since));
+        // Those who asked at the same time as the first who failed say the same thing, and not one more.
+        if now >= rest.until {
+            rest.until = now + jittered(rest.next);
+            rest.next = (rest.next * 2).min(LONGEST_PAUSE);
+        }
+        rest.until = rest.until.max(now + wish.min(LONGEST_WISH));
+    }
+
+    /// What is in the way, and for how long already.
+    pub fn trouble(&self) -> Option<(String, Duration)> {
+        self.rest().trouble.as_ref().map(|(trouble, since)| (trouble.clone(), since.elapsed()))
+    }
+
+    /// Nothing has answered yet, for so long.
+    pub fn unanswered(&self) -> Duration {
+        if self.answers() > 0 { Duration::ZERO } else { self.began.elapsed() }
+    }
+
+    /// Answers that anybody got.
+    pub fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Rest> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Between half of it and all of it, so that importers who met the same outage do not come back together.
+fn jittered(pause: Duration) -> Duration {
+    let random = f64::from(Uuid::new_v4().as_bytes()[0]) / 255.0;
+    pause.mul_f64(0.5 + random / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn all_wait_for_as_long_as_one_was_asked_to() {
+        let pace = Pace::new(8);
+        let began = Instant::now();
+        let asked = Duration::from_millis(300);
+        pace.hold("503 overloaded", asked);
+        pace.hold("503 overloaded", Duration::ZERO);
+        let (_one, _other) = tokio::join!(pace.turn(), pace.turn());
+        assert!(began.elapsed() >= asked && pace.trouble().is_some());
+        pace.well();
+        assert_eq!(pace.trouble(), None);
+    }
+
+    #[test]
+    fn many_failures_at_once_count_as_one() {
+        let pace = Pace::new(8);
+        for _ in 0..50 {
+            pace.hold("no connection", Duration::ZERO);
+        }
+        assert!(pace.rest().until <= Instant::now() + FIRST_PAUSE);
+        pace.hold("429", Duration::from_secs(1_000_000));
+        assert!(pace.rest().until <= Instant::now() + LONGEST_WISH);
+    }
+}

@@ -1,0 +1,345 @@
+//! The service, asked until it has said what becomes of a line.
+//!
+//! Promise: a line is settled by the service's own word; an outage is waited out; sending a line again does no harm.
+//! Not here, on purpose: order, and what is written down.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Bytes,
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, RETRY_AFTER},
+};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use tidings_sdk::owner::Connections;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+use uuid::Uuid;
+
+use super::{
+    line::{Person, Refused},
+    pace::Pace,
+};
+use crate::json::Fault;
+
+/// For one try. The service gives itself 30 s and then says so.
+const DEADLINE: Duration = Duration::from_secs(35);
+/// A user has at most 64 KiB; a refusal less.
+const ANSWER_LIMIT_BYTES: usize = 1024 * 1024;
+/// Nothing has ever answered for so long: the address is wrong.
+const NOBODY_AFTER: Duration = Duration::from_secs(10);
+/// A 500 may be an accident. One that comes so often is about this line.
+const FAILURES: u32 = 5;
+/// So often a connection broke over one line while other lines were answered.
+const BREAKS: u32 = 10;
+/// Turns that one line may take: somebody else changes the same user without pause.
+const ROUNDS: u32 = 20;
+
+pub struct Service {
+    connections: Connections,
+    /// Without a slash at its end.
+    url: String,
+    key: Option<HeaderValue>,
+    pace: Arc<Pace>,
+    stop: CancellationToken,
+    /// The deployment asks everybody to say what they expect to meet (428).
+    wants_condition: AtomicBool,
+}
+
+/// What became of a line.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Created,
+    Replaced,
+    Refused(Refused),
+    Blank,
+}
+
+/// Why the import cannot go on. What was sent and not settled is sent again by the next one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Ended {
+    #[error("stopped")]
+    Stopped,
+    /// 401.
+    #[error("{0}")]
+    Unknown(&'static str),
+    /// 403.
+    #[error(
+        "this key may not do that ({0}): an import needs the scope users:write, and users:read for lines with an external_id"
+    )]
+    Forbidden(String),
+    #[error("nobody answers at {0}: {1}\nhint: is the service running, and is TIDINGS_URL right?")]
+    Nobody(String, String),
+    #[error("what answers at {0} is no tidings: {1}\nhint: TIDINGS_URL is the address without /v1")]
+    Stranger(String, StatusCode),
+}
+
+/// What a change has to meet.
+#[derive(Clone, Copy)]
+enum Condition {
+    None,
+    Absent,
+    Version(i64),
+}
+
+struct Answer {
+    status: StatusCode,
+    problem: Problem,
+    body: Bytes,
+}
+
+/// Problem details, as far as they are needed.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Problem {
+    code: String,
+    detail: String,
+    request_id: Option<String>,
+    errors: Vec<Fault>,
+    version: Option<i64>,
+}
+
+impl Service {
+    /// # Errors
+    /// What is wrong with `url`.
+    pub fn at(
+        url: &str,
+        key: Option<&SecretString>,
+        connections: Connections,
+        pace: Arc<Pace>,
+        stop: CancellationToken,
+    ) -> Result<Self, &'static str> {
+        let key = key.map(|key| {
+            let mut key = HeaderValue::from_str(&format!("Bearer {}", key.expose_secret())).map_err(|_| WRONG_KEY)?;
+            key.set_sensitive(true);
+            Ok::<_, &'static str>(key)
+        });
+        let (url, key) = (address(url)?, key.transpose()?);
+        Ok(Self { connections, url, key, pace, stop, wants_condition: AtomicBool::new(false) })
+    }
+
+    /// Brings a user about as the line has it, under `id`; or, if `may_move`, under the id of whoever has the line's external id.
+    pub async fn put(&self, id: Uuid, person: &Person, may_move: bool) -> Result<Outcome, Ended> {
+        let wants_condition = self.wants_condition.load(Ordering::Relaxed);
+        let mut condition = if wants_condition { Condition::Absent } else { Condition::None };
+        let (mut id, mut failures) = (id, 0);
+        for _ in 0..ROUNDS {
+            let Some(answer) = self.ask(|| self.replacement(id, condition, &person.body)).await? else {
+                let detail = "the connection breaks whenever this line is sent, while others are answered";
+                return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])));
+            };
+            let code = answer.problem.code.as_str();
+            match (answer.status.as_u16(), code, &person.external_id) {
+                (201, ..) => return Ok(Outcome::Created),
+                (200, ..) => return Ok(Outcome::Replaced),
+                (401, ..) => return Err(Ended::Unknown(self.about_the_key())),
+                (403, code, _) if code != "field_forbidden" => return Err(Ended::Forbidden(code.to_owned())),
+                (409, "external_id_taken", Some(external_id)) if may_move => {
+                    // Nobody: whoever had it was deleted meanwhile.
+                    id = self.who_has(external_id).await?.unwrap_or(id);
+                }
+                (428, ..) if matches!(condition, Condition::None) => {
+                    self.wants_condition.store(true, Ordering::Relaxed);
+                    condition = Condition::Absent;
+                }
+                (412, ..) if !matches!(condition, Condition::None) => {
+                    condition = answer.problem.version.map_or(Condition::Absent, Condition::Version);
+                }
+                (500, ..) if failures < FAILURES => {
+                    failures += 1;
+                    self.pace.hold("500", Duration::ZERO);
+                }
+                (status, ..) if is_no_refusal(status, code) => {
+                    return Err(Ended::Stranger(self.url.clone(), answer.status));
+                }
+                _ => return Ok(Outcome::Refused(answer.refusal())),
+            }
+        }
+        Ok(Outcome::Refused(Refused::here(
+            "contended",
+            "the user is changed all the time; send the line again",
+            vec![],
+        )))
+    }
+
+    fn replacement(&self, id: Uuid, condition: Condition, body: &Bytes) -> Request<Full<Bytes>> {
+        let condition = match condition {
+            Condition::None => None,
+            Condition::Absent => Some((IF_NONE_MATCH, HeaderValue::from_static("*"))),
+            Condition::Version(version) => Some((IF_MATCH, crate::web::etag(version))),
+        };
+        self.request(Method::PUT, &format!("/v1/users/{id}"), condition, body.clone())
+    }
+
+    async fn who_has(&self, external_id: &str) -> Result<Option<Uuid>, Ended> {
+        #[derive(Deserialize)]
+        struct Page {
+            users: Vec<User>,
+        }
+        #[derive(Deserialize)]
+        struct User {
+            id: Uuid,
+        }
+        let mut query = Url::parse("http://localhost/v1/users").expect("this is a URL");
+        query.query_pairs_mut().append_pair("external_id", external_id);
+        let path = format!("/v1/users?{}", query.query().unwrap_or_default());
+        let Some(answer) = self.ask(|| self.request(Method::GET, &path, None, Bytes::new())).await? else {
+            return Ok(None);
+        };
+        match answer.status.as_u16() {
+            200 => {
+                let page: Result<Page, _> = serde_json::from_slice(&answer.body);
+                let page = page.map_err(|_| Ended::Stranger(self.url.clone(), answer.status))?;
+                Ok(page.users.first().map(|user| user.id))
+            }
+            401 => Err(Ended::Unknown(self.about_the_key())),
+            403 => Err(Ended::Forbidden(answer.problem.code)),
+            404 => Ok(None),
+            _ => Err(Ended::Stranger(self.url.clone(), answer.status)),
+        }
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        condition: Option<(HeaderName, HeaderValue)>,
+        body: Bytes,
+    ) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = method;
+        *request.uri_mut() = format!("{}{path}", self.url).parse().expect("a URL and a path of ours");
+        let headers = request.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.extend(self.key.clone().map(|key| (AUTHORIZATION, key)));
+        headers.extend(condition);
+        request
+    }
+
+    /// Sends a request until it is answered. `None` when it never is, although others are meanwhile.
+    async fn ask(&self, request: impl Fn() -> Request<Full<Bytes>>) -> Result<Option<Answer>, Ended> {
+        let answered = async {
+            let mut breaks = 0;
+            loop {
+                let turn = self.pace.turn().await;
+                let answers = self.pace.answers();
+                let outage = match timeout(DEADLINE, self.exchange(request())).await {
+                    Ok(Ok(answer)) => {
+                        self.pace.well();
+                        return Ok(Some(answer));
+                    }
+                    Ok(Err(outage)) => outage,
+                    Err(_) => Outage { what: "no answer in time".to_owned(), wish: Duration::ZERO },
+                };
+                if outage.is_silence() && self.pace.unanswered() > NOBODY_AFTER {
+                    return Err(Ended::Nobody(self.url.clone(), outage.what));
+                }
+                self.pace.hold(&outage.what, outage.wish);
+                drop(turn);
+                breaks += u32::from(outage.is_silence() && self.pace.answers() > answers);
+                if breaks > BREAKS {
+                    return Ok(None);
+                }
+            }
+        };
+        self.stop.run_until_cancelled(answered).await.unwrap_or(Err(Ended::Stopped))
+    }
+
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Answer, Outage> {
+        let silent = |what: &str| Outage { what: what.to_owned(), wish: Duration::ZERO };
+        let response = self
+            .connections
+            .request(request)
+            .await
+            .map_err(|error| silent(if error.is_connect() { "no connection" } else { "the connection broke" }))?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
+        let body = body.map_err(|_| silent("the answer broke off"))?.to_bytes();
+        // What stands between us and the service may answer with anything.
+        let problem = if status.is_success() { None } else { serde_json::from_slice::<Problem>(&body).ok() };
+        let problem = problem.filter(|problem| is_code(&problem.code)).unwrap_or_default();
+        if matches!(status.as_u16(), 408 | 429 | 502..=504) {
+            let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+            let what = format!("{} {}", status.as_u16(), problem.code).trim_end().to_owned();
+            return Err(Outage { what, wish: Duration::from_secs(seconds.unwrap_or(0)) });
+        }
+        Ok(Answer { status, problem, body })
+    }
+
+    fn about_the_key(&self) -> &'static str {
+        match self.key {
+            Some(_) => "the service does not know this key, or does not take it any more",
+            None => "the service wants a key: set TIDINGS_API_KEY, or TIDINGS_API_KEY_FILE to a file that holds it",
+        }
+    }
+}
+
+const WRONG_KEY: &str = "TIDINGS_API_KEY holds characters that no key has";
+
+/// Where the service is, in one spelling.
+///
+/// # Errors
+/// What would be right. The URL is not repeated: it may hold a password.
+pub fn address(url: &str) -> Result<String, &'static str> {
+    const WRONG: &str =
+        "expected the service's address, such as http://127.0.0.1:8080, without user, query and fragment";
+    let parsed: Url = url.parse().map_err(|_| WRONG)?;
+    let is_plain = parsed.username().is_empty() && parsed.password().is_none();
+    let is_whole = parsed.has_host() && parsed.query().is_none() && parsed.fragment().is_none();
+    if matches!(parsed.scheme(), "http" | "https") && is_plain && is_whole {
+        Ok(parsed.as_str().trim_end_matches('/').to_owned())
+    } else {
+        Err(WRONG)
+    }
+}
+
+/// No answer, or one that asks to come again.
+struct Outage {
+    what: String,
+    wish: Duration,
+}
+
+impl Outage {
+    fn is_silence(&self) -> bool {
+        !self.what.starts_with(|first: char| first.is_ascii_digit())
+    }
+}
+
+/// An answer that nobody gives who keeps users: a redirection, or a 404 for a PUT that creates.
+fn is_no_refusal(status: u16, code: &str) -> bool {
+    status < 400 || matches!(status, 404 | 405 | 426) || code.is_empty()
+}
+
+fn is_code(code: &str) -> bool {
+    (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+impl Answer {
+    fn refusal(self) -> Refused {
+        let Problem { code, detail, request_id, errors, .. } = self.problem;
+        Refused { status: Some(self.status.as_u16()), code, detail, request_id, errors }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_plain() {
+        assert_eq!(address("http://127.0.0.1:8080/"), Ok("http://127.0.0.1:8080".to_owned()));
+        assert_eq!(address("https://users.example.org/master"), Ok("https://users.example.org/master".to_owned()));
+        for wrong in ["", "127.0.0.1:8080", "amqp://x", "http://ana:s3cret@x", "http://x?y=1", "http://x#y"] {
+            assert!(address(wrong).is_err(), "{wrong}");
+        }
+    }
+}

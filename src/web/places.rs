@@ -1,0 +1,106 @@
+//! Places: how many requests may be under way at once.
+//!
+//! Promise: more than this many are never worked on at the same time; who finds no place hears 503 `overloaded` at once. A client who
+//! is slow to send its body holds no place meanwhile.
+//! Not here, on purpose: whose turn it is (see `rate`).
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::http::Extensions;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{
+    Code, Problem,
+    connections::{Seat, Waiting},
+    traffic::{Counted, Traffic},
+};
+
+#[derive(Clone)]
+pub struct Places {
+    free: Arc<Semaphore>,
+    traffic: Traffic,
+}
+
+impl Places {
+    pub fn new(count: usize, traffic: Traffic) -> Self {
+        Self { free: Arc::new(Semaphore::new(count)), traffic }
+    }
+
+    /// A place, kept until the last clone of it is gone.
+    pub fn take(&self) -> Result<Place, Problem> {
+        let held = self.held()?;
+        Ok(Place { places: self.clone(), held: Arc::new(Mutex::new(Some(held))) })
+    }
+
+    fn held(&self) -> Result<Held, Problem> {
+        let permit = self.free.clone().try_acquire_owned().map_err(|_| {
+            self.traffic.shed();
+            Problem::new(Code::Overloaded, "too many requests are under way")
+        })?;
+        Ok(Held { _permit: permit, _counted: self.traffic.begun() })
+    }
+}
+
+struct Held {
+    _permit: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+/// One request's place. In the request's extensions, so that it can be given back while its body comes in.
+#[derive(Clone)]
+pub struct Place {
+    places: Places,
+    held: Arc<Mutex<Option<Held>>>,
+}
+
+impl Place {
+    fn hold(&self, held: Option<Held>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+    }
+}
+
+/// For as long as it lives, it is the client's turn: to send the body. Its place serves others meanwhile.
+pub struct ClientsTurn {
+    place: Option<Place>,
+    _waiting: Option<Waiting>,
+}
+
+impl ClientsTurn {
+    pub fn of(request: &Extensions) -> Self {
+        let place = request.get::<Place>().cloned();
+        if let Some(place) = &place {
+            place.hold(None);
+        }
+        Self { place, _waiting: request.get::<Arc<Seat>>().map(Seat::waiting) }
+    }
+
+    /// It is our turn again, if there is a place.
+    pub fn end(self) -> Result<(), Problem> {
+        let Some(place) = &self.place else { return Ok(()) };
+        place.hold(Some(place.places.held()?));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_serves_others_while_its_client_is_slow() {
+        let places = Places::new(1, Traffic::default());
+        let place = places.take().unwrap_or_else(|_| panic!("there is one"));
+        let mut request = Extensions::new();
+        request.insert(place.clone());
+        assert!(places.take().is_err(), "it is taken");
+        let turn = ClientsTurn::of(&request);
+        let other = places.take();
+        assert!(other.is_ok(), "the client is slow");
+        assert!(turn.end().is_err(), "and now there is none left for it");
+        drop(other);
+        assert!(ClientsTurn::of(&request).end().is_ok());
+        assert!(places.take().is_err());
+        drop((request, place));
+        assert!(places.take().is_ok());
+    }
+}

@@ -1,0 +1,520 @@
+//! Clients: who may ask, for what, and for which fields.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use reqwest::{Client, Method, RequestBuilder};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::house::{self, Answer, House, Service, eventually, file, http_with, tidings};
+
+/// What revocation is promised to take.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// What `tidings client ..` says on stdout; it has to succeed.
+pub async fn client(house: &House, words: &str) -> String {
+    let (code, stdout, stderr) = client_command(house, words).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    stdout.trim_end().to_owned()
+}
+
+async fn client_command(house: &House, words: &str) -> (Option<i32>, String, String) {
+    let words: Vec<&str> = ["client"].into_iter().chain(words.split(' ')).collect();
+    let output = tidings(&words, house.settings()).output().await.unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Takes a client's rights away, and waits until that is heard of.
+pub async fn revoke(house: &House, name: &str, key: &str) {
+    client(house, &format!("revoke {name}")).await;
+    let holder = Holder::of(key, &house.service);
+    eventually("the key to be refused", async || match holder.get("/v1/users").await.status.as_u16() {
+        401 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+}
+
+/// Requests to a service by somebody with a key.
+struct Holder {
+    http: Client,
+    url: String,
+}
+
+impl Holder {
+    fn of(key: &str, service: &Service) -> Self {
+        Self { http: http_with(key), url: service.url.clone() }
+    }
+
+    /// A client that was made with these words.
+    async fn new(house: &House, words: &str) -> Self {
+        Self::of(&client(house, &format!("create {words}")).await, &house.service)
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        Answer::to(self.request(Method::GET, path)).await
+    }
+
+    async fn patch(&self, user: &Uuid, patch: Value) -> Answer {
+        let request = self.request(Method::PATCH, &format!("/v1/users/{user}"));
+        let body = json!({ "profile": patch }).to_string();
+        Answer::to(request.header("content-type", "application/merge-patch+json").body(body)).await
+    }
+
+    async fn put(&self, path: &str, body: Value) -> Answer {
+        Answer::to(self.request(Method::PUT, path).json(&body)).await
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Answer {
+        Answer::to(self.request(Method::POST, path).json(&body)).await
+    }
+}
+
+#[sqlx::test]
+async fn a_key_is_printed_once_alone_and_opens_at_once(db: PgPool) {
+    let house = House::open(db).await;
+    let (code, stdout, stderr) = client_command(&house, "create orders --scope users:read").await;
+    let key = stdout.strip_suffix('\n').unwrap();
+    assert!(code == Some(0) && key.starts_with("tdg_") && !key.contains(char::is_whitespace), "{stdout}");
+    let secret = key.rsplit('_').next().unwrap();
+    assert!(!stderr.contains(secret), "{stderr}");
+    Holder::of(key, &house.service).get("/v1/users").await.ok();
+    let listed = client(&house, "list").await;
+    assert!(listed.contains("orders  users:read  every field") && !listed.contains(secret), "{listed}");
+    let kept: Vec<Vec<u8>> = sqlx::query_scalar("select sha256 from client_keys").fetch_all(&house.db).await.unwrap();
+    assert!(kept.iter().all(|sha256| !key.as_bytes().windows(32).any(|part| part == sha256)));
+}
+
+#[sqlx::test]
+async fn without_a_valid_key_nothing_under_v1_answers(db: PgPool) {
+    let house = House::open(db).await;
+    let good = client(&house, "create orders --scope users:read").await;
+    let (id, secret) = good.strip_prefix("tdg_").unwrap().split_once('_').unwrap();
+    let forged = format!("Bearer tdg_{id}_{}", "0".repeat(64));
+    let stranger = format!("Bearer tdg_{}_{secret}", "0".repeat(16));
+    let basic = format!("Basic {good}");
+    let url = format!("{}/v1/users", house.service.url);
+    for header in [None, Some("Bearer x"), Some(&*forged), Some(&*stranger), Some(&*basic), Some("Bearer"), Some("")] {
+        let request = Client::new().get(&url);
+        let request = match header {
+            Some(header) => request.header("authorization", header),
+            None => request,
+        };
+        let refused = Answer::to(request).await;
+        assert_eq!(refused.refusal(401), "unauthenticated", "{header:?}");
+        assert!(refused.headers["www-authenticate"].to_str().unwrap().starts_with("Bearer"), "{header:?}");
+        assert!(!refused.body.to_string().contains(id), "{refused:?}");
+    }
+    let in_url = Answer::to(Client::new().get(format!("{url}?access_token={good}"))).await;
+    assert_eq!(in_url.refusal(401), "unauthenticated", "a key in a URL is no key");
+    for path in ["/healthz", "/readyz", "/metrics", "/openapi.yaml"] {
+        assert_eq!(Client::new().get(format!("{}{path}", house.service.url)).send().await.unwrap().status(), 200);
+    }
+}
+
+#[sqlx::test]
+async fn a_revoked_key_is_refused_by_every_instance_within_a_second(db: PgPool) {
+    let house = House::open(db).await;
+    let second = house.another(&["serve", "--no-relay"]).await;
+    let key = client(&house, "create orders --scope users:read").await;
+    let holders = [&house.service, &second].map(|service| Holder::of(&key, service));
+    for holder in &holders {
+        holder.get("/v1/users").await.ok();
+    }
+    client(&house, "revoke orders").await;
+    let revoked = Instant::now();
+    for holder in &holders {
+        eventually("the key to be refused", async || match holder.get("/v1/users").await.status.as_u16() {
+            401 => Ok(()),
+            other => Err(other),
+        })
+        .await;
+    }
+    assert!(revoked.elapsed() < AT_ONCE, "{:?}", revoked.elapsed());
+    assert!(client(&house, "list").await.contains("revoked"));
+}
+
+/// When the database cannot say that a key was not revoked, the key opens nothing.
+#[sqlx::test]
+async fn a_key_that_cannot_be_vouched_for_is_not_believed(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Holder::new(&house, "orders --scope users:read").await;
+    let nobody = format!("/v1/users/{}", Uuid::new_v4());
+    assert_eq!(orders.get(&nobody).await.refusal(404), "user_not_found");
+    house.postgres.down();
+    eventually("503", async || match orders.get(&nobody).await.status.as_u16() {
+        503 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    assert_eq!(reqwest::get(format!("{}/openapi.yaml", house.service.url)).await.unwrap().status(), 200);
+    house.postgres.up();
+    eventually("404", async || match orders.get(&nobody).await.status.as_u16() {
+        404 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+}
+
+/// More requests at once than an address may guess keys: whoever has a right one waits for the database, and is no guesser.
+#[sqlx::test]
+async fn a_key_that_was_known_is_no_guess_while_the_database_is_slow(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Holder::new(&house, "orders --scope users:read").await;
+    let nobody = format!("/v1/users/{}", Uuid::new_v4());
+    assert_eq!(orders.get(&nobody).await.refusal(404), "user_not_found");
+    house.postgres.freeze();
+    eventually("a look that is too old", async || match orders.get(&nobody).await.status.as_u16() {
+        503 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    let answers = join_all((0..200).map(|_| orders.get(&nobody))).await;
+    house.postgres.up();
+    let statuses: BTreeSet<u16> = answers.iter().map(|answer| answer.status.as_u16()).collect();
+    assert!(!statuses.contains(&429) && !statuses.contains(&401), "{statuses:?}");
+}
+
+#[sqlx::test]
+async fn keys_are_rotated_without_a_gap_and_expire(db: PgPool) {
+    let house = House::open(db).await;
+    let first = client(&house, "create orders --scope users:read").await;
+    let (code, second, stderr) = client_command(&house, "rotate orders --overlap 1s").await;
+    assert!(code == Some(0) && stderr.contains("goes on for 1s"), "{stderr}");
+    let [first, second] = [&*first, second.trim_end()].map(|key| Holder::of(key, &house.service));
+    first.get("/v1/users").await.ok();
+    second.get("/v1/users").await.ok();
+    eventually("the first key to end", async || match first.get("/v1/users").await.status.as_u16() {
+        401 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    second.get("/v1/users").await.ok();
+    client(&house, "rotate orders").await;
+    let (code, _, stderr) = client_command(&house, "rotate orders").await;
+    assert!(code == Some(1) && stderr.contains("two keys already") && stderr.contains("hint:"), "{stderr}");
+}
+
+#[sqlx::test]
+async fn one_key_is_revoked_and_the_other_goes_on(db: PgPool) {
+    let house = House::open(db).await;
+    let first = client(&house, "create orders --scope users:read").await;
+    let second = client(&house, "rotate orders").await;
+    let [lost, kept] = [&first, &second].map(|key| Holder::of(key, &house.service));
+    let id = first.split('_').nth(1).unwrap();
+    lost.get("/v1/users").await.ok();
+    client(&house, &format!("revoke orders --key {id}")).await;
+    eventually("the key to be refused", async || match lost.get("/v1/users").await.status.as_u16() {
+        401 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    kept.get("/v1/users").await.ok();
+    let (code, _, stderr) = client_command(&house, &format!("revoke orders --key {id}")).await;
+    assert!(code == Some(1) && stderr.contains("no such key"), "{stderr}");
+    // A client that is made anew does not bring its old keys back.
+    revoke(&house, "orders", &second).await;
+    let anew = Holder::new(&house, "orders --scope users:read").await;
+    anew.get("/v1/users").await.ok();
+    for old in [&lost, &kept] {
+        assert_eq!(old.get("/v1/users").await.refusal(401), "unauthenticated");
+    }
+}
+
+#[sqlx::test]
+async fn a_client_does_what_its_scopes_say_and_no_more(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    let reader = Holder::new(&house, "reader --scope users:read").await;
+    let writer = Holder::new(&house, "writer --scope users:write").await;
+    reader.get(&format!("/v1/users/{ana}")).await.ok();
+    let refused = reader.patch(&ana, json!({ "city": "Berlin" })).await;
+    assert_eq!(refused.refusal(403), "forbidden");
+    assert!(refused.body["detail"].as_str().unwrap().contains("users:write"), "{refused:?}");
+    assert_eq!(writer.get(&format!("/v1/users/{ana}")).await.refusal(403), "forbidden");
+    let amended = writer.patch(&ana, json!({ "city": "Berlin" })).await.ok();
+    assert_eq!((amended.version(), &amended.body["profile"]), (2, &json!({})), "who may not read sees no values");
+    assert_eq!(reader.get("/v1/subscriptions").await.refusal(403), "forbidden");
+}
+
+#[sqlx::test]
+async fn a_client_with_a_field_list_sees_only_these_fields(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Berlin", "email": "ana@example.org" })).await;
+    let crm = Holder::new(&house, "crm --scope users:read,users:write --field city,job_title").await;
+    let seen = json!({ "city": "Berlin" });
+    assert_eq!(crm.get(&format!("/v1/users/{ana}")).await.ok().body["profile"], seen);
+    assert_eq!(crm.get("/v1/users").await.ok().body["users"][0]["profile"], seen);
+    let batch = crm.post("/v1/users:batchGet", json!({ "ids": [ana] })).await.ok();
+    assert_eq!(batch.body["results"][0]["user"]["profile"], seen);
+    let changes = crm.get("/v1/changes").await.ok();
+    assert!(!changes.body.to_string().contains("first_name"), "{changes:?}");
+
+    let amended = crm.patch(&ana, json!({ "job_title": "Editor" })).await.ok();
+    assert_eq!(amended.body["profile"], json!({ "city": "Berlin", "job_title": "Editor" }));
+    let refused = crm.patch(&ana, json!({ "job_title": "Author", "email": null })).await;
+    assert_eq!(refused.refusal(403), "field_forbidden");
+    assert_eq!(refused.body["errors"][0]["pointer"], "/profile/email");
+    let forbidden = json!({ "profile": { "email": "x" } });
+    assert_eq!(crm.post("/v1/users", forbidden.clone()).await.refusal(403), "field_forbidden");
+    assert_eq!(crm.put(&format!("/v1/users/{ana}"), forbidden).await.refusal(403), "field_forbidden");
+    // A replacement replaces what the client may write, and leaves the rest alone.
+    let replaced = crm.put(&format!("/v1/users/{ana}"), json!({ "profile": { "city": "Bonn" } })).await.ok();
+    assert_eq!(replaced.body["profile"], json!({ "city": "Bonn" }));
+    let whole = json!({ "first_name": "Ana", "city": "Bonn", "email": "ana@example.org" });
+    assert_eq!(house.get(&ana).await.ok().body["profile"], whole);
+    let deleted = Answer::to(crm.request(Method::DELETE, &format!("/v1/users/{ana}"))).await;
+    assert_eq!(deleted.refusal(403), "field_forbidden", "a deletion takes fields that are not the client's");
+    assert_eq!(house.get(&ana).await.ok().version(), 3);
+}
+
+#[sqlx::test]
+async fn the_external_id_is_a_field_like_another(db: PgPool) {
+    let house = House::open(db).await;
+    let named = json!({ "external_id": "E-1", "profile": { "first_name": "Ana" } });
+    let created = Answer::to(house.request(Method::POST, "/v1/users").json(&named)).await.ok();
+    let path = format!("/v1/users/{}", created.body["id"].as_str().unwrap());
+    let without = Holder::new(&house, "crm --scope users:read --scope users:write --field first_name").await;
+    assert!(without.get(&path).await.ok().body.get("external_id").is_none());
+    assert!(without.get("/v1/users").await.ok().body["users"][0].get("external_id").is_none());
+    assert_eq!(without.get("/v1/users?external_id=E-1").await.refusal(403), "field_forbidden");
+    let refused = without.put(&path, named.clone()).await;
+    assert_eq!(refused.refusal(403), "field_forbidden");
+    assert_eq!(refused.body["errors"][0]["pointer"], "/external_id");
+    let kept = without.put(&path, json!({ "profile": {} })).await.ok();
+    assert!(kept.body.get("external_id").is_none());
+    assert_eq!(house.page(&path).await.body["external_id"], "E-1", "whose it is not leaves it alone");
+    let with =
+        Holder::new(&house, "hr --scope users:read --scope users:write --field first_name --field external_id").await;
+    assert_eq!(with.get("/v1/users?external_id=E-1").await.ok().body["users"][0]["external_id"], "E-1");
+    let renamed = with.put(&path, json!({ "external_id": "E-2", "profile": {} })).await.ok();
+    assert_eq!(renamed.body["external_id"], "E-2");
+}
+
+#[sqlx::test]
+async fn what_may_be_written_can_be_less_than_what_may_be_read(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Berlin" })).await;
+    let words = "desk --scope users:read,users:write --field first_name,city --write-field city";
+    let desk = Holder::new(&house, words).await;
+    let amended = desk.patch(&ana, json!({ "city": "Bonn" })).await.ok();
+    assert_eq!(amended.body["profile"], json!({ "first_name": "Ana", "city": "Bonn" }));
+    assert_eq!(desk.patch(&ana, json!({ "first_name": "Eve" })).await.refusal(403), "field_forbidden");
+}
+
+fn registration(keys: &[&str], fields: &[&str]) -> Value {
+    json!({ "routing_keys": keys, "fields": fields, "owner": "team-invoices", "purpose": "addresses on invoices" })
+}
+
+/// One declaration: what wakes a subscription is what its client reads, and stands in the record of who reads what.
+#[sqlx::test]
+async fn what_a_subscription_declares_is_what_its_client_reads(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Berlin", "email": "ana@example.org" })).await;
+    let user = format!("/v1/users/{ana}");
+    let words = "invoices --scope users:read,subscriptions --field city,postcode,first_name";
+    let invoices = Holder::new(&house, words).await;
+    let name = format!("invoices.{}", Uuid::new_v4().simple());
+    let path = format!("/v1/subscriptions/{name}");
+    let refused = invoices.put(&path, registration(&["user.deleted"], &["city", "email"])).await;
+    assert_eq!(refused.refusal(403), "field_forbidden", "more than it may ever read");
+    let registered = invoices.put(&path, registration(&["user.deleted"], &["city"])).await.ok();
+    assert_eq!(registered.body["client"], "invoices");
+    eventually("its client to read what it declares", async || {
+        let profile = invoices.get(&user).await.ok().body["profile"].clone();
+        if profile == json!({ "city": "Berlin" }) { Ok(()) } else { Err(profile) }
+    })
+    .await;
+    invoices.put(&path, registration(&["user.deleted"], &["city", "first_name"])).await.ok();
+    eventually("a wider declaration to count", async || {
+        let profile = invoices.get(&user).await.ok().body["profile"].clone();
+        if profile == json!({ "first_name": "Ana", "city": "Berlin" }) { Ok(()) } else { Err(profile) }
+    })
+    .await;
+
+    let record = invoices.get("/v1/fields").await.ok().body;
+    let readers = |field: &str| {
+        let fields = record["fields"].as_array().unwrap();
+        fields.iter().find(|one| one["field"] == field).unwrap()["readers"].clone()
+    };
+    let admin = json!({ "client": "tests", "subscription": null, "owner": null, "purpose": null });
+    let reads = json!({ "client": "invoices", "subscription": name, "owner": "team-invoices", "purpose": "addresses on invoices" });
+    assert_eq!(readers("city"), json!([reads, admin]));
+    assert_eq!(readers("email"), json!([admin]));
+    assert_eq!(readers("postcode"), json!([admin]), "granted and not declared");
+
+    // Who is woken by everything declares everything, which is no more than its list.
+    invoices.put(&path, registration(&["#"], &[])).await.ok();
+    let list = json!({ "first_name": "Ana", "city": "Berlin" });
+    house.amend(&ana, json!({ "postcode": "10115" })).await.ok();
+    eventually("the whole list to be read", async || {
+        let profile = invoices.get(&user).await.ok().body["profile"].clone();
+        let mut whole = list.clone();
+        whole["postcode"] = "10115".into();
+        if profile == whole { Ok(()) } else { Err(profile) }
+    })
+    .await;
+    let record = house.page("/v1/fields").await.ok().body;
+    let all = record["fields"].as_array().unwrap();
+    let names = all.iter().filter(|field| field["readers"].as_array().unwrap().contains(&reads));
+    let names: Vec<&str> = names.map(|field| field["field"].as_str().unwrap()).collect();
+    assert_eq!(names, ["city", "first_name", "postcode"]);
+    Answer::to(invoices.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
+}
+
+/// Who stands for a subscription is its registrar, or whom an administrator names; and nobody who was revoked reads anything.
+#[sqlx::test]
+async fn who_stands_for_a_subscription_is_said_by_those_who_may(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = client(&house, "create orders --scope users:read,subscriptions --field city").await;
+    let rival = Holder::new(&house, "rival --scope subscriptions").await;
+    let path = format!("/v1/subscriptions/orders.{}", Uuid::new_v4().simple());
+    let standing = |client: &str| {
+        let mut wish = registration(&["user.deleted"], &["city"]);
+        wish["client"] = client.into();
+        wish
+    };
+    let refused = rival.put(&path, standing("orders")).await;
+    assert_eq!(
+        (refused.refusal(422), &refused.body["errors"][0]["pointer"]),
+        ("subscription_invalid", &json!("/client"))
+    );
+    let put = async |wish: Value| Answer::to(house.request(Method::PUT, &path).json(&wish)).await;
+    let unknown = put(standing("nobody")).await;
+    assert_eq!(
+        (unknown.refusal(422), &unknown.body["errors"][0]["code"]),
+        ("subscription_invalid", &json!("unknown_client"))
+    );
+    assert_eq!(put(standing("orders")).await.ok().body["client"], "orders");
+    assert_eq!(put(registration(&["user.deleted"], &["city"])).await.ok().body["client"], "orders", "as before");
+    Holder::of(&orders, &house.service).get(&path).await.ok();
+    let reads = async || {
+        let record = house.page("/v1/fields").await.ok().body;
+        let all = record["fields"].as_array().unwrap();
+        let city = all.iter().find(|one| one["field"] == "city").unwrap();
+        city["readers"].as_array().unwrap().iter().map(|reader| reader["client"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(reads().await, [json!("orders"), json!("tests")]);
+    revoke(&house, "orders", &orders).await;
+    assert_eq!(reads().await, [json!(null), json!("tests")], "its subscription goes on, and nobody stands for it");
+    Answer::to(house.request(Method::DELETE, &path)).await.ok();
+}
+
+#[sqlx::test]
+async fn of_another_clients_subscription_nothing_is_told(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Holder::new(&house, "orders --scope subscriptions").await;
+    let rival = Holder::new(&house, "rival --scope subscriptions").await;
+    let name = format!("orders.{}", Uuid::new_v4().simple());
+    let path = format!("/v1/subscriptions/{name}");
+    orders.put(&path, registration(&["user.deleted"], &[])).await.ok();
+    let questions = [
+        (Method::GET, path.clone()),
+        (Method::DELETE, path.clone()),
+        (Method::GET, format!("{path}/dead-letters")),
+        (Method::DELETE, format!("{path}/dead-letters?confirm={name}")),
+        (Method::DELETE, format!("{path}/dead-letters/{}", Uuid::new_v4())),
+        (Method::GET, format!("{path}/backfill")),
+        (Method::POST, format!("{path}/backfill:pause")),
+        (Method::POST, format!("{path}/backfill:resume")),
+        (Method::POST, format!("{path}/backfill:cancel")),
+    ];
+    for (method, path) in questions {
+        let refused = Answer::to(rival.request(method.clone(), &path)).await;
+        assert_eq!(refused.refusal(404), "subscription_not_found", "{method} {path}");
+    }
+    let backfill = rival.post(&format!("{path}/backfill"), json!({ "users": "all" })).await;
+    assert_eq!(backfill.refusal(404), "subscription_not_found");
+    let redrive = rival.post(&format!("{path}/dead-letters:redrive"), json!({ "all": true })).await;
+    assert_eq!(redrive.refusal(404), "subscription_not_found");
+    assert_eq!(
+        rival.put(&path, registration(&["#"], &[])).await.refusal(409),
+        "name_taken",
+        "the same owner's name is no key"
+    );
+    assert_eq!(rival.get("/v1/subscriptions").await.ok().body["subscriptions"], json!([]));
+    orders.get(&path).await.ok();
+    assert_eq!(house.page(&path).await.ok().body["client"], "orders", "an administrator looks after all of them");
+    Answer::to(orders.request(Method::DELETE, &path)).await.ok();
+}
+
+#[sqlx::test]
+async fn a_schema_without_a_field_that_somebody_declared_is_refused_with_their_names(db: PgPool) {
+    let house = House::open(db).await;
+    client(&house, "create crm --scope users:read --field email").await;
+    let name = format!("invoices.{}", Uuid::new_v4().simple());
+    let wish = registration(&[], &["city"]);
+    Answer::to(house.request(Method::PUT, &format!("/v1/subscriptions/{name}")).json(&wish)).await.ok();
+    let schema = json!({ "properties": { "first_name": {} }, "additionalProperties": false });
+    let schema = file(&schema.to_string());
+    let mut settings = house.settings().to_vec();
+    settings.push(("TIDINGS_PROFILE_SCHEMA".to_owned(), schema.to_str().unwrap().to_owned()));
+    let refused = tidings(&["serve"], &settings).output().await.unwrap();
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{stderr}");
+    for said in ["email: client crm".to_owned(), format!("city: subscription {name}")] {
+        assert!(stderr.contains(&said), "{said}: {stderr}");
+    }
+    Answer::to(house.request(Method::DELETE, &format!("/v1/subscriptions/{name}"))).await.ok();
+}
+
+#[sqlx::test]
+async fn nobody_is_asked_for_a_key_only_where_nobody_else_comes(db: PgPool) {
+    let house = House::open(db).await;
+    let mut settings = house.settings().to_vec();
+    settings.push(("TIDINGS_INSECURE_NO_AUTH".to_owned(), "true".to_owned()));
+    let open = Service::start(&["serve", "--no-relay"], &settings).await;
+    assert_eq!(Client::new().get(format!("{}/v1/users", open.url)).send().await.unwrap().status(), 200);
+    eventually("the service to say so", async || {
+        let log = open.log();
+        if log.contains("whoever reaches 127.0.0.1:0 may do everything") { Ok(()) } else { Err(log) }
+    })
+    .await;
+    settings.push(("TIDINGS_LISTEN".to_owned(), "0.0.0.0:0".to_owned()));
+    let refused = tidings(&["serve"], &settings).output().await.unwrap();
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && stderr.contains("only with a loopback address"), "{stderr}");
+}
+
+#[sqlx::test]
+async fn when_a_key_was_used_is_noted(db: PgPool) {
+    let mut house = House::open(db).await;
+    let orders = Holder::new(&house, "orders --scope users:read").await;
+    orders.get("/v1/users").await.ok();
+    assert!(client(&house, "list").await.contains("never used"));
+    // At the latest when the service leaves.
+    house.service.signal("-TERM").await;
+    assert_eq!(house.service.left().await, Some(0));
+    let listed: Value = serde_json::from_str(&client(&house, "list --json").await).unwrap();
+    let orders = listed.as_array().unwrap().iter().find(|client| client["name"] == "orders").unwrap();
+    assert!(orders["keys"][0]["last_used_at"].is_string(), "{listed}");
+}
+
+#[sqlx::test]
+async fn wrong_words_are_named_all_at_once(db: PgPool) {
+    let house = House::open(db).await;
+    let words = "create Orders --scope users:raed --field shoe_size,a.b --expires-after soon";
+    let (code, stdout, stderr) = client_command(&house, words).await;
+    assert_eq!((code, stdout.as_str()), (Some(2), ""), "{stderr}");
+    for said in
+        ["5 settings are wrong", "lowercase letter", "users:read, users:write", "no field shoe_size", "such as 30s"]
+    {
+        assert!(stderr.contains(said), "{said}: {stderr}");
+    }
+    client(&house, "create orders --scope users:read").await;
+    let (code, _, stderr) = client_command(&house, "create orders --scope admin").await;
+    assert!(code == Some(1) && stderr.contains("hint:"), "{stderr}");
+    let (code, _, stderr) = client_command(&house, "revoke nobody").await;
+    assert!(code == Some(1) && stderr.contains("hint:"), "{stderr}");
+    assert!(!house::key().is_empty());
+}

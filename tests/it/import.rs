@@ -1,0 +1,460 @@
+//! `tidings import`: an existing user base comes in, whole, whatever is killed and however often it is begun.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use tokio::{
+    io::AsyncWriteExt,
+    process::{Child, Command},
+    time::timeout,
+};
+use uuid::Uuid;
+
+use secrecy::ExposeSecret;
+use tidings::clients::{self, Key, NewClient, Scope};
+
+use reqwest::Method;
+
+use crate::house::{Answer, House, collect, eventually, file, key, proxy_before, through, tidings};
+
+/// For an import as a whole: it gets on, however slow the machine is.
+const LONG_PATIENCE: Duration = Duration::from_secs(240);
+
+/// An import under way.
+struct Import {
+    child: Child,
+    said: Arc<Mutex<String>>,
+}
+
+/// An import that has ended.
+#[derive(Debug)]
+struct Ended {
+    code: Option<i32>,
+    said: String,
+}
+
+impl Import {
+    fn command(url: &str, arguments: &[&str]) -> Command {
+        let command = [&["import"], arguments].concat();
+        let mut command = tidings(&command, &[("TIDINGS_URL".to_owned(), url.to_owned())]);
+        command.env("TIDINGS_API_KEY", key());
+        command
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let said = Arc::<Mutex<String>>::default();
+        collect(child.stderr.take().unwrap(), said.clone());
+        Self { child, said }
+    }
+
+    fn start(url: &str, arguments: &[&str]) -> Self {
+        Self::spawn(Self::command(url, arguments))
+    }
+
+    async fn signal(&self, signal: &str) {
+        let pid = self.child.id().expect("it still runs").to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
+    }
+
+    async fn ends(mut self) -> Ended {
+        let Ok(ended) = timeout(LONG_PATIENCE, self.child.wait()).await else {
+            panic!("it does not end; it said {}", self.said.lock().unwrap())
+        };
+        // Its last words may still be on their way to us.
+        let said = eventually("its last words", async || {
+            let said = self.said.lock().unwrap().clone();
+            if Arc::strong_count(&self.said) == 1 { Ok(said) } else { Err(said) }
+        });
+        Ended { code: ended.unwrap().code(), said: said.await }
+    }
+}
+
+async fn import(url: &str, arguments: &[&str]) -> Ended {
+    Import::start(url, arguments).ends().await
+}
+
+impl Ended {
+    #[track_caller]
+    fn well(&self) -> &Self {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self
+    }
+
+    #[track_caller]
+    fn says(&self, words: &[&str]) -> &Self {
+        let missing: Vec<_> = words.iter().filter(|word| !self.said.contains(**word)).collect();
+        assert!(missing.is_empty(), "{missing:?} not in {}", self.said);
+        self
+    }
+}
+
+fn name(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn journal(path: &Path) -> String {
+    std::fs::read_to_string(format!("{}.import", path.display())).unwrap()
+}
+
+async fn living(house: &House) -> i64 {
+    sqlx::query_scalar("select count(*) from users where deleted_at is null").fetch_one(&house.db).await.unwrap()
+}
+
+/// Users who are kept more than once, by their nickname.
+async fn doubled(house: &House) -> i64 {
+    let doubled = "select count(*) - count(distinct profile->>'nickname') from users";
+    sqlx::query_scalar(doubled).fetch_one(&house.db).await.unwrap()
+}
+
+/// So many lines, half of them with an id, each with a nickname of its own.
+fn lines(count: usize) -> (PathBuf, Vec<Uuid>) {
+    let (mut text, mut ids) = (String::new(), vec![]);
+    for line in 1..=count {
+        let profile = json!({ "nickname": format!("n{line}") });
+        if line % 2 == 0 {
+            writeln!(text, "{}", json!({ "profile": profile })).unwrap();
+        } else {
+            let id = Uuid::new_v4();
+            writeln!(text, "{}", json!({ "id": id, "profile": profile })).unwrap();
+            ids.push(id);
+        }
+    }
+    (file(&text), ids)
+}
+
+#[sqlx::test]
+async fn everybody_is_in_and_told_once_whatever_the_lines_look_like(db: PgPool) {
+    let house = House::open(db).await;
+    let ids: [Uuid; 4] = std::array::from_fn(|_| Uuid::new_v4());
+    let text = format!(
+        "\u{feff}{{\"id\":\"{}\",\"profile\":{{\"first_name\":\"Zoë\",\"city\":\"東京\",\"nickname\":\"\\ud83d\\ude00\"}}}}\r\n\
+         \r\n   \n\
+         {{\"profile\":{{\"first_name\":\"Bo\"}},\"id\":\"{}\"}}\r\n\
+         {{\"profile\":{{\"first_name\":\"Cy\"}}}}\n\
+         \t{{ \"id\" : \"{}\", \"profile\" : {{ }} }} \n\
+         {{\"id\":\"{}\",\"profile\":{{\"first_name\":\"Dee\"}}}}",
+        ids[0], ids[1], ids[2], ids[3]
+    );
+    let lines = file(&text);
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["5 users created", "0 refused", "2 blank"]);
+    let zoe = house.get(&ids[0]).await.ok();
+    assert_eq!(zoe.body["profile"], json!({ "first_name": "Zoë", "city": "東京", "nickname": "😀" }));
+    assert_eq!(house.get(&ids[3]).await.ok().body["profile"], json!({ "first_name": "Dee" }));
+    assert_eq!(living(&house).await, 5);
+    for id in &ids {
+        assert_eq!(house.told(id).await, ["user.created"]);
+    }
+    // Nothing is left to do; and begun anew, what has an id of its own is there already, and nobody is told.
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["settled already", "5 users created"]);
+    import(&house.service.url, &[name(&lines), "--restart"])
+        .await
+        .well()
+        .says(&["1 users created, 4 brought up to date"]);
+    assert_eq!(living(&house).await, 6);
+    assert_eq!(house.told(&ids[0]).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn what_is_refused_is_told_by_line_and_place_and_by_no_value(db: PgPool) {
+    let house = House::open(db).await;
+    let canary = format!("canary{}", Uuid::new_v4().simple());
+    let deleted = house.user(json!({})).await;
+    house.delete(&deleted).await.ok();
+    let good = Uuid::new_v4();
+    let wrong = [
+        json!({ "profile": { "first_name": 7, "last_name": [canary] } }).to_string(),
+        format!("{{\"profile\":{{\"first_name\":\"{canary}\",\"first_name\":\"{canary}\"}}}}"),
+        format!("{{\"profile\":{{\"first_name\":\"{canary}"),
+        json!({ "id": canary, "profile": {} }).to_string(),
+        json!({ "id": deleted, "profile": { "first_name": canary } }).to_string(),
+        json!({ "profile": canary }).to_string(),
+        format!("{{\"profile\":{{\"first_name\":\"{}\"}}}}", canary.repeat(10_000)),
+        format!("{{\"profile\":{{\"first_name\":\"{}\"}}}}", canary.repeat(2_000)),
+    ];
+    let lines = file(
+        &[&wrong[..], &[json!({ "id": good, "profile": { "first_name": "Ana" } }).to_string()]].concat().join("\n"),
+    );
+    let report = file("");
+    let refused = import(&house.service.url, &[name(&lines), "--report", name(&report)]).await;
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let shown = [
+        "line 1: 422 profile_invalid: /profile/first_name must be of type string",
+        "line 2: unacceptable_json: /profile/first_name this name occurs twice",
+        "line 3: malformed_json",
+        "line 4: body_invalid: /id must be a UUID",
+        "line 5: 410 user_deleted",
+        "line 6: body_invalid: /profile must be an object",
+        "line 7: line_too_long",
+        "line 8: payload_too_large",
+        "8 of 9 lines were refused",
+    ];
+    refused.says(&shown);
+    house.get(&good).await.ok();
+    let written = std::fs::read_to_string(&report).unwrap();
+    let first: Value = serde_json::from_str(written.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["line"], &first["status"], &first["code"]), (&json!(1), &json!(422), &json!("profile_invalid")));
+    assert_eq!(first["errors"][0]["pointer"], "/profile/first_name");
+    assert!(first["request_id"].is_string());
+    assert_eq!(written.lines().count(), 8);
+    for place in [&refused.said, &written, &journal(&lines)] {
+        assert!(!place.contains(&canary), "{place}");
+    }
+    // The journal still knows what was refused.
+    let again = import(&house.service.url, &[name(&lines), "--report", name(&report)]).await;
+    assert_eq!(again.code, Some(1), "{again:?}");
+    assert_eq!(std::fs::read_to_string(&report).unwrap(), written);
+}
+
+#[sqlx::test]
+async fn killed_in_the_middle_it_goes_on_and_nobody_is_doubled_or_missing(db: PgPool) {
+    let house = House::open(db).await;
+    const LINES: usize = 1_500;
+    let (lines, ids) = lines(LINES);
+    for kill in 1..=3 {
+        let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
+        eventually("some more users", async || match living(&house).await {
+            users if users >= kill * 200 => Ok(()),
+            users => Err((users, under_way.said.lock().unwrap().clone())),
+        })
+        .await;
+        under_way.signal("-KILL").await;
+        assert_eq!(under_way.ends().await.code, None, "it was to be killed before it ended");
+    }
+    assert!((living(&house).await as usize) < LINES, "the last kill came too late to prove anything");
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["going on after line"]);
+    assert_eq!((living(&house).await, doubled(&house).await), (LINES as i64, 0));
+    assert_eq!(house.page(&format!("/v1/users/{}", ids[0])).await.ok().version(), 1);
+    house.settle().await;
+    assert_eq!(house.audit.heard().len(), LINES);
+}
+
+#[sqlx::test]
+async fn an_outage_is_waited_out_and_told(db: PgPool) {
+    let house = House::open(db).await;
+    let proxy = proxy_before(&format!("{}/", house.service.url)).await;
+    let url = through(&format!("{}/", house.service.url), &proxy);
+    let (lines, _) = lines(1_500);
+    let under_way = Import::start(&url, &[name(&lines), "--concurrency", "16"]);
+    let gets_to = async |users| {
+        eventually("some more users", async || match living(&house).await {
+            found if found >= users => Ok(()),
+            found => Err(found),
+        })
+        .await;
+    };
+    gets_to(200).await;
+    let says = async |words: &'static str, times: usize| {
+        eventually(words, async || {
+            let said = under_way.said.lock().unwrap().clone();
+            if said.matches(words).count() == times { Ok(()) } else { Err(said) }
+        })
+        .await;
+    };
+    // Nobody answers.
+    proxy.down();
+    says("the service does not take anything now (the connection broke): waiting", 1).await;
+    let before = living(&house).await;
+    proxy.up();
+    says("the service answers again", 1).await;
+    gets_to(before + 100).await;
+    // It answers that it cannot.
+    house.postgres.down();
+    says("the service does not take anything now (503 database_unavailable): waiting", 1).await;
+    house.postgres.up();
+    says("the service answers again", 2).await;
+    under_way.ends().await.well().says(&["0 refused"]);
+    assert_eq!((living(&house).await, doubled(&house).await), (1_500, 0));
+}
+
+#[sqlx::test]
+async fn asked_to_leave_it_leaves_in_order_and_says_how_to_go_on(db: PgPool) {
+    let house = House::open(db).await;
+    let (lines, _) = lines(1_500);
+    let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
+    eventually("some users", async || match living(&house).await {
+        users if users >= 100 => Ok(()),
+        users => Err(users),
+    })
+    .await;
+    under_way.signal("-INT").await;
+    let ended = under_way.ends().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    ended.says(&["ended before the end, after line", "hint:", "goes on from there"]);
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["going on after line"]);
+    assert_eq!((living(&house).await, doubled(&house).await), (1_500, 0));
+}
+
+#[sqlx::test]
+async fn of_many_lines_about_one_user_the_last_one_holds(db: PgPool) {
+    let house = House::open(db).await;
+    let users: [Uuid; 5] = std::array::from_fn(|_| Uuid::new_v4());
+    let mut text = String::new();
+    for turn in 0..50 {
+        for user in &users {
+            writeln!(text, "{}", json!({ "id": user, "profile": { "nickname": format!("n{turn}") } })).unwrap();
+        }
+    }
+    import(&house.service.url, &[name(&file(&text)), "--concurrency", "64"]).await.well();
+    for user in &users {
+        let kept = house.get(user).await.ok();
+        assert_eq!((&kept.body["profile"]["nickname"], kept.version()), (&json!("n49"), 50));
+    }
+}
+
+#[sqlx::test]
+async fn where_changes_have_to_say_what_they_saw_it_says_so(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_REQUIRE_IF_MATCH", "true")]).await;
+    let (lines, ids) = lines(100);
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["100 users created"]);
+    let text = std::fs::read_to_string(&lines).unwrap().replace("\"nickname\"", "\"last_name\"");
+    let changed = import(&house.service.url, &[name(&file(&text))]).await;
+    changed.well().says(&["50 users created, 50 brought up to date"]);
+    assert_eq!(house.get(&ids[0]).await.ok().body["profile"], json!({ "last_name": "n1" }));
+}
+
+/// Who has this external id.
+async fn named(house: &House, external_id: &str) -> Uuid {
+    let page = house.page(&format!("/v1/users?external_id={external_id}")).await.ok();
+    page.body["users"][0]["id"].as_str().unwrap_or_else(|| panic!("{page:?}")).parse().unwrap()
+}
+
+#[sqlx::test]
+async fn who_brings_an_external_id_is_found_by_it_for_ever(db: PgPool) {
+    let house = House::open(db).await;
+    let resident = Uuid::new_v4();
+    house.put(&resident, json!({ "nickname": "before" })).await.ok();
+    let already = json!({ "external_id": "E 0/ä&", "profile": { "nickname": "before" } });
+    Answer::to(house.request(Method::PUT, &format!("/v1/users/{resident}")).json(&already)).await.ok();
+    let line = |external_id: &str, nickname: &str| {
+        format!("{}\n", json!({ "external_id": external_id, "profile": { "nickname": nickname } }))
+    };
+    let text: String = (1..=200).map(|number| line(&format!("E{number}"), &format!("n{number}"))).collect();
+    let lines = file(&(text + &line("E 0/ä&", "after") + &line("E7", "twice")));
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["200 users created, 2 brought up to date"]);
+    assert_eq!(house.get(&resident).await.ok().body["profile"]["nickname"], "after");
+    let seventh = named(&house, "E7").await;
+    assert_eq!(house.get(&seventh).await.ok().body["profile"]["nickname"], "twice");
+    // Without the journal, as from another machine: each is looked up.
+    std::fs::remove_file(format!("{}.import", lines.display())).unwrap();
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["0 users created, 202 brought up to date"]);
+    assert_eq!((living(&house).await, named(&house, "E7").await), (201, seventh));
+    // By an id of its own nobody takes another's external id.
+    let thief = json!({ "id": Uuid::new_v4(), "external_id": "E7", "profile": {} });
+    let refused = import(&house.service.url, &[name(&file(&thief.to_string()))]).await;
+    refused.says(&["line 1: 409 external_id_taken"]);
+    assert!(!refused.said.contains("E7"), "{refused:?}");
+}
+
+#[sqlx::test]
+async fn an_external_id_cannot_be_guessed_from_the_id_unless_its_maker_wants_that(db: PgPool) {
+    let house = House::open(db).await;
+    let id_of = async |arguments: &[&str]| {
+        let lines = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
+        import(&house.service.url, &[&[name(&lines)], arguments].concat()).await.well().says(&["1 users created"]);
+        let id = named(&house, "E1").await;
+        house.delete(&id).await.ok();
+        id
+    };
+    assert_ne!(id_of(&[]).await, id_of(&[]).await);
+    let namespace = Uuid::new_v4().to_string();
+    let id = id_of(&["--namespace", &namespace]).await;
+    assert_eq!(id, Uuid::new_v5(&namespace.parse().unwrap(), b"E1"));
+    // Made from the same, the user that was deleted stays deleted.
+    let again = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
+    import(&house.service.url, &[name(&again), "--namespace", &namespace]).await.says(&["line 1: 410 user_deleted"]);
+}
+
+#[sqlx::test]
+async fn standard_input_is_taken_and_may_begin_further_on(db: PgPool) {
+    let house = House::open(db).await;
+    let ids: [Uuid; 3] = std::array::from_fn(|_| Uuid::new_v4());
+    let text: String = ids.iter().map(|id| format!("{}\n", json!({ "id": id, "profile": {} }))).collect();
+    let mut command = Import::command(&house.service.url, &["-", "--from-line", "2"]);
+    command.stdin(Stdio::piped());
+    let mut under_way = Import::spawn(command);
+    let mut input = under_way.child.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).await.unwrap();
+    drop(input);
+    under_way.ends().await.well().says(&["no journal", "2 users created"]);
+    assert_eq!(house.get(&ids[0]).await.refusal(404), "user_not_found");
+    house.get(&ids[2]).await.ok();
+}
+
+#[sqlx::test]
+async fn a_dry_run_tells_what_is_wrong_and_sends_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let lines = file("{\"profile\":{\"first_name\":\"Ana\"}}\n{\"profile\":{\"first_name\":7}}\n{\n");
+    let checked = import(&house.service.url, &[name(&lines), "--dry-run"]).await;
+    assert_eq!(checked.code, Some(1), "{checked:?}");
+    checked.says(&["2 lines could be sent, 1 refused", "line 3: malformed_json"]);
+    let schema = concat!(env!("CARGO_MANIFEST_DIR"), "/src/profile/default.schema.json");
+    // Needs no service at all.
+    let checked = import("http://127.0.0.1:1", &[name(&lines), "--dry-run", "--profile-schema", schema]).await;
+    checked.says(&["1 lines could be sent, 2 refused", "line 2: profile_invalid: /profile/first_name"]);
+    assert_eq!(living(&house).await, 0);
+    assert!(!PathBuf::from(format!("{}.import", lines.display())).exists());
+}
+
+#[sqlx::test]
+async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) {
+    let house = House::open(db).await;
+    let (lines, _) = lines(10);
+    import(&house.service.url, &[name(&lines)]).await.well();
+    let elsewhere = import("http://127.0.0.1:1", &[name(&lines)]).await;
+    assert_eq!(elsewhere.code, Some(1));
+    elsewhere.says(&["is of an import into http://127.0.0.1:", "--restart"]);
+    std::fs::write(&lines, "{\"profile\":{}}\n").unwrap();
+    let changed = import(&house.service.url, &[name(&lines)]).await;
+    assert_eq!(changed.code, Some(1));
+    changed.says(&["of another file, or the file was changed", "--restart"]);
+    assert_eq!(living(&house).await, 10);
+    import(&house.service.url, &[name(&lines), "--restart"]).await.well().says(&["1 users created"]);
+}
+
+#[sqlx::test]
+async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPool) {
+    let house = House::open(db).await;
+    let reader = NewClient::named("reader", [Scope::ReadUsers]).unwrap();
+    assert!(clients::create(&house.db, &reader).await.unwrap());
+    let (readers, text) = Key::generate().unwrap();
+    assert!(clients::issue(&house.db, &reader.name, &readers, None).await.unwrap());
+    let (_, unknown) = Key::generate().unwrap();
+    let (lines, _) = lines(100);
+    let with = async |key: Option<&str>| {
+        let mut command = Import::command(&house.service.url, &[name(&lines)]);
+        command.env_remove("TIDINGS_API_KEY").envs(key.map(|key| ("TIDINGS_API_KEY", key)));
+        let ended = Import::spawn(command).ends().await;
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(key.is_none_or(|key| !ended.said.contains(key)), "{ended:?}");
+        ended
+    };
+    with(None).await.says(&["TIDINGS_API_KEY: ", "the service wants a key: set TIDINGS_API_KEY"]);
+    with(Some(unknown.expose_secret())).await.says(&["does not know this key"]);
+    with(Some(text.expose_secret())).await.says(&["may not do that (forbidden)", "users:write"]);
+    with(Some("not a\nkey")).await.says(&["TIDINGS_API_KEY: holds characters that no key has"]);
+    assert_eq!(living(&house).await, 0);
+    // Nothing was settled: with the right key it begins at the first line.
+    import(&house.service.url, &[name(&lines)]).await.well().says(&["100 users created"]);
+}
+
+#[tokio::test]
+async fn wrong_settings_are_named_at_once() {
+    let wrong = import("ftp://ana:s3cret@host", &["/nowhere/at/all", "--namespace", "mine"]).await;
+    assert_eq!(wrong.code, Some(2), "{wrong:?}");
+    wrong.says(&["3 settings are wrong", "FILE: cannot read", "TIDINGS_URL: expected", "--namespace: expected a UUID"]);
+    assert!(!wrong.said.contains("s3cret"));
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let began = std::time::Instant::now();
+    let alone = import(&format!("http://{nobody}"), &[name(&file("{\"profile\":{}}"))]).await;
+    assert_eq!(alone.code, Some(1));
+    alone.says(&["nobody answers at http://127.0.0.1", "hint:", "TIDINGS_URL"]);
+    assert!(began.elapsed() < Duration::from_secs(35));
+}

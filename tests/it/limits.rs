@@ -1,0 +1,377 @@
+//! Limits: clients who take more than their share, on purpose or not. They are turned away in words, and the others are served.
+
+use std::time::Duration;
+
+use futures_util::future::{join_all, join3};
+use reqwest::{Method, StatusCode};
+use secrecy::ExposeSecret;
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection, PgPool};
+use tidings::clients::{self, Key, NewClient, Scope};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+use uuid::Uuid;
+
+use crate::house::{Answer, House, PATIENCE, eventually, http_with, key};
+
+/// A connection whose every byte is ours.
+struct Line(TcpStream);
+
+impl Line {
+    async fn open(house: &House) -> Self {
+        Self(TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap())
+    }
+
+    /// If the service has closed already, its answer tells why.
+    async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.0.write_all(bytes.as_ref()).await;
+    }
+
+    /// Everything that comes until the service closes.
+    async fn rest(&mut self) -> String {
+        let mut rest = vec![];
+        let ended = timeout(PATIENCE, self.0.read_to_end(&mut rest)).await.expect("the connection stays open");
+        // Reset, if there was something that the service did not read.
+        drop(ended);
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+}
+
+/// The status and the code of a refusal over the line, which must look like every other.
+#[track_caller]
+fn refusal(answer: &str) -> (u16, String) {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("no problem: {answer:?}"));
+    let header = |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let status: u16 = head.split(' ').nth(1).unwrap().parse().unwrap();
+    assert_eq!(header("content-type"), Some("application/problem+json"), "{answer}");
+    assert_eq!(header("x-request-id"), body["request_id"].as_str(), "{answer}");
+    assert_eq!(body["status"], status, "{answer}");
+    assert_eq!(header("retry-after").is_some(), status == 503, "{answer}");
+    (status, body["code"].as_str().unwrap().to_owned())
+}
+
+#[sqlx::test]
+async fn what_is_no_request_is_refused_like_everything_else(db: PgPool) {
+    let house = House::open(db).await;
+    let many = (0..101).map(|n| format!("x-{n}: 1\r\n")).collect::<String>();
+    let table = [
+        ("nonsense\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /healthz HTTP/3.0\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /healthz\u{7f} HTTP/1.1\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /healthz HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /healthz HTTP/1.1\r\nhost: x\r\nx: \0\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("POST /v1/users HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_owned(), 400, "malformed_request"),
+        (format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431, "headers_too_large"),
+        (format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(16 * 1024)), 431, "headers_too_large"),
+        (format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(20_000)), 431, "headers_too_large"),
+        (format!("GET /?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(8000)), 414, "uri_too_long"),
+    ];
+    for (request, status, code) in table {
+        let mut line = Line::open(&house).await;
+        line.send(&request).await;
+        let shown: String = request.chars().take(60).collect();
+        assert_eq!(refusal(&line.rest().await), (status, code.to_owned()), "{shown:?}");
+    }
+    // What is just within the limits is served.
+    for request in [
+        format!("GET /healthz?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(7000)),
+        format!("GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: {}\r\n\r\n", "x".repeat(16_000)),
+    ] {
+        let mut line = Line::open(&house).await;
+        line.send(&request).await;
+        assert!(line.rest().await.starts_with("HTTP/1.1 200 OK"), "{} bytes", request.len());
+    }
+}
+
+#[sqlx::test]
+async fn who_is_slow_is_let_go(db: PgPool) {
+    let house = House::open(db).await;
+    let began = Instant::now();
+    let took = |within: std::ops::Range<u64>| {
+        let took = began.elapsed();
+        assert!((within.start..within.end).contains(&took.as_secs()), "{took:?}");
+    };
+    let headers = async {
+        let mut line = Line::open(&house).await;
+        line.send("GET /healthz HTTP/1.1\r\nhost: x\r\nx-").await;
+        assert_eq!(line.rest().await, "", "nothing was asked");
+        took(10..14);
+    };
+    let body = async {
+        let mut line = Line::open(&house).await;
+        line.send(house.head("POST /v1/users", "content-type: application/json\r\ncontent-length: 40\r\n")).await;
+        line.send("{\"profile\":").await;
+        assert_eq!(refusal(&line.rest().await), (408, "body_timeout".to_owned()));
+        took(15..19);
+    };
+    let answers = async {
+        let mut line = Line::open(&house).await;
+        // Far more than the kernel buffers, asked for by who reads one byte in a while.
+        let asked = "GET /openapi.yaml HTTP/1.1\r\nhost: x\r\n\r\n".repeat(300);
+        line.send(asked).await;
+        eventually("the service to lose patience", async || {
+            let _ = timeout(Duration::from_millis(100), line.0.read_u8()).await;
+            match house.metric("tidings_connections_ended_total{reason=\"write_deadline\"}").await {
+                1.0 => Ok(()),
+                ended => Err(ended),
+            }
+        })
+        .await;
+        took(30..34);
+    };
+    join3(headers, body, answers).await;
+    assert_eq!(house.metric("tidings_connections_ended_total{reason=\"header_deadline\"}").await, 1.0);
+    assert_eq!(house.metric("tidings_requests_under_way").await, 0.0);
+}
+
+#[sqlx::test]
+async fn connections_that_only_wait_keep_nobody_out(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_MAX_CONNECTIONS", "20")]).await;
+    let ana = house.user(json!({})).await;
+    let mut held = vec![];
+    for n in 0..200 {
+        let mut line = Line::open(&house).await;
+        match n % 3 {
+            0 => {}
+            1 => line.send("GET /healthz HTTP/1.1\r\nx").await,
+            _ => {
+                line.send(house.head("POST /v1/users", "content-type: application/json\r\ncontent-length: 40\r\n"))
+                    .await;
+                line.send("{").await;
+            }
+        }
+        held.push(line);
+    }
+    // On a new connection each time. At first the others may be too fresh to be cut.
+    eventually("an answer", async || {
+        let read = http_with(key()).get(format!("{}/v1/users/{ana}", house.service.url));
+        match read.send().await {
+            Ok(answer) if answer.status() == StatusCode::OK => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert!(house.metric("tidings_connections_ended_total{reason=\"room\"}").await >= 1.0);
+    let open = house.metric("tidings_connections").await;
+    assert!((1.0..=21.0).contains(&open), "{open} of {} are open", held.len());
+}
+
+/// A session that holds a user's row, so that who wants to change it is under way until it lets go.
+async fn hold(db: &PgPool, user: &Uuid) -> PgConnection {
+    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    sqlx::query("begin").execute(&mut session).await.unwrap();
+    sqlx::query("select from users where id = $1 for update").bind(user).execute(&mut session).await.unwrap();
+    session
+}
+
+async fn under_way(house: &House, count: f64) {
+    eventually("requests under way", async || match house.metric("tidings_requests_under_way").await {
+        seen if seen == count => Ok(()),
+        other => Err(other),
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn a_request_at_work_is_never_cut_for_another(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_MAX_CONNECTIONS", "3")]).await;
+    let ana = house.user(json!({})).await;
+    let holder = hold(&house.db, &ana).await;
+    let amend = |n: i32| house.amend(&ana, json!({ "city": n.to_string() }));
+    let contest = async {
+        // One connection is left for these questions, and it is kept.
+        under_way(&house, 2.0).await;
+        let mut at_work = Line::open(&house).await;
+        let refused = eventually("a refusal", async || {
+            let mut line = Line::open(&house).await;
+            line.send("GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await;
+            let mut first = [0; 12];
+            match line.0.read_exact(&mut first).await {
+                Ok(_) if first == *b"HTTP/1.1 503" => Ok(format!("HTTP/1.1 503{}", line.rest().await)),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+        assert_eq!(refusal(&refused), (503, "overloaded".to_owned()));
+        let _ = timeout(Duration::from_millis(1), at_work.0.read_u8()).await;
+        holder.close().await.unwrap();
+    };
+    let (first, second, ()) = join3(amend(1), amend(2), contest).await;
+    assert_eq!((first.status, second.status), (StatusCode::OK, StatusCode::OK));
+    assert!(house.metric("tidings_connections_ended_total{reason=\"full\"}").await >= 1.0);
+}
+
+#[sqlx::test]
+async fn more_requests_than_places_are_turned_away_at_once(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_MAX_REQUESTS", "2")]).await;
+    let ana = house.user(json!({})).await;
+    let holder = hold(&house.db, &ana).await;
+    // Who is slow to send its body takes nobody's place.
+    let mut slow = vec![];
+    for _ in 0..10 {
+        let mut line = Line::open(&house).await;
+        line.send(house.head("POST /v1/users", "content-type: application/json\r\ncontent-length: 14\r\n")).await;
+        slow.push(line);
+    }
+    under_way(&house, 0.0).await;
+    let contest = async {
+        under_way(&house, 2.0).await;
+        let refused = house.get(&ana).await;
+        assert_eq!(refused.refusal(503), "overloaded");
+        assert_eq!(refused.headers["retry-after"], "1");
+        let answers = join_all(["/healthz", "/readyz", "/metrics"].map(|path| house.page(path))).await;
+        assert!(answers.iter().all(|answer| answer.status == StatusCode::OK), "{answers:?}");
+        slow[0].send("{\"profile\":{}}").await;
+        let mut came_too_late = vec![0; 12];
+        slow[0].0.read_exact(&mut came_too_late).await.unwrap();
+        assert_eq!(came_too_late, b"HTTP/1.1 503");
+        holder.close().await.unwrap();
+    };
+    let amend = |n: i32| house.amend(&ana, json!({ "city": n.to_string() }));
+    let (first, second, ()) = join3(amend(1), amend(2), contest).await;
+    assert_eq!((first.status, second.status), (StatusCode::OK, StatusCode::OK));
+    assert_eq!(house.metric("tidings_requests_shed_total").await, 2.0);
+    under_way(&house, 0.0).await;
+    Answer::to(house.request(Method::GET, &format!("/v1/users/{ana}"))).await.ok();
+}
+
+/// Another client, and its key.
+async fn client(house: &House, name: &str, rate: Option<&str>) -> String {
+    let rate = rate.map(|rate| rate.parse().unwrap());
+    let client = NewClient { rate, ..NewClient::named(name, [Scope::ReadUsers]).unwrap() };
+    assert!(clients::create(&house.db, &client).await.unwrap());
+    let (key, text) = Key::generate().unwrap();
+    assert!(clients::issue(&house.db, name, &key, None).await.unwrap());
+    text.expose_secret().to_owned()
+}
+
+/// What `RateLimit` says is left, and for how many seconds.
+#[track_caller]
+fn standing(answer: &Answer) -> (u32, u64) {
+    let field = answer.headers["ratelimit"].to_str().unwrap();
+    let (left, seconds) = field.strip_prefix("\"client\";r=").unwrap().split_once(";t=").unwrap();
+    (left.parse().unwrap(), seconds.parse().unwrap())
+}
+
+#[sqlx::test]
+async fn a_client_that_asks_too_often_waits_and_the_others_do_not(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_RATE_LIMIT", "1/20")]).await;
+    // A request that costs its token, and nothing else that could be slow.
+    let url = format!("{}/v1/users/7", house.service.url);
+    let (hasty, calm) = (client(&house, "hasty", None).await, client(&house, "calm", Some("500/500")).await);
+    let (hasty, calm) = (http_with(&hasty), http_with(&calm));
+    let first = Answer::to(hasty.get(&url)).await;
+    assert_eq!(first.refusal(400), "invalid_user_id");
+    assert_eq!(first.headers["ratelimit-policy"], "\"client\";q=20;w=20");
+    assert_eq!(standing(&first).0, 19);
+    let began = Instant::now();
+    let answers = join_all((0..60).map(|_| Answer::to(hasty.get(&url)))).await;
+    let (served, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status == 400);
+    let came_in = began.elapsed().as_secs() as usize + 1;
+    assert!((19..=19 + came_in).contains(&served.len()), "{} served", served.len());
+    for answer in &refused {
+        assert_eq!(answer.refusal(429), "rate_limited");
+        assert_eq!(answer.headers["retry-after"].to_str().unwrap(), standing(answer).1.to_string(), "{answer:?}");
+        assert_eq!(standing(answer), (0, 1), "{answer:?}");
+    }
+    for _ in 0..30 {
+        let answer = Answer::to(calm.get(&url)).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert_eq!(answer.headers["ratelimit-policy"], "\"client\";q=500;w=1");
+    }
+    let counted = house.metric("tidings_requests_rate_limited_total{of=\"client\"}").await;
+    assert_eq!(counted, refused.len() as f64);
+    // Who waits as long as it is told is served again.
+    eventually("to be served again", async || {
+        let answer = Answer::to(hasty.get(&url)).await;
+        if answer.status == 400 { Ok(()) } else { Err(answer) }
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn a_long_answer_costs_more(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_RATE_LIMIT", "1/100")]).await;
+    for n in 0..10 {
+        house.user(json!({ "social": { "note": "x".repeat(50_000) }, "nickname": n.to_string() })).await;
+    }
+    let before = standing(&house.page("/v1/users?limit=1").await.ok()).0;
+    let after = standing(&house.page("/v1/users").await.ok()).0;
+    // Half a megabyte: the request, and seven more for the answer; a token or two have come in meanwhile.
+    assert!((6..=8).contains(&(before - after)), "{before} and then {after}");
+}
+
+#[sqlx::test]
+async fn off_is_off(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_RATE_LIMIT", "off")]).await;
+    let answer = house.page("/v1/users").await.ok();
+    assert!(!answer.headers.contains_key("ratelimit") && !answer.headers.contains_key("ratelimit-policy"));
+}
+
+#[sqlx::test]
+async fn who_guesses_keys_is_held_back_and_nobody_else(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_TRUSTED_PROXIES", "127.0.0.0/8")]).await;
+    let url = format!("{}/v1/users", house.service.url);
+    let wrong = http_with(&format!("tdg_{}_{}", "0a".repeat(8), "1b".repeat(32)));
+    let guess = |from: &str, origin: &str| {
+        // What stands before the proxy's own word is the client's invention.
+        Answer::to(wrong.get(&url).header("x-forwarded-for", format!("{origin}, {from}")))
+    };
+    let guesses = (0..400).map(|n| guess("192.0.2.7", &format!("198.51.100.{}", n % 250)));
+    let answers = join_all(guesses).await;
+    let held_back = answers.iter().filter(|answer| answer.status == 429).count();
+    assert!(held_back > 0, "of 400 none was held back");
+    for answer in &answers {
+        match answer.status.as_u16() {
+            401 => assert_eq!(answer.refusal(401), "unauthenticated"),
+            429 => assert_eq!(answer.refusal(429), "rate_limited"),
+            // A machine that has a lot to do, and a look at the database that took too long.
+            503 => assert_eq!(answer.refusal(503), "database_unavailable"),
+            other => panic!("{other}: {answer:?}"),
+        }
+        assert_eq!(answer.headers.contains_key("retry-after"), answer.status != 401);
+    }
+    eventually("an answer elsewhere", async || match guess("192.0.2.8", "192.0.2.7").await {
+        answer if answer.status == 503 => Err(answer),
+        answer => {
+            assert_eq!(answer.refusal(401), "unauthenticated");
+            Ok(())
+        }
+    })
+    .await;
+    eventually("an answer for who has a key", async || {
+        let known = http_with(key()).get(&url).header("x-forwarded-for", "192.0.2.7");
+        match Answer::to(known).await {
+            answer if answer.status == 503 => Err(answer),
+            answer => {
+                answer.ok();
+                Ok(())
+            }
+        }
+    })
+    .await;
+    let counted = house.metric("tidings_requests_rate_limited_total{of=\"address\"}").await;
+    assert_eq!(counted, held_back as f64);
+}
+
+/// Nobody's word is taken without being configured, and a body is not waited for before it is known whose it is.
+#[sqlx::test]
+async fn who_has_no_key_gets_nowhere(db: PgPool) {
+    let house = House::open(db).await;
+    let mut line = Line::open(&house).await;
+    line.send("POST /v1/users HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 40\r\n\r\n{")
+        .await;
+    let began = Instant::now();
+    assert_eq!(refusal(&line.rest().await), (401, "unauthenticated".to_owned()));
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let url = format!("{}/v1/users", house.service.url);
+    let wrong = http_with(&format!("tdg_{}_{}", "0a".repeat(8), "1b".repeat(32)));
+    let guesses =
+        (0..400).map(|n| Answer::to(wrong.get(&url).header("x-forwarded-for", format!("198.51.100.{}", n % 250))));
+    let held_back = join_all(guesses).await.iter().filter(|answer| answer.status == 429).count();
+    assert!(held_back > 0, "of 400 none was held back");
+}

@@ -1,0 +1,309 @@
+//! Rights: the service under test has the roles and users of deploy/, and no others; and these hold what they promise.
+
+use std::{collections::HashSet, path::Path, sync::LazyLock};
+
+use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use reqwest::Client;
+use serde_json::json;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use tokio::{
+    process::Command,
+    sync::{Mutex, OnceCell},
+};
+use uuid::Uuid;
+
+use crate::{
+    house::{House, Service, connect, database_url, env, tidings},
+    load,
+};
+
+const ROLES: &str = include_str!("../../deploy/postgres-roles.sql");
+const GRANTS: &str = include_str!("../../deploy/postgres-grants.sql");
+/// The roles of tests stand beside those of a deployment that may be on the same server.
+const OURS: &str = "tidings_test_";
+/// Of the roles and users of tests, which a server may want.
+const PASSWORD: &str = "of-the-tests";
+/// Every test has an exchange of such a name.
+const EXCHANGES: &str = "test\\.[0-9a-f]{32}";
+/// Of the lock under which roles are made: two at a time would be in each other's way. "roles" in ASCII.
+const MAKING_ROLES: i64 = 0x72_6f_6c_65_73;
+
+/// Gives the roles what they need in a test's database.
+pub async fn grant(db: &PgPool) {
+    make_roles(db).await;
+    // The tests' own user has migrated; in a deployment the owner does.
+    let hand_over = "
+        do $$
+        declare name text;
+        begin
+          for name in select tablename from pg_tables where schemaname = 'public' and tableowner <> 'tidings_owner' loop
+            execute format('alter table public.%I owner to tidings_owner', name);
+          end loop;
+        end
+        $$;
+    ";
+    sqlx::raw_sql(ours(&format!("{hand_over}{GRANTS}"))).execute(db).await.unwrap();
+}
+
+fn ours(sql: &str) -> AssertSqlSafe<String> {
+    AssertSqlSafe(sql.replace("tidings_", OURS))
+}
+
+/// Once for each server.
+async fn make_roles(db: &PgPool) {
+    static MADE: LazyLock<Mutex<HashSet<(String, u16)>>> = LazyLock::new(Mutex::default);
+    let options = db.connect_options();
+    let mut made = MADE.lock().await;
+    let server = (options.get_host().to_owned(), options.get_port());
+    if made.contains(&server) {
+        return;
+    }
+    // Such a lock holds within one database, so all meet in the same.
+    let mut session = PgConnection::connect_with(&(*options).clone().database("postgres")).await.unwrap();
+    sqlx::query("select pg_advisory_lock($1)").bind(MAKING_ROLES).execute(&mut session).await.unwrap();
+    let roles = sqlx::raw_sql(ours(ROLES)).execute(&mut session).await;
+    roles.expect("DATABASE_URL is that of a superuser: the tests make roles");
+    for role in ["owner", "api", "relay", "serve"] {
+        let password = format!("alter role {OURS}{role} password '{PASSWORD}'");
+        sqlx::raw_sql(AssertSqlSafe(password)).execute(&mut session).await.unwrap();
+    }
+    session.close().await.unwrap();
+    made.insert(server);
+}
+
+/// A URL with this user in place of its own.
+fn as_user(url: &str, user: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap();
+    let server = rest.rsplit_once('@').map_or(rest, |(_, server)| server);
+    format!("{scheme}://{user}:{PASSWORD}@{server}")
+}
+
+/// The database's URL as the role of `tidings serve`.
+pub fn as_serve(url: &str) -> String {
+    as_user(url, &format!("{OURS}serve"))
+}
+
+/// The role of this command, where the URL is that of one of ours.
+pub fn as_command(url: &str, command: &[&str]) -> String {
+    let role = match command {
+        ["migrate" | "client", ..] => "owner",
+        ["relay", ..] => "relay",
+        ["subscription", ..] => "api",
+        ["serve", rest @ ..] if rest.contains(&"--no-relay") => "api",
+        _ => "serve",
+    };
+    url.replace(&format!("{OURS}serve:"), &format!("{OURS}{role}:"))
+}
+
+/// The settings of a service at this broker: who publishes, and who does all else.
+pub fn at_broker(amqp_url: &str) -> [(&'static str, String); 2] {
+    [
+        ("AMQP_URL", as_user(amqp_url, "tidings-test-relay")),
+        ("AMQP_REGISTRY_URL", as_user(amqp_url, "tidings-test-registry")),
+    ]
+}
+
+/// Makes the two users at the broker of all tests, once.
+pub async fn make_users() {
+    static MADE: OnceCell<()> = OnceCell::const_new();
+    let make = async || {
+        let api = env("TIDINGS_RABBITMQ_MANAGEMENT_URL");
+        let http = Client::new();
+        for role in ["relay", "registry"] {
+            let given = rights(role).await;
+            let [configure, write, read] = given.lines().collect::<Vec<_>>().try_into().unwrap();
+            let user = json!({ "password": PASSWORD, "tags": "" });
+            let permissions = json!({ "configure": configure, "write": write, "read": read });
+            for (path, body) in [
+                (format!("users/tidings-test-{role}"), user),
+                (format!("permissions/%2f/tidings-test-{role}"), permissions),
+            ] {
+                http.put(format!("{api}/api/{path}")).json(&body).send().await.unwrap().error_for_status().unwrap();
+            }
+        }
+    };
+    MADE.get_or_init(make).await;
+}
+
+/// Makes them at a broker of ours, by the commands of a deployment.
+pub async fn make_users_at(name: &str) {
+    static MADE: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
+    let mut made = MADE.lock().await;
+    if made.contains(name) {
+        return;
+    }
+    for role in ["relay", "registry"] {
+        user_of(name, &[role, &format!("tidings-test-{role}")]).await;
+    }
+    made.insert(name.to_owned());
+}
+
+/// Makes one user there.
+async fn user_of(broker: &str, arguments: &[&str]) {
+    let ctl = format!("{} broker ctl {broker}", Path::new(env!("CARGO_MANIFEST_DIR")).join("dev").display());
+    let mut command = script();
+    command.args(arguments).env("RABBITMQCTL", ctl).stdin(std::process::Stdio::piped());
+    let mut making = command.spawn().unwrap();
+    let mut password = making.stdin.take().unwrap();
+    // One that is there already keeps its password, and does not read.
+    drop(tokio::io::AsyncWriteExt::write_all(&mut password, format!("{PASSWORD}\n").as_bytes()).await);
+    drop(password);
+    assert!(making.wait().await.unwrap().success());
+}
+
+async fn rights(role: &str) -> String {
+    let printed = script().args(["rights", role]).output().await.unwrap();
+    String::from_utf8(printed.stdout).unwrap()
+}
+
+fn script() -> Command {
+    let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/rabbitmq-users.sh"));
+    script.env("EXCHANGE_PATTERN", EXCHANGES);
+    script
+}
+
+#[sqlx::test]
+async fn every_table_has_its_line(db: PgPool) {
+    let tables: Vec<String> = sqlx::query_scalar("select tablename::text from pg_tables where schemaname = 'public'")
+        .fetch_all(&db)
+        .await
+        .unwrap();
+    assert!(tables.len() >= 9, "{tables:?}");
+    for table in tables.iter().filter(|table| *table != "_sqlx_migrations") {
+        assert!(GRANTS.contains(&format!(" on {table} to ")), "deploy/postgres-grants.sql has no line for {table}");
+    }
+}
+
+#[sqlx::test]
+async fn no_role_may_more_than_it_needs(db: PgPool) {
+    grant(&db).await;
+    let refused = [
+        ("relay", "select profile from users"),
+        ("relay", "select * from users"),
+        ("relay", "update users set version = 1"),
+        ("relay", "insert into outbox (message_id) values (gen_random_uuid())"),
+        ("relay", "select * from client_keys"),
+        ("relay", "select * from clients"),
+        ("relay", "select * from changes"),
+        ("api", "delete from users"),
+        ("api", "delete from outbox"),
+        ("api", "update outbox set version = 1"),
+        ("api", "insert into client_keys (id) values ('x')"),
+        ("api", "update client_keys set sha256 = ''"),
+        ("api", "update clients set scopes = '{admin}'"),
+        ("api", "insert into dead_letters (subscription) values ('x')"),
+        ("serve", "insert into client_keys (id) values ('x')"),
+        ("serve", "delete from users"),
+        ("serve", "create table mine (x int)"),
+        ("api", "create temporary table users (x int)"),
+        ("serve", "select * from _sqlx_migrations"),
+        ("owner", "create role more"),
+    ];
+    for (role, sql) in refused {
+        let mut session = session(&db, role).await;
+        let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut session).await.unwrap_err();
+        let code = error.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+        assert_eq!(code, "42501", "{role}: {sql}: {error}");
+    }
+    for (role, sql) in [("relay", "select id, version from users"), ("api", "select profile from users")] {
+        let mut session = session(&db, role).await;
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut session).await.unwrap();
+    }
+}
+
+async fn session(db: &PgPool, role: &str) -> PgConnection {
+    PgConnection::connect(&as_user(&database_url(db), &format!("{OURS}{role}"))).await.unwrap()
+}
+
+/// From an empty database to a served one, as docs/deploy.md has it: nothing is done by a superuser but roles and grants.
+#[sqlx::test(migrations = false)]
+async fn the_owner_migrates_and_the_others_serve(db: PgPool) {
+    grant(&db).await;
+    let url = ("DATABASE_URL".to_owned(), as_serve(&database_url(&db)));
+    let migrated = tidings(&["migrate"], std::slice::from_ref(&url)).output().await.unwrap();
+    assert!(migrated.status.success(), "{migrated:?}");
+    let refused = tidings(&["serve"], &[url, ("AMQP_URL".to_owned(), env("AMQP_URL"))]).output().await.unwrap();
+    assert!(!refused.status.success(), "{refused:?}");
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn the_relay_alone_tells_as_its_own_role(db: PgPool) {
+    let mut house = House::open(db).await;
+    house.service.kill().await;
+    let api = house.another(&["serve", "--no-relay"]).await;
+    let relay = house.another(&["relay"]).await;
+    house.service = api;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+    let roles: Vec<String> = sqlx::query_scalar(
+        "select distinct usename::text from pg_stat_activity where datname = current_database() and application_name like 'tidings%' order by 1",
+    )
+    .fetch_all(&house.db)
+    .await
+    .unwrap();
+    assert_eq!(roles, [format!("{OURS}api"), format!("{OURS}relay")]);
+    for service in [&house.service, &relay] {
+        assert!(!service.log().contains("the database has"), "the roles keep values out of the log: {}", service.log());
+    }
+}
+
+#[sqlx::test]
+async fn a_server_that_would_log_values_is_told_of_at_start(db: PgPool) {
+    let options = "?options=-c%20log_statement%3Dall%20-c%20log_parameter_max_length_on_error%3D-1";
+    let settings = [
+        ("DATABASE_URL", format!("{}{options}", database_url(&db))),
+        ("AMQP_URL", env("AMQP_URL")),
+        ("TIDINGS_LISTEN", "127.0.0.1:0".to_owned()),
+    ];
+    let service = Service::start(&["serve"], &settings.map(|(name, value)| (name.to_owned(), value))).await;
+    let log = service.log();
+    for line in ["the database has log_statement = all", "the database has log_parameter_max_length_on_error = -1"] {
+        assert_eq!(log.lines().filter(|told| told.contains(line)).count(), 1, "{log}");
+    }
+}
+
+#[sqlx::test]
+async fn names_mean_our_tables_whatever_the_url_says(db: PgPool) {
+    let elsewhere = format!("{}?options=-csearch_path%3Delsewhere", as_serve(&database_url(&db)));
+    let house = House::with(db, &[("DATABASE_URL", &elsewhere)]).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn the_relays_user_can_publish_to_the_exchange_and_nothing_else(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let [(_, relay), (_, registry)] = at_broker(&env("AMQP_URL"));
+    assert!(publishes(&relay, &house.exchange).await);
+    assert!(!publishes(&relay, "").await, "past the exchange, to a queue");
+    assert!(!publishes(&registry, &house.exchange).await, "as if it were news");
+    let channel = connect(&relay).await.unwrap().create_channel().await.unwrap();
+    assert!(channel.basic_get(house.audit.queue.as_str().into(), BasicGetOptions::default()).await.is_err());
+    let channel = connect(&relay).await.unwrap().create_channel().await.unwrap();
+    let queue = format!("{}.mine", house.exchange);
+    assert!(
+        channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::default(), Default::default()).await.is_err()
+    );
+}
+
+async fn publishes(url: &str, exchange: &str) -> bool {
+    let connection = connect(url).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+    // To nobody: a mark that no listener is bound for is no news.
+    let sent = channel.basic_publish(
+        exchange.into(),
+        Uuid::new_v4().to_string().as_str().into(),
+        BasicPublishOptions::default(),
+        b"",
+        lapin::BasicProperties::default().with_type("mark".into()),
+    );
+    match sent.await {
+        Ok(confirm) => confirm.await.is_ok_and(|confirmation| confirmation.is_ack()),
+        Err(_) => false,
+    }
+}
