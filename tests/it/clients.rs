@@ -257,7 +257,9 @@ async fn a_client_with_a_field_list_sees_only_these_fields(db: PgPool) {
     assert_eq!(crm.get("/v1/users").await.ok().body["users"][0]["profile"], seen);
     let batch = crm.post("/v1/users:batchGet", json!({ "ids": [ana] })).await.ok();
     assert_eq!(batch.body["results"][0]["user"]["profile"], seen);
+    house.feed_is_clear().await;
     let changes = crm.get("/v1/changes").await.ok();
+    assert_eq!(changes.body["changes"][0]["user_id"], json!(ana));
     assert!(!changes.body.to_string().contains("first_name"), "{changes:?}");
 
     let amended = crm.patch(&ana, json!({ "job_title": "Editor" })).await.ok();

@@ -264,6 +264,20 @@ impl House {
         self.audit.catch_up().await;
     }
 
+    /// Waits until the feed shows everything that is committed by now. A transaction that is open anywhere in the cluster, in the
+    /// database of another test, say, holds it back.
+    pub async fn feed_is_clear(&self) {
+        let now: String = sqlx::query_scalar("select pg_current_xact_id()::text").fetch_one(&self.db).await.unwrap();
+        let oldest = "select pg_snapshot_xmin(pg_current_snapshot())::text,
+                             pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8";
+        eventually("every transaction of before to end", async || {
+            let (oldest, is_later): (String, bool) =
+                sqlx::query_as(oldest).bind(&now).fetch_one(&self.db).await.unwrap();
+            if is_later { Ok(()) } else { Err(oldest) }
+        })
+        .await;
+    }
+
     /// What the listener heard of a user once all is settled, such as `profile.updated[job_title,company]`.
     pub async fn told(&self, user: &Uuid) -> Vec<String> {
         self.settle().await;
