@@ -97,7 +97,8 @@ impl Publisher {
         Parcel { id: entry.id, message_id: entry.notice.message_id, journey: Box::pin(journey), end: End::Open }
     }
 
-    /// The verdicts on the oldest batch, once all its messages have one. Never returns while nothing is under way. Cancel safe.
+    /// The verdicts on the oldest batch, once all its messages have one, and on those behind it that have them too. Never returns
+    /// while nothing is under way. Cancel safe.
     ///
     /// # Errors
     /// When the channel or connection is lost; [`Publisher::salvage`] then has the verdicts that came in before.
@@ -106,16 +107,19 @@ impl Publisher {
         for parcel in batch {
             parcel.arrival(&mut self.returned).await?;
         }
-        Ok(self.decide_oldest())
+        Ok(self.decide())
     }
 
     /// lapin hands a returned message to whichever confirm resolves next, which may belong to a later batch. The broker returns a
     /// message before it confirms it, and returns arrive in the order of publishing: so once every confirm up to here has resolved,
     /// every return up to here has been handed to some confirm that has resolved too. A look at all of them finds it.
-    fn decide_oldest(&mut self) -> Vec<Verdict> {
+    ///
+    /// The same look, which goes from the oldest to the youngest, is good for every batch up to the first that it finds incomplete:
+    /// what resolved behind its back would be part of that one or of a later one.
+    fn decide(&mut self) -> Vec<Verdict> {
         self.look_at_all();
-        let batch = self.window.pop_front().unwrap_or_default();
-        batch.iter().filter_map(|parcel| parcel.verdict(&mut self.returned)).collect()
+        let complete = self.window.iter().take_while(|batch| batch.iter().all(Parcel::is_heard)).count();
+        self.window.drain(..complete).flatten().filter_map(|parcel| parcel.verdict(&mut self.returned)).collect()
     }
 
     fn look_at_all(&mut self) {
@@ -183,6 +187,10 @@ impl Parcel {
             End::Lost(error) => Err(error.clone()),
             End::Open | End::Heard { .. } => Ok(()),
         }
+    }
+
+    fn is_heard(&self) -> bool {
+        matches!(self.end, End::Heard { .. })
     }
 
     /// Takes the confirm if it is there.

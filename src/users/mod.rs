@@ -19,7 +19,7 @@ pub use change::{Change, Changed, Naming, Plan, Refusal, Step, Verb};
 pub use http::{SeenGone, routes};
 pub use model::{ExternalId, Record, Tombstone, User, UserId, Version};
 pub use repeat::purge;
-pub use store::{BY_KEY, FIND, KEEP, LIST, PURGE, READ, RECALL, REMEMBER};
+pub use store::{BY_KEY, FIND, KEEP, KEEP_CLAIMS, LIST, PURGE, READ, RECALL, REMEMBER};
 
 use std::sync::Arc;
 
@@ -185,18 +185,20 @@ impl Users {
 
     /// `None` when a claim turns out to have been made at the same moment.
     async fn make(&self, change: &Arc<Change>) -> Result<Option<Result<Changed, Refusal>>, Error> {
+        let mut on_its_way = None;
+        let mut before = None;
         // A new user under an id of ours meets nobody: no need to look.
-        let mut before = match change.verb {
-            Verb::Create(_) => None,
-            _ => self.get(change.id).await?,
-        };
+        if !matches!(change.verb, Verb::Create(_)) {
+            on_its_way = Some(self.0.writer.announce());
+            before = self.get(change.id).await?;
+        }
         loop {
             let step = match change.plan(before.as_ref(), &self.0.schema) {
                 Ok(Plan::Nothing(record)) => return Ok(Some(Ok(Changed::nothing(record)))),
                 Ok(Plan::Write(step)) => step,
                 Err(refusal) => return Ok(Some(Err(refusal))),
             };
-            match self.0.writer.write(Arc::clone(change), step).await? {
+            match self.0.writer.write(Arc::clone(change), step, on_its_way.take()).await? {
                 Answer::Done(changed) => return Ok(Some(Ok(changed))),
                 Answer::Refused(refusal) => return Ok(Some(Err(refusal))),
                 Answer::Moved(now) => before = now,

@@ -12,29 +12,25 @@ use super::{
 };
 use crate::profile::Profile;
 
-/// Keeps and tells in one breath: the users of a batch and the events of all their changes, in one statement.
+/// The statement that keeps and tells in one breath: the users of a batch and the events of all their changes.
 ///
-/// This is the only statement that writes `users`, and the only one that adds to `outbox` and `changes`. A user is written if the
-/// version that its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced.
-/// Each user stands once in the batch, in order of id, so that two instances lock the same rows in the same order.
+/// It is the only one that writes `users`, and the only one that adds to `outbox` and `changes`. A user is written if the version that
+/// its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced. Each user stands
+/// once in the batch, in order of id, so that two instances lock the same rows in the same order.
 ///
-/// Whoever claims an external id that somebody has is not written. Of two who claim the same at once the index fails the batch.
-pub const KEEP: &str = "
+/// Nothing in it leaves the planner a choice between reading by key and reading an index whole, which it would make by statistics
+/// that a young table does not have: a set is looked into by a hashed `in (..) is true`, not joined, and no condition invites a
+/// partial index.
+macro_rules! keep {
+    (change: $change:literal, also: $also:literal, is_taken: $is_taken:literal) => {
+        concat!(
+            "
 with asked as (
   select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[])
     as asked (user_id, seen, version, profile, external_id)
-),
--- Of those who get an external id that they did not have: who gets one that is taken.
-taken as (
-  select user_id
-    from unnest($12::uuid[], $13::text[]) as claim (user_id, external_id)
-   -- Not a join, for which the planner may read the whole index.
-   where user_id <> (select id from users where users.external_id = claim.external_id)
-),
-change as (
-  select * from asked
-   where user_id not in (select user_id from taken)
-),
+),",
+            $change,
+            "
 created as (
   insert into users (id, version, profile, external_id, created_at, updated_at, deleted_at)
   select user_id, version, profile::json, external_id,
@@ -60,8 +56,8 @@ changed as (
     -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
     join users before on before.id = change.user_id
    where users.id = change.user_id
+     -- And lives, as it did when it was seen.
      and users.version = change.seen
-     and users.deleted_at is null
   returning users.id, before.changed_xid as replaced_xid
 ),
 kept as (
@@ -84,38 +80,71 @@ told as (
   select message_id, event, user_id, version, changed_fields::jsonb, traceparent
     from unnest($6::uuid[], $7::text[], $8::uuid[], $9::bigint[], $10::text[], $11::text[])
       with ordinality as event (message_id, event, user_id, version, changed_fields, traceparent, place)
-   where user_id in (select id from kept)
+   where (user_id in (select id from kept)) is true
    order by place
+)",
+            $also,
+            "
+-- For a user that was not kept: the state that is in the way.
+select asked.user_id, asked.user_id in (select id from kept) as is_kept,
+       ",
+            $is_taken,
+            " as is_taken, now() as at,
+       users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
+  from asked
+  -- A null key finds nothing and costs nothing.
+  left join users on users.id = case when not (asked.user_id in (select id from kept)) then asked.user_id end
+"
+        )
+    };
+}
+
+/// Keeps and tells a batch in which nobody [claims](KEEP_CLAIMS) anything or is deleted, which is nearly every one.
+pub const KEEP: &str = keep!(
+    change: "
+change as (
+  select * from asked
+),",
+    also: "",
+    is_taken: "false"
+);
+
+/// Keeps and tells a batch in which somebody gets an external id, is deleted, or brings an idempotency key.
+///
+/// Whoever claims an external id that somebody has is not written. Of two who claim the same at once the index fails the batch.
+pub const KEEP_CLAIMS: &str = keep!(
+    change: "
+-- Of those who get an external id that they did not have: who gets one that is taken.
+taken as (
+  select user_id
+    from unnest($12::uuid[], $13::text[]) as claim (user_id, external_id)
+   where user_id <> (select id from users where users.external_id = claim.external_id)
 ),
+change as (
+  select * from asked
+   where user_id not in (select user_id from taken)
+),",
+    also: ",
 -- Requests that may come again. One that did, on another instance, fails the batch by its key.
 remembered as (
   insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
-  select claim.key, claim.salt, case when change.profile is not null then claim.fingerprint end,
-         claim.outcome, claim.user_id, claim.version
+  select key, salt, fingerprint, outcome, user_id, version
     from unnest($14::bytea[], $15::bytea[], $16::bytea[], $17::text[], $18::uuid[], $19::bigint[])
       as claim (key, salt, fingerprint, outcome, user_id, version)
-    join change on change.user_id = claim.user_id
-   where claim.user_id in (select id from kept)
+   where (user_id in (select id from kept)) is true
 ),
 -- Of a deleted user not even a hash of what was written stays.
 forgotten as (
   update idempotency_keys
      set fingerprint = null
-    from change
-   where change.profile is null
-     and change.user_id in (select id from kept)
-     and idempotency_keys.user_id = change.user_id
-     and idempotency_keys.fingerprint is not null
-)
--- For a user that was not kept: the state that is in the way.
-select asked.user_id, kept.id is not null as is_kept,
-       asked.user_id in (select user_id from taken) as is_taken, now() as at,
-       users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
-  from asked
-  left join kept on kept.id = asked.user_id
-  -- A null key finds nothing and costs nothing.
-  left join users on users.id = case when kept.id is null then asked.user_id end
-";
+   where user_id = any (array(select user_id
+                                from change
+                               where profile is null
+                                 and (user_id in (select id from kept)) is true))
+     and fingerprint is not null
+)",
+    is_taken: "asked.user_id in (select user_id from taken)"
+);
 
 /// What a request came to that was decided before.
 pub const RECALL: &str = "
@@ -174,8 +203,12 @@ select id, version, profile, external_id, created_at, updated_at, deleted_at
 
 /// The session settings that suit [`KEEP`] and [`READ`]: both find a handful of rows by key, whatever the statistics say, and
 /// planning them anew would cost more than running them.
-pub const BY_KEY: [(&str, &str); 3] =
-    [("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off"), ("enable_mergejoin", "off")];
+pub const BY_KEY: [(&str, &str); 4] = [
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("enable_mergejoin", "off"),
+    ("enable_hashjoin", "off"),
+];
 
 /// The changes of one user that are to be written together, each planned on the one before. Never empty.
 #[derive(Debug)]
@@ -201,6 +234,15 @@ impl Stack {
 
     fn renames(&self) -> bool {
         self.steps.iter().any(|step| step.renames)
+    }
+
+    fn is_deleted(&self) -> bool {
+        self.top().profile().is_none()
+    }
+
+    /// Whether [`KEEP`] suffices.
+    fn is_plain(&self) -> bool {
+        !self.is_deleted() && self.steps.iter().all(|step| !step.renames && step.claim.is_none())
     }
 
     /// The external id that is new with this stack.
@@ -240,11 +282,8 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
     stacks.sort_unstable_by_key(Stack::id);
     let column = |of: fn(&Stack) -> i64| stacks.iter().map(of).collect::<Vec<_>>();
     let steps: Vec<&Step> = stacks.iter().flat_map(|stack| &stack.steps).collect();
-    let claims: Vec<(Uuid, &str)> =
-        stacks.iter().filter_map(|stack| Some((stack.id().0, stack.claim()?.as_str()))).collect();
-    let claims_of_keys: Vec<(&Claim, &Step)> =
-        steps.iter().filter_map(|step| Some((step.claim.as_ref()?, *step))).collect();
-    let mut rows: Vec<KeptRow> = sqlx::query_as(KEEP)
+    let is_plain = stacks.iter().all(Stack::is_plain);
+    let mut query = sqlx::query_as(if is_plain { KEEP } else { KEEP_CLAIMS })
         .bind(stacks.iter().map(|stack| stack.id().0).collect::<Vec<_>>())
         .bind(column(Stack::seen))
         .bind(column(|stack| stack.top().version()))
@@ -255,18 +294,28 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
         .bind(steps.iter().map(|step| step.after.id().0).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.after.version()).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| names(step)).collect::<Vec<_>>())
-        .bind(steps.iter().map(|step| step.trace.to_string()).collect::<Vec<_>>())
-        .bind(claims.iter().map(|(user, _)| *user).collect::<Vec<_>>())
-        .bind(claims.iter().map(|(_, external_id)| *external_id).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(claim, _)| claim.key.as_slice()).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(claim, _)| claim.salt.as_slice()).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(claim, _)| claim.fingerprint.as_slice()).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(_, step)| Outcome::of(step).as_str()).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(_, step)| step.after.id().0).collect::<Vec<_>>())
-        .bind(claims_of_keys.iter().map(|(_, step)| step.after.version()).collect::<Vec<_>>())
-        // Not fetch_one or fetch_optional anywhere here: they stop at the first row, which comes before the commit.
-        .fetch_all(connection)
-        .await?;
+        .bind(steps.iter().map(|step| step.trace.to_string()).collect::<Vec<_>>());
+    if !is_plain {
+        let named: Vec<(Uuid, &str)> =
+            stacks.iter().filter_map(|stack| Some((stack.id().0, stack.claim()?.as_str()))).collect();
+        let keyed: Vec<(&Claim, &Step, &Stack)> = stacks
+            .iter()
+            .flat_map(|stack| stack.steps.iter().filter_map(move |step| Some((step.claim.as_ref()?, step, stack))))
+            .collect();
+        // Of a deleted user not even a hash of what was written stays.
+        let fingerprint = |claim: &Claim, stack: &Stack| (!stack.is_deleted()).then(|| claim.fingerprint.to_vec());
+        query = query
+            .bind(named.iter().map(|(user, _)| *user).collect::<Vec<_>>())
+            .bind(named.iter().map(|(_, external_id)| (*external_id).to_owned()).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(claim, ..)| claim.key.to_vec()).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(claim, ..)| claim.salt.to_vec()).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(claim, _, stack)| fingerprint(claim, stack)).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(_, step, _)| Outcome::of(step).as_str()).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(_, step, _)| step.after.id().0).collect::<Vec<_>>())
+            .bind(keyed.iter().map(|(_, step, _)| step.after.version()).collect::<Vec<_>>());
+    }
+    // Not fetch_one or fetch_optional anywhere here: they stop at the first row, which comes before the commit.
+    let mut rows: Vec<KeptRow> = query.fetch_all(connection).await?;
     rows.sort_unstable_by_key(|row| row.user_id);
     assert_eq!(rows.len(), stacks.len(), "one answer per user");
     rows.into_iter().map(KeptRow::into_kept).collect()

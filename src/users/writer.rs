@@ -1,11 +1,22 @@
 //! Group commit: one task writes for everybody.
 //!
 //! Promise: each caller hears of his own change; one that fails does not fail its neighbours.
-//! Not here, on purpose: a timer. A batch is what came in while the last one was under way.
+//! A batch is what came in while the last one was under way, and who still reads what his change will be planned on: two batches of
+//! half the size cost more, and what the second one read of a user in the first would be out of date.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    time::timeout,
+};
 
 use super::{
     batch::{Answer, Order, pile_up},
@@ -23,6 +34,8 @@ use crate::{
 const BATCH: usize = 128;
 /// Changes that may wait before new ones are turned away. At 5,000 changes/s it is emptied in a fifth of a second.
 const QUEUE: usize = 1024;
+/// How long a batch waits at most for who is on his way. A read takes a fraction of it; one that does not must hold up nobody.
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// Why a change has no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -41,6 +54,53 @@ pub enum WriteError {
 #[derive(Clone)]
 pub struct Writer {
     queue: mpsc::Sender<Order<Caller>>,
+    coming: Arc<Coming>,
+}
+
+/// Changes that still read what they will be planned on.
+#[derive(Default)]
+struct Coming {
+    count: AtomicUsize,
+    arrival: Notify,
+}
+
+impl Coming {
+    fn is_nobody(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
+    }
+
+    /// Adds them to a batch, while it has room.
+    async fn join<T>(&self, queue: &mut mpsc::Receiver<T>, batch: &mut Vec<T>) {
+        let all_here = async {
+            while !self.is_nobody() && batch.len() + queue.len() < BATCH {
+                self.arrival.notified().await;
+            }
+        };
+        // Who is not here by then comes with the next one.
+        let _ = timeout(PATIENCE, all_here).await;
+        while batch.len() < BATCH
+            && let Ok(order) = queue.try_recv()
+        {
+            batch.push(order);
+        }
+    }
+}
+
+/// A change that is on its way to the writer. To be dropped when it is in the queue, or came to nothing.
+pub struct OnItsWay(Arc<Coming>);
+
+impl OnItsWay {
+    fn new(coming: &Arc<Coming>) -> Self {
+        coming.count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(coming))
+    }
+}
+
+impl Drop for OnItsWay {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::Release);
+        self.0.arrival.notify_one();
+    }
 }
 
 type Caller = oneshot::Sender<Result<Answer, WriteError>>;
@@ -49,13 +109,25 @@ impl Writer {
     /// The handle, and the task's body. The task ends when the last handle is gone and every change it was handed has its answer.
     pub fn new(line: Line, schema: Arc<Schema>, bell: Bell) -> (Self, impl Future<Output = ()>) {
         let (sender, queue) = mpsc::channel(QUEUE);
-        (Self { queue: sender }, Task { line, schema, bell }.run(queue))
+        let coming = Arc::<Coming>::default();
+        (Self { queue: sender, coming: Arc::clone(&coming) }, Task { line, schema, bell, coming }.run(queue))
     }
 
-    /// Writes `step`, which is what `change` makes of the state its caller read.
-    pub async fn write(&self, change: Arc<Change>, step: Step) -> Result<Answer, WriteError> {
+    /// Announces a change: a batch that is about to be written waits for it, within bounds.
+    pub fn announce(&self) -> OnItsWay {
+        OnItsWay::new(&self.coming)
+    }
+
+    /// Writes `step`, which is what `change` makes of the state its caller read, and was announced if it was.
+    pub async fn write(
+        &self,
+        change: Arc<Change>,
+        step: Step,
+        on_its_way: Option<OnItsWay>,
+    ) -> Result<Answer, WriteError> {
         let (answer, heard) = oneshot::channel();
         self.queue.try_send(Order { change, step, caller: answer }).map_err(|_| WriteError::Overloaded)?;
+        drop(on_its_way);
         heard.await.map_err(|_| WriteError::Overloaded)?
     }
 }
@@ -64,12 +136,14 @@ struct Task {
     line: Line,
     schema: Arc<Schema>,
     bell: Bell,
+    coming: Arc<Coming>,
 }
 
 impl Task {
     async fn run(mut self, mut queue: mpsc::Receiver<Order<Caller>>) {
         let mut orders = Vec::with_capacity(BATCH);
         while queue.recv_many(&mut orders, BATCH).await > 0 {
+            self.coming.join(&mut queue, &mut orders).await;
             let (mut stacks, promises) = pile_up(orders.drain(..), &self.schema);
             let outcome = self.keep(&mut stacks).await;
             self.bell.ring();
@@ -144,5 +218,76 @@ fn with_ids(stacks: &[Stack], whole: Result<Vec<Kept>, WriteError>) -> HashMap<U
     match whole {
         Ok(kept) => ids.zip(kept.into_iter().map(Ok)).collect(),
         Err(error) => ids.map(|id| (id, Err(error.clone()))).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{task::yield_now, time::Instant};
+
+    use super::*;
+
+    struct Batch {
+        coming: Arc<Coming>,
+        sender: mpsc::Sender<u8>,
+        batch: tokio::task::JoinHandle<(Vec<u8>, Duration)>,
+    }
+
+    /// A batch of one, which is about to be written, and waits for those whom `announced` gives.
+    async fn batch(announced: usize) -> (Batch, Vec<OnItsWay>) {
+        let (sender, mut queue) = mpsc::channel(QUEUE);
+        let coming = Arc::<Coming>::default();
+        let announced = (0..announced).map(|_| OnItsWay::new(&coming)).collect();
+        let here = Arc::clone(&coming);
+        let batch = tokio::spawn(async move {
+            let (mut batch, began) = (vec![0], Instant::now());
+            here.join(&mut queue, &mut batch).await;
+            (batch, began.elapsed())
+        });
+        yield_now().await;
+        (Batch { coming, sender, batch }, announced)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_goes_without_delay_when_nobody_is_on_his_way() {
+        let (alone, _) = batch(0).await;
+        assert!(alone.batch.is_finished());
+        assert_eq!(alone.batch.await.unwrap(), (vec![0], Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_takes_along_who_is_on_his_way_and_who_sets_out_meanwhile() {
+        let (two, mut announced) = batch(2).await;
+        announced.push(OnItsWay::new(&two.coming));
+        for (place, on_its_way) in announced.into_iter().enumerate() {
+            assert!(!two.batch.is_finished());
+            // The one in the middle comes to nothing.
+            if place != 1 {
+                two.sender.send(place as u8 + 1).await.unwrap();
+            }
+            drop(on_its_way);
+            yield_now().await;
+        }
+        assert_eq!(two.batch.await.unwrap(), (vec![0, 1, 3], Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_never_arrives_holds_a_batch_up_for_a_moment() {
+        let (late, _never) = batch(1).await;
+        late.sender.send(1).await.unwrap();
+        let (batch, waited) = late.batch.await.unwrap();
+        assert_eq!(batch, [0, 1]);
+        assert!(waited >= PATIENCE && waited < 2 * PATIENCE, "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_batch_waits_for_nobody() {
+        let (full, _never) = batch(1).await;
+        for order in 0..=BATCH {
+            full.sender.send(order as u8).await.unwrap();
+        }
+        drop(OnItsWay::new(&full.coming));
+        let (batch, waited) = full.batch.await.unwrap();
+        assert_eq!((batch.len(), waited), (BATCH, Duration::ZERO));
     }
 }

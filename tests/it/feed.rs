@@ -91,14 +91,6 @@ async fn amend_within(transaction: &mut PgConnection, user: Uuid, seen: i64) {
         .bind(vec![seen + 1])
         .bind(vec![r#"["first_name"]"#])
         .bind(vec!["00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"])
-        .bind(Vec::<Uuid>::new())
-        .bind(Vec::<&str>::new())
-        .bind(Vec::<&[u8]>::new())
-        .bind(Vec::<&[u8]>::new())
-        .bind(Vec::<&[u8]>::new())
-        .bind(Vec::<&str>::new())
-        .bind(Vec::<Uuid>::new())
-        .bind(Vec::<i64>::new())
         .fetch_all(transaction)
         .await
         .unwrap();
