@@ -8,10 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::yield_now,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     model::{Record, UserId},
@@ -75,13 +72,6 @@ impl Reader {
 async fn run(mut line: Line, mut queue: mpsc::Receiver<(UserId, oneshot::Sender<Answer>)>) {
     let mut asked = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut asked, BATCH).await > 0 {
-        // Requests that came in together are read together: whoever can ask now does so before this goes on.
-        yield_now().await;
-        while asked.len() < BATCH
-            && let Ok(one) = queue.try_recv()
-        {
-            asked.push(one);
-        }
         let ids: HashSet<UserId> = asked.iter().map(|(id, _)| *id).collect();
         let ids: Vec<UserId> = ids.into_iter().collect();
         let found = read(&mut line, &ids).await;

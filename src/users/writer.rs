@@ -1,8 +1,8 @@
 //! Group commit: one task writes for everybody.
 //!
 //! Promise: each caller hears of his own change; one that fails does not fail its neighbours.
-//! A batch is what came in while the last one was under way, and who still reads what his change will be planned on: two batches of
-//! half the size cost more, and what the second one read of a user in the first would be out of date.
+//! A batch is what came in while the last one was under way. A small one waits for those who still read what their change will be
+//! planned on: two batches of half the size cost more, and what the second one read of a user in the first would be out of date.
 
 use std::{
     collections::HashMap,
@@ -34,7 +34,10 @@ use crate::{
 const BATCH: usize = 128;
 /// Changes that may wait before new ones are turned away. At 5,000 changes/s it is emptied in a fifth of a second.
 const QUEUE: usize = 1024;
-/// How long a batch waits at most for who is on his way. A read takes a fraction of it; one that does not must hold up nobody.
+/// A batch of so many waits for nobody: what it costs apart from its changes is shared by enough, and the time is better used when
+/// the next one comes in while this one is written.
+const ENOUGH: usize = 16;
+/// How long a smaller one waits at most for who is on his way. A read takes a fraction of it; one that does not must hold up nobody.
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// Why a change has no answer.
@@ -69,10 +72,10 @@ impl Coming {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    /// Adds them to a batch, while it has room.
+    /// Adds them to a batch that would be small without them, and whoever stands in the queue while it has room.
     async fn join<T>(&self, queue: &mut mpsc::Receiver<T>, batch: &mut Vec<T>) {
         let all_here = async {
-            while !self.is_nobody() && batch.len() + queue.len() < BATCH {
+            while !self.is_nobody() && batch.len() + queue.len() < ENOUGH {
                 self.arrival.notified().await;
             }
         };
@@ -281,13 +284,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_full_batch_waits_for_nobody() {
-        let (full, _never) = batch(1).await;
-        for order in 0..=BATCH {
-            full.sender.send(order as u8).await.unwrap();
+    async fn a_batch_of_enough_waits_for_nobody_and_none_is_too_large() {
+        for (orders, size) in [(ENOUGH - 1, ENOUGH), (BATCH + 1, BATCH)] {
+            let (large, _never) = batch(1).await;
+            for order in 0..orders {
+                large.sender.send(order as u8).await.unwrap();
+            }
+            drop(OnItsWay::new(&large.coming));
+            let (batch, waited) = large.batch.await.unwrap();
+            assert_eq!((batch.len(), waited), (size, Duration::ZERO));
         }
-        drop(OnItsWay::new(&full.coming));
-        let (batch, waited) = full.batch.await.unwrap();
-        assert_eq!((batch.len(), waited), (BATCH, Duration::ZERO));
     }
 }

@@ -13,8 +13,14 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{House, Service, connect, database_url, env, tidings},
+    house::{House, Service, connect, database_url, env, eventually, tidings},
     load,
+    sdk::{Curse, Listener, notice, subscription},
+};
+use tidings_sdk::{
+    consumer::Consumer,
+    envelope::Event,
+    topology::{self, RETRY_DELAYS, Source},
 };
 
 const ROLES: &str = include_str!("../../deploy/postgres-roles.sql");
@@ -107,22 +113,29 @@ pub fn at_broker(amqp_url: &str) -> [(&'static str, String); 2] {
 pub async fn make_users() {
     static MADE: OnceCell<()> = OnceCell::const_new();
     let make = async || {
-        let api = env("TIDINGS_RABBITMQ_MANAGEMENT_URL");
-        let http = Client::new();
         for role in ["relay", "registry"] {
-            let given = rights(role).await;
-            let [configure, write, read] = given.lines().collect::<Vec<_>>().try_into().unwrap();
-            let user = json!({ "password": PASSWORD, "tags": "" });
-            let permissions = json!({ "configure": configure, "write": write, "read": read });
-            for (path, body) in [
-                (format!("users/tidings-test-{role}"), user),
-                (format!("permissions/%2f/tidings-test-{role}"), permissions),
-            ] {
-                http.put(format!("{api}/api/{path}")).json(&body).send().await.unwrap().error_for_status().unwrap();
-            }
+            make_user(&format!("tidings-test-{role}"), &[role]).await;
         }
     };
     MADE.get_or_init(make).await;
+}
+
+/// Makes a user at the broker of all tests, with these rights, such as `consumer orders`.
+async fn make_user(name: &str, of: &[&str]) {
+    let api = env("TIDINGS_RABBITMQ_MANAGEMENT_URL");
+    let given = rights(of).await;
+    let [configure, write, read] = given.lines().collect::<Vec<_>>().try_into().unwrap();
+    let user = json!({ "password": PASSWORD, "tags": "" });
+    let permissions = json!({ "configure": configure, "write": write, "read": read });
+    for (path, body) in [(format!("users/{name}"), user), (format!("permissions/%2f/{name}"), permissions)] {
+        let put = Client::new().put(format!("{api}/api/{path}")).json(&body);
+        put.send().await.unwrap().error_for_status().unwrap();
+    }
+}
+
+async fn unmake_user(name: &str) {
+    let url = format!("{}/api/users/{name}", env("TIDINGS_RABBITMQ_MANAGEMENT_URL"));
+    Client::new().delete(url).send().await.unwrap().error_for_status().unwrap();
 }
 
 /// Makes them at a broker of ours, by the commands of a deployment.
@@ -151,8 +164,8 @@ async fn user_of(broker: &str, arguments: &[&str]) {
     assert!(making.wait().await.unwrap().success());
 }
 
-async fn rights(role: &str) -> String {
-    let printed = script().args(["rights", role]).output().await.unwrap();
+async fn rights(of: &[&str]) -> String {
+    let printed = script().arg("rights").args(of).output().await.unwrap();
     String::from_utf8(printed.stdout).unwrap()
 }
 
@@ -288,6 +301,61 @@ async fn the_relays_user_can_publish_to_the_exchange_and_nothing_else(db: PgPool
     assert!(
         channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::default(), Default::default()).await.is_err()
     );
+}
+
+/// What an application of `role` does with its subscription: what comes is handled, what fails is tried again or set aside.
+async fn lives_with_its_rights(
+    house: &House,
+    role: &str,
+    set: impl FnOnce(Consumer) -> Consumer,
+) -> (Listener, String) {
+    let name = subscription(house).name;
+    let user = format!("tidings-test-{}", name.as_str());
+    make_user(&user, &[role, name.as_str()]).await;
+    let url = as_user(&env("AMQP_URL"), &user);
+    let listener = Listener::with(house, &url, set).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(listener.called(1).await[0].user, ana);
+    let cursed = Uuid::new_v4();
+    listener.diary.curse(cursed, Curse::Fails);
+    listener.tell(&notice(cursed, 1, Event::Created)).await;
+
+    assert!(!publishes(&url, &house.exchange).await, "as if it were news");
+    assert!(!publishes(&url, "").await, "to another's queue");
+    let channel = connect(&url).await.unwrap().create_channel().await.unwrap();
+    assert!(channel.basic_get(house.audit.queue.as_str().into(), BasicGetOptions::default()).await.is_err());
+    (listener, user)
+}
+
+#[sqlx::test]
+async fn an_application_that_declares_its_queue_needs_no_more_than_its_users_rights(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let (listener, user) = lives_with_its_rights(&house, "declaring-consumer", |consumer| consumer).await;
+    listener.dead_letter().await;
+    listener.end().await;
+    unmake_user(&user).await;
+}
+
+#[sqlx::test]
+async fn an_application_that_is_registered_needs_no_more_than_its_users_rights(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let subscription = subscription(&house);
+    let admin = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = admin.create_channel().await.unwrap();
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    topology::declare(&channel, &source, &subscription, &RETRY_DELAYS).await.unwrap();
+    let (listener, user) = lives_with_its_rights(&house, "consumer", Consumer::registered).await;
+    let retries = subscription.name.retry_queue(RETRY_DELAYS[0]);
+    eventually("what failed to wait for its next attempt", async || match listener.depth(&retries).await {
+        Some(depth) if depth.ready == 1 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    listener.end().await;
+    topology::delete(&channel, &subscription.name, &RETRY_DELAYS).await.unwrap();
+    unmake_user(&user).await;
 }
 
 async fn publishes(url: &str, exchange: &str) -> bool {
