@@ -301,3 +301,19 @@ async fn note_use(line: &mut Line, used: &Used) {
         tracing::debug!("which keys were used could not be noted: {}", trouble.report());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// While the database neither answers nor refuses, nothing else tells that what was seen may be over.
+    #[tokio::test(start_paused = true)]
+    async fn a_look_is_believed_for_less_than_a_second() {
+        let seen = Some(Arc::new(Seen::of(vec![], vec![])));
+        let (_looks, looks) = watch::channel(Look { began: Instant::now(), seen });
+        let roster = Roster { tokens: None, looks, wanted: Arc::default(), used: Used::default() };
+        assert!(roster.latest().is_some());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(roster.latest().is_none());
+    }
+}

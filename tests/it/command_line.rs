@@ -278,6 +278,16 @@ async fn readiness(url: &str) -> Value {
     reqwest::get(format!("{url}/readyz")).await.unwrap().json().await.unwrap()
 }
 
+/// An instance that serves is not sent away because somebody holds a table, or because counting what is in one takes long.
+#[sqlx::test]
+async fn readiness_waits_for_no_table(db: PgPool) {
+    let house = House::open(db).await;
+    let mut somebody = house.db.begin().await.unwrap();
+    sqlx::query("lock table outbox, users in access exclusive mode").execute(&mut *somebody).await.unwrap();
+    assert_eq!(readiness(&house.service.url).await["database"], "ok");
+    somebody.rollback().await.unwrap();
+}
+
 #[sqlx::test]
 async fn an_operator_sees_at_a_glance_what_is_wrong(db: PgPool) {
     let house = House::open(db).await;

@@ -282,8 +282,13 @@ async fn users_from_before_the_feed_are_in_it(db: PgPool) {
 async fn an_amendment_rewrites_no_index_of_users(db: PgPool) {
     let house = House::open(db).await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
+    amendments_rewrite_no_index(&house, &ana).await;
+}
+
+/// Amends a user of this House, the only one that was ever amended there.
+pub async fn amendments_rewrite_no_index(house: &House, user: &Uuid) {
     for number in 0..20 {
-        house.amend(&ana, json!({ "district": number })).await.ok();
+        house.amend(user, json!({ "district": number })).await.ok();
     }
     let hot = "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'users'";
     eventually("twenty updates, all of them HOT", async || {
