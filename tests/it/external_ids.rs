@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     feed,
-    house::{Answer, House, eventually, http},
+    house::{Answer, House, http},
     sessions,
 };
 
