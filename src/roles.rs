@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use axum::Router;
 use sqlx::Connection;
 use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -108,7 +109,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     drop(clients);
 
     announce(&listener)?;
-    web::serve(listener, app, limits, stop).await;
+    let answered = answer(listener, app, limits, stop).await;
     // In this order: the last changes are kept before the telling ends.
     let kept = keeping.ended().await;
     telling_stop.cancel();
@@ -117,7 +118,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     subscriptions.close().await;
     ledger.close().await;
     queries.close().await;
-    ensure!(kept && told, "a role fell, see the log");
+    ensure!(answered && kept && told, "a role fell, see the log");
     Ok(())
 }
 
@@ -183,11 +184,19 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let app = app::ops_only(Ops::new(queries.clone(), None, Some(status), &limits.traffic), limits.clone());
 
     announce(&listener)?;
-    web::serve(listener, app, limits, stop).await;
+    let answered = answer(listener, app, limits, stop).await;
     let told = telling.ended().await;
     queries.close().await;
-    ensure!(told, "a role fell, see the log");
+    ensure!(answered && told, "a role fell, see the log");
     Ok(())
+}
+
+/// Answers until `stop`; false if that fell. In a task of the runtime: from the main thread each connection would have to be handed over
+/// to the runtime's threads, behind all that is handed over already.
+async fn answer(listener: TcpListener, app: Router, limits: Limits, stop: CancellationToken) -> bool {
+    let answering = Roles::new(stop.clone());
+    answering.spawn("web", web::serve(listener, app, limits, stop));
+    answering.ended().await
 }
 
 /// Starts a relay and its ear for other processes, the watch over the subscriptions, and what else is carried between database and

@@ -63,6 +63,9 @@ struct Settings {
     /// Of each quiet time between.
     #[arg(long, default_value_t = 10, value_parser = value_parser!(u64).range(1..=600))]
     quiet_seconds: u64,
+    /// Only these attacks, and not all one after the other.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Kind>,
     /// Be an attacker: for the program's own use.
     #[arg(long, hide = true, value_enum)]
     attack: Option<Kind>,
@@ -115,7 +118,7 @@ async fn siege(settings: &Settings, scratch: &Scratch, amqp_url: &str) -> anyhow
     drop(healthy.take());
     let at_first = Observed::of(pid)?;
     table.quiet("quiet", settings.quiet_seconds, &healthy).await;
-    for kind in Kind::ALL {
+    for kind in Kind::ALL.into_iter().filter(|kind| settings.only.is_empty() || settings.only.contains(kind)) {
         eprintln!("hostile: {kind}");
         let attackers = attackers(settings, kind, &service);
         let (told, memory) = tokio::join!(attackers, observe::highest(pid, &healthy));

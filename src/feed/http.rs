@@ -16,7 +16,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Change, Entry, Error, Feed, cursor::Cursor};
 use crate::{
     clients::{Allowed, Guarded, ReadUsers},
-    web::{self, Code, Params, Problem, Refusals, cursor, invalid_cursor, read_cursor, refuses},
+    web::{self, Code, Params, Place, Problem, Refusals, cursor, invalid_cursor, read_cursor, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Feed>> {
@@ -45,11 +45,13 @@ refuses!(
         Refusals<(ReadUsers, Params<PageAfter>, web::Cursor, Reading, Expiring)>,
     ))]
 async fn changes(
-    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
+    Allowed { caller, desk: feed, .. }: Allowed<ReadUsers, Feed>,
     Params(page): Params<PageAfter>,
+    place: Place,
 ) -> Result<Json<Changes>, Problem> {
     let limit = limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
+    place.turn(&caller.client).await?;
     let page = feed.changes(after, limit).await?;
     Ok(Json(Changes { changes: page.changes, next: page.next.to_text(), more: page.more }))
 }
@@ -76,9 +78,10 @@ async fn compare(
     params(("bucket" = u32, Path, description = "The bucket", minimum = 0, maximum = 65535, example = 4), BucketAfter),
     responses((status = 200, description = "A page of the bucket's users", body = Bucket), Refusals<(ReadUsers, Number, Params<BucketAfter>, web::Cursor, Reading)>))]
 async fn list_bucket(
-    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
+    Allowed { caller, desk: feed, .. }: Allowed<ReadUsers, Feed>,
     Number(bucket): Number,
     Params(page): Params<BucketAfter>,
+    place: Place,
 ) -> Result<Json<Bucket>, Problem> {
     let buckets = buckets(page.buckets)?;
     if bucket >= buckets {
@@ -89,6 +92,7 @@ async fn list_bucket(
     if after.is_some_and(|id| digest::bucket(id, buckets) != bucket) {
         return Err(invalid_cursor());
     }
+    place.turn(&caller.client).await?;
     // One more than asked for tells whether there is a next page.
     let mut users = feed.bucket(bucket, buckets, after, limit as i64 + 1).await?;
     let is_last = users.len() <= limit;

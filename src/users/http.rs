@@ -25,8 +25,8 @@ use crate::{
     json::Fault,
     profile::{EXTERNAL_ID, Fields},
     web::{
-        Body, Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Precondition, Problem, Refusals, Trace,
-        body_invalid, cursor, etag, read_cursor, refuses,
+        Body, Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Place, Precondition, Problem, Refusals,
+        Trace, body_invalid, cursor, etag, read_cursor, refuses,
     },
 };
 
@@ -156,9 +156,11 @@ async fn get(
 async fn get_many(
     Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
     Body(asked): Body<Ids>,
 ) -> Result<(Extension<SeenGone>, Json<Results>), Problem> {
     let ids = asked.parse().map_err(body_invalid)?;
+    place.turn(&caller.client).await?;
     let records = users.get_many(&ids).await?;
     let results: Vec<_> = ids.into_iter().zip(records).map(|(id, record)| Lookup::new(id, record, &caller)).collect();
     let users = results.iter().filter_map(Lookup::gone).collect();
@@ -259,6 +261,7 @@ async fn delete(
 async fn list(
     Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
     Params(page): Params<PageAfter>,
+    place: Place,
 ) -> Result<Json<Page>, Problem> {
     if let Some(external_id) = page.only(&caller)? {
         let found = users.find(external_id).await?.map(|user| user.seen_by(&caller));
@@ -269,6 +272,7 @@ async fn list(
         return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
     }
     let after = page.after.as_deref().map(read_cursor).transpose()?.unwrap_or_default();
+    place.turn(&caller.client).await?;
     // One more than asked for tells whether there is a next page.
     let mut found = users.list(UserId(after), limit + 1).await?;
     let is_last = found.len() as i64 <= limit;

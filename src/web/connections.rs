@@ -5,7 +5,7 @@
 //! Not here, on purpose: bytes (see `wire`).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -15,9 +15,9 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-/// Of the connections at the cap, the share that is cut at once: looking for the oldest costs a look at all of them, so it pays to
-/// cut more than one.
-const CUT_SHARE: usize = 256;
+/// Of the connections at the cap, the share that one look at all of them finds to be next. They are cut one by one, as room is needed: a
+/// hundred that end at once, and come back at once, would hold up everybody else.
+const NEXT_SHARE: usize = 64;
 /// Who has kept us waiting for less is not cut: a request may be on its way.
 const GRACE: Duration = Duration::from_millis(250);
 /// In place of a time: it is the client who waits.
@@ -33,7 +33,11 @@ pub struct Connections {
 #[derive(Default)]
 struct Open {
     seats: HashMap<u64, Arc<Seat>>,
-    next: u64,
+    next_number: u64,
+    /// Since when they have kept us waiting, and who they are: the longest first. Whoever has said something since is not meant.
+    next_to_go: VecDeque<(u64, u64)>,
+    /// Nobody can have to go before.
+    nobody_until_ms: u64,
 }
 
 /// One connection: since when we wait for its client, and a way to end it.
@@ -54,8 +58,8 @@ pub struct Seated {
 pub struct Admission {
     /// `None` when there is no room, as all the others are at work.
     pub seated: Option<Seated>,
-    /// How many others were cut to make room.
-    pub cut: usize,
+    /// Whether another was cut to make room.
+    pub cut: bool,
 }
 
 impl Connections {
@@ -66,12 +70,12 @@ impl Connections {
     pub fn admit(self: &Arc<Self>) -> Admission {
         let now_ms = since(self.began);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let cut = if open.seats.len() < self.cap { 0 } else { open.cut_oldest(now_ms, (self.cap / CUT_SHARE).max(1)) };
+        let cut = open.seats.len() >= self.cap && open.cut_oldest(now_ms, (self.cap / NEXT_SHARE).max(1));
         if open.seats.len() >= self.cap {
             return Admission { seated: None, cut };
         }
-        let number = open.next;
-        open.next += 1;
+        let number = open.next_number;
+        open.next_number += 1;
         let cut_it = CancellationToken::new();
         let seat = Arc::new(Seat { began: self.began, waiting_since_ms: now_ms.into(), cut: cut_it });
         open.seats.insert(number, seat.clone());
@@ -80,24 +84,47 @@ impl Connections {
 }
 
 impl Open {
-    /// Cuts up to `count` of those who have kept us waiting longest. They are counted no more, though their tasks end a moment later.
-    fn cut_oldest(&mut self, now_ms: u64, count: usize) -> usize {
-        let patience_ms = GRACE.as_millis() as u64;
-        let waiting = self.seats.iter().filter_map(|(number, seat)| {
-            let since_ms = seat.waiting_since_ms.load(Ordering::Relaxed);
-            (since_ms != AT_WORK && now_ms.saturating_sub(since_ms) >= patience_ms).then_some((since_ms, *number))
-        });
-        let mut waiting: Vec<(u64, u64)> = waiting.collect();
-        if waiting.len() > count {
-            waiting.select_nth_unstable(count);
-            waiting.truncate(count);
+    /// Cuts the one who has kept us waiting longest, if anybody has. It is counted no more, though its task ends a moment later.
+    fn cut_oldest(&mut self, now_ms: u64, share: usize) -> bool {
+        if self.cut_next() {
+            return true;
         }
-        for (_, number) in &waiting {
-            if let Some(seat) = self.seats.remove(number) {
+        if now_ms >= self.nobody_until_ms {
+            self.look_for_next(now_ms, share);
+        }
+        self.cut_next()
+    }
+
+    fn cut_next(&mut self) -> bool {
+        while let Some((since_ms, number)) = self.next_to_go.pop_front() {
+            let is_waiting = |seat: &&Arc<Seat>| seat.waiting_since_ms.load(Ordering::Relaxed) == since_ms;
+            if let Some(seat) = self.seats.get(&number).filter(is_waiting) {
                 seat.cut.cancel();
+                self.seats.remove(&number);
+                return true;
             }
         }
-        waiting.len()
+        false
+    }
+
+    /// A look at all seats, for the `share` who have waited longest. It stays true that nobody has waited longer than these.
+    fn look_for_next(&mut self, now_ms: u64, share: usize) {
+        let mut waiting: Vec<(u64, u64)> = self
+            .seats
+            .iter()
+            .map(|(number, seat)| (seat.waiting_since_ms.load(Ordering::Relaxed), *number))
+            .filter(|(since_ms, _)| *since_ms != AT_WORK)
+            .collect();
+        if waiting.len() > share {
+            waiting.select_nth_unstable(share);
+            waiting.truncate(share);
+        }
+        waiting.sort_unstable();
+        let patience_ms = GRACE.as_millis() as u64;
+        // Who is served now begins to keep us waiting now at the earliest.
+        self.nobody_until_ms = waiting.first().map_or(now_ms, |(since_ms, _)| *since_ms) + patience_ms;
+        waiting.retain(|(since_ms, _)| now_ms.saturating_sub(*since_ms) >= patience_ms);
+        self.next_to_go = waiting.into();
     }
 }
 
@@ -164,17 +191,30 @@ mod tests {
     fn who_kept_us_waiting_longest_goes_first_and_who_is_served_stays() {
         let connections = Connections::new(4);
         let held = [500, AT_WORK, 100, 900].map(|since_ms| seated(&connections, since_ms));
+        let is_cut = |place: usize| held[place].seat.cut.is_cancelled();
         let mut open = connections.open.lock().unwrap();
-        assert_eq!(open.cut_oldest(1000, 1), 1);
-        assert!(held[2].seat.cut.is_cancelled());
-        assert_eq!(open.cut_oldest(1000, 3), 1, "one is served, and one came just now");
-        assert!(held[0].seat.cut.is_cancelled());
-        assert_eq!(open.cut_oldest(1149, 3), 0);
-        assert_eq!(open.cut_oldest(1150, 3), 1);
-        assert!(!held[1].seat.cut.is_cancelled());
+        assert!(open.cut_oldest(1000, 1) && is_cut(2) && !is_cut(0));
+        assert!(open.cut_oldest(1000, 3) && is_cut(0));
+        assert!(!open.cut_oldest(1000, 3), "one is served, and one came just now");
+        assert!(!open.cut_oldest(1149, 3));
+        assert!(open.cut_oldest(1150, 3) && is_cut(3));
+        assert!(!open.cut_oldest(9000, 3) && !is_cut(1));
         drop(open);
         drop(held);
         assert!(connections.open.lock().unwrap().seats.is_empty());
+    }
+
+    #[test]
+    fn who_was_next_and_has_said_something_since_is_spared() {
+        let connections = Connections::new(3);
+        let held = [100, 200, 300].map(|since_ms| seated(&connections, since_ms));
+        let is_cut = |place: usize| held[place].seat.cut.is_cancelled();
+        let mut open = connections.open.lock().unwrap();
+        assert!(open.cut_oldest(1000, 3) && is_cut(0));
+        held[1].seat.waiting_since_ms.store(AT_WORK, Ordering::Relaxed);
+        assert!(open.cut_oldest(1000, 3) && is_cut(2));
+        held[1].seat.waiting_since_ms.store(1000, Ordering::Relaxed);
+        assert!(!open.cut_oldest(1249, 3) && open.cut_oldest(1250, 3) && is_cut(1));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod problem;
 mod rate;
 mod server;
 mod traffic;
+mod turns;
 mod typed;
 mod wire;
 
@@ -31,6 +32,7 @@ pub use limits::{LimitSettings, Limits};
 pub use manners::{Trace, manners, method_not_allowed, route_not_found};
 pub use meter::Meter;
 pub use params::{Cursor, Id, MessageId, Name, NoParams, Params, cursor, invalid_cursor, read_cursor};
+pub use places::Place;
 pub(crate) use problem::refuses;
 pub use problem::{Problem, ProblemBody, Refusals, Refuses, examples};
 pub use rate::Rate;

@@ -1,35 +1,42 @@
 //! Places: how many requests may be under way at once.
 //!
 //! Promise: more than this many are never worked on at the same time; who finds no place hears 503 `overloaded` at once. A client who
-//! is slow to send its body holds no place meanwhile.
-//! Not here, on purpose: whose turn it is (see `rate`).
+//! is slow to send its body holds no place meanwhile. Long answers are made in turn.
+//! Not here, on purpose: how often a client may ask (see `rate`).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use axum::http::Extensions;
+use axum::{
+    extract::FromRequestParts,
+    http::{Extensions, request::Parts},
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     Code, Problem,
     connections::{Seat, Waiting},
     traffic::{Counted, Traffic},
+    turns::{LineFull, Turn, Turns},
 };
 
 #[derive(Clone)]
 pub struct Places {
     free: Arc<Semaphore>,
+    turns: Turns,
     traffic: Traffic,
 }
 
 impl Places {
     pub fn new(count: usize, traffic: Traffic) -> Self {
-        Self { free: Arc::new(Semaphore::new(count)), traffic }
+        // As many long answers at a time as there are cores to make them.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { free: Arc::new(Semaphore::new(count)), turns: Turns::new(cores), traffic }
     }
 
     /// A place, kept until the last clone of it is gone.
     pub fn take(&self) -> Result<Place, Problem> {
         let held = self.held()?;
-        Ok(Place { places: self.clone(), held: Arc::new(Mutex::new(Some(held))) })
+        Ok(Place { places: self.clone(), held: Arc::new(Mutex::new(Some(held))), turn: Arc::default() })
     }
 
     fn held(&self) -> Result<Held, Problem> {
@@ -46,16 +53,40 @@ struct Held {
     _counted: Counted,
 }
 
-/// One request's place. In the request's extensions, so that it can be given back while its body comes in.
+/// One request's place, and its turn if its answer is long. In the request's extensions, so that it can be given back while its body
+/// comes in.
 #[derive(Clone)]
 pub struct Place {
     places: Places,
     held: Arc<Mutex<Option<Held>>>,
+    turn: Arc<OnceLock<Turn>>,
 }
 
 impl Place {
+    /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there.
+    ///
+    /// # Errors
+    /// `overloaded` when too many requests of this client wait already.
+    pub async fn turn(&self, client: &Arc<str>) -> Result<(), Problem> {
+        let turn = self.places.turns.take(client).await.map_err(|LineFull| {
+            self.places.traffic.shed();
+            Problem::new(Code::Overloaded, "too many long answers to this client are to be made")
+        })?;
+        // A second one of the same request is given back at once.
+        let _ = self.turn.set(turn);
+        Ok(())
+    }
+
     fn hold(&self, held: Option<Held>) {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Place {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        parts.extensions.get().cloned().ok_or_else(|| Code::Internal.into())
     }
 }
 

@@ -71,7 +71,9 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
             }
         };
         let admission = limits.connections.admit();
-        limits.traffic.cut(admission.cut);
+        if admission.cut {
+            limits.traffic.cut();
+        }
         if let Some(seated) = admission.seated {
             let app = AtPeer { app: app.clone(), peer: Peer(peer), seated };
             tokio::spawn(connection(stream, app, limits.clone(), graceful.watcher()));

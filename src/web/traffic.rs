@@ -66,8 +66,8 @@ impl Traffic {
         Counted::of(&self.under_way)
     }
 
-    pub(super) fn cut(&self, count: usize) {
-        self.ended.get_or_create(&Reason { reason: "room" }).inc_by(count as u64);
+    pub(super) fn cut(&self) {
+        self.ended.get_or_create(&Reason { reason: "room" }).inc();
     }
 
     pub(super) fn full(&self) {
