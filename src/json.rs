@@ -15,7 +15,7 @@ use serde_json::{Map, Number, Value};
 /// Levels of nesting, the document itself being the first.
 pub const MAX_DEPTH: usize = 32;
 /// Faults named in one answer; a document with more has been described well enough.
-const MAX_FAULTS: usize = 50;
+pub const MAX_FAULTS: usize = 50;
 /// 2^53 - 1: beyond it neighbours share a double, and JavaScript readers would see another number (RFC 7493, section 2.2).
 const MAX_INTEGER: f64 = 9_007_199_254_740_991.0;
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tidings_sdk::envelope::FieldName;
 
 use super::{EXTERNAL_ID, Fields, Profile};
-use crate::json::{Fault, step};
+use crate::json::{Fault, MAX_FAULTS, step};
 
 const BUILT_IN: &str = include_str!("default.schema.json");
 /// Where a profile stands in a request body.
@@ -64,7 +64,7 @@ impl Schema {
     /// A profile of these fields, if they may be one.
     ///
     /// # Errors
-    /// Every fault, with its place.
+    /// The faults, with their places: all of them, or more than anybody reads.
     pub fn admit(&self, fields: Fields) -> Result<Profile, Vec<Fault>> {
         let instance = Value::Object(fields);
         if self.validator.is_valid(&instance) {
@@ -74,7 +74,7 @@ impl Schema {
                 || Fault::new(ROOT, "too_large", format!("would have more than {MAX_PROFILE_BYTES} bytes as JSON"));
             return if fits { Ok(profile) } else { Err(vec![too_large()]) };
         }
-        Err(self.validator.iter_errors(&instance).flat_map(|error| explain(&error)).collect())
+        Err(self.validator.iter_errors(&instance).flat_map(|error| explain(&error)).take(MAX_FAULTS).collect())
     }
 }
 
@@ -110,6 +110,7 @@ fn explain(error: &ValidationError<'_>) -> Vec<Fault> {
         ValidationErrorKind::AdditionalProperties { unexpected }
         | ValidationErrorKind::UnevaluatedProperties { unexpected } => unexpected
             .iter()
+            .take(MAX_FAULTS)
             .map(|name| Fault::new(step(&place, name), "unknown_field", "the profile schema has no such field"))
             .collect(),
         ValidationErrorKind::Required { property } => {

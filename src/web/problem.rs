@@ -30,7 +30,7 @@ use utoipa::openapi::{
 use uuid::Uuid;
 
 use super::{Code, manners::request_id};
-use crate::json::Fault;
+use crate::json::{Fault, MAX_FAULTS};
 
 /// A refusal. `code` is for programs and never changes; `detail` is for people and holds no value of a profile.
 #[derive(Debug)]
@@ -55,6 +55,7 @@ impl Problem {
     #[must_use]
     pub fn with_errors(mut self, errors: Vec<Fault>) -> Self {
         self.errors = errors;
+        self.errors.truncate(MAX_FAULTS);
         self
     }
 

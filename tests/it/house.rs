@@ -244,7 +244,13 @@ impl House {
 
     /// A sample of `/metrics`, by its name with labels, such as `tidings_outbox_pending`.
     pub async fn metric(&self, sample: &str) -> f64 {
-        let text = self.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
+        self.metric_by(&self.http, sample).await
+    }
+
+    /// The same over a connection of another client.
+    pub async fn metric_by(&self, client: &Client, sample: &str) -> f64 {
+        let page = client.get(format!("{}/metrics", self.service.url));
+        let text = page.send().await.unwrap().text().await.unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {sample} in {text}")).parse().unwrap()
     }

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use futures_util::future::{join_all, join3};
+use futures_util::{
+    StreamExt,
+    future::{join_all, join3},
+    stream::FuturesUnordered,
+};
 use reqwest::{Method, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -155,8 +159,10 @@ async fn connections_that_only_wait_keep_nobody_out(db: PgPool) {
         }
     })
     .await;
-    assert!(house.metric("tidings_connections_ended_total{reason=\"room\"}").await >= 1.0);
-    let open = house.metric("tidings_connections").await;
+    // The house's own connection is as old as any, and may be cut at this moment.
+    let client = http_with(key());
+    assert!(house.metric_by(&client, "tidings_connections_ended_total{reason=\"room\"}").await >= 1.0);
+    let open = house.metric_by(&client, "tidings_connections").await;
     assert!((1.0..=21.0).contains(&open), "{open} of {} are open", held.len());
 }
 
@@ -237,6 +243,39 @@ async fn more_requests_than_places_are_turned_away_at_once(db: PgPool) {
     assert_eq!(house.metric("tidings_requests_shed_total").await, 2.0);
     under_way(&house, 0.0).await;
     Answer::to(house.request(Method::GET, &format!("/v1/users/{ana}"))).await.ok();
+}
+
+#[sqlx::test]
+async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let batch = house.request(Method::POST, "/v1/users:batchGet").json(&json!({ "ids": [ana] }));
+    let pages = ["/v1/users", "/v1/changes", "/v1/digest/0"].map(|path| house.request(Method::GET, path));
+    let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    // One client's line, those whose turn it is, and some more; far fewer than there are places.
+    let crowd = 256 + std::thread::available_parallelism().unwrap().get() + 40;
+    for request in pages.iter().chain([&batch]) {
+        let mut held = holder.begin().await.unwrap();
+        sqlx::query("lock table users").execute(&mut *held).await.unwrap();
+        let mut answers: FuturesUnordered<_> = (0..crowd).map(|_| Answer::to(request.try_clone().unwrap())).collect();
+        let turned_away = loop {
+            let answer = answers.next().await.unwrap_or_else(|| panic!("{request:?} finds no end of the line"));
+            if answer.refusal(503) == "overloaded" {
+                break answer;
+            }
+        };
+        assert_eq!(turned_away.headers["retry-after"], "1");
+        assert!(turned_away.body["detail"].as_str().unwrap().contains("long answers"), "{turned_away:?}");
+        assert_eq!(
+            house.get(&Uuid::new_v4()).await.refusal(503),
+            "database_unavailable",
+            "a short one waits in no line"
+        );
+        drop(answers);
+        held.rollback().await.unwrap();
+        under_way(&house, 0.0).await;
+        Answer::to(request.try_clone().unwrap()).await.ok();
+    }
 }
 
 /// Another client, and its key.

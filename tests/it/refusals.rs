@@ -334,3 +334,14 @@ async fn a_client_that_never_finishes_its_headers_is_let_go(db: PgPool) {
     assert!(ended.is_ok(), "the connection stays open");
     assert!(!String::from_utf8_lossy(&rest).contains("200 OK"));
 }
+
+#[sqlx::test]
+async fn a_refusal_names_enough_faults_and_not_thousands(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let unknown: Value = (0..3000).map(|n| (format!("f{n}"), json!(n))).collect::<serde_json::Map<_, _>>().into();
+    let created = house.create(unknown.clone()).await;
+    assert_eq!(created.refusal(422), "profile_invalid");
+    assert_eq!(faults(&created).len(), 50);
+    assert_eq!(faults(&house.amend(&ana, unknown).await).len(), 50);
+}
