@@ -28,9 +28,9 @@ pub struct Places {
 
 impl Places {
     pub fn new(count: usize, traffic: Traffic) -> Self {
-        // As many long answers at a time as there are cores to make them.
+        // A short answer is looked at by several tasks, one after the other: half of the cores stay free of long ones.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { free: Arc::new(Semaphore::new(count)), turns: Turns::new(cores), traffic }
+        Self { free: Arc::new(Semaphore::new(count)), turns: Turns::new((cores / 2).max(1)), traffic }
     }
 
     /// A place, kept until the last clone of it is gone.
