@@ -9,11 +9,11 @@ use reqwest::{Client, Method, StatusCode};
 use sqlx::PgPool;
 use tidings::{
     app,
-    clients::{self, Key, NewClient, Scope},
+    clients::{NewClient, Scope},
 };
 use uuid::Uuid;
 
-use crate::house::{House, http_with};
+use crate::house::{House, http_with, new_client};
 
 const MATRIX: &str = "docs/authorisation.md";
 
@@ -44,10 +44,7 @@ async fn callers(house: &House) -> Vec<(String, Option<String>)> {
         ("admin", vec![Scope::Admin]),
     ] {
         let client = NewClient::named(&name.replace(':', "-"), scopes).unwrap();
-        assert!(clients::create(&house.db, &client).await.unwrap());
-        let (key, text) = Key::generate().unwrap();
-        assert!(clients::issue(&house.db, &client.name, &key, None).await.unwrap());
-        callers.push((name.to_owned(), Some(secrecy::ExposeSecret::expose_secret(&text).to_owned())));
+        callers.push((name.to_owned(), Some(new_client(&house.db, client).await)));
     }
     for ended in [
         "update client_keys set revoked_at = now() where client = 'revoked'",

@@ -11,6 +11,7 @@ use futures_util::{
 use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool};
+use tidings::clients::{NewClient, Scope};
 use tidings_sdk::envelope::Event;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,7 +20,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{self, Answer, House, eventually};
+use crate::house::{self, Answer, House, eventually, http_with, new_client};
 
 /// Which refusal it was, if it was one that a client may repeat.
 fn not_now(answer: &Answer) -> &str {
@@ -215,7 +216,9 @@ async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
         sleep(Duration::from_millis(n * 7 % 11)).await;
     });
     stream::iter(asked).buffer_unordered(32).collect::<()>().await;
-    let page = Answer::to(house.request(Method::GET, "/v1/users")).await.ok();
+    let other = NewClient::named("other", [Scope::ReadUsers]).unwrap();
+    let other = http_with(&new_client(&house.db, other).await);
+    let page = Answer::to(other.get(format!("{}/v1/users", house.service.url))).await.ok();
     assert_eq!(page.body["users"].as_array().unwrap().len(), 1);
 }
 

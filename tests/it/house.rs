@@ -138,6 +138,14 @@ pub async fn admit_key(db: &PgPool) {
     }
 }
 
+/// Another client; its key.
+pub async fn new_client(db: &PgPool, client: NewClient) -> String {
+    assert!(clients::create(db, &client).await.unwrap());
+    let (key, text) = Key::generate().unwrap();
+    assert!(clients::issue(db, &client.name, &key, None).await.unwrap());
+    text.expose_secret().to_owned()
+}
+
 impl House {
     pub async fn open(db: PgPool) -> Self {
         Self::with(db, &[]).await

@@ -4,11 +4,11 @@ use futures_util::future::join_all;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
-use tidings::clients::{self, Key, NewClient, Scope};
+use tidings::clients::{NewClient, Scope};
 use uuid::Uuid;
 
 use crate::{
-    house::{Answer, House, eventually, http, http_with},
+    house::{Answer, House, eventually, http, http_with, new_client},
     sessions,
 };
 
@@ -127,10 +127,7 @@ async fn another_request_under_the_same_key_is_refused_and_another_clients_key_i
     }
     assert_eq!(house.get(&ana).await.ok().version(), 1);
     let client = NewClient::named("other", [Scope::WriteUsers]).unwrap();
-    let (key, text) = Key::generate().unwrap();
-    clients::create(&house.db, &client).await.unwrap();
-    clients::issue(&house.db, &client.name, &key, None).await.unwrap();
-    let http: Client = http_with(secrecy::ExposeSecret::expose_secret(&text));
+    let http: Client = http_with(&new_client(&house.db, client).await);
     let request = http.post(format!("{}/v1/users", house.service.url)).header(KEY, "k1");
     let created = Answer::to(request.json(&json!({ "profile": { "first_name": "Bo" } }))).await.ok();
     assert_ne!(id(&created), ana);

@@ -8,8 +8,11 @@ use std::{
     time::Duration,
 };
 
+use reqwest::Method;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tidings::clients::{Key, NewClient, Scope};
 use tokio::{
     io::AsyncWriteExt,
     process::{Child, Command},
@@ -17,12 +20,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use secrecy::ExposeSecret;
-use tidings::clients::{self, Key, NewClient, Scope};
-
-use reqwest::Method;
-
-use crate::house::{Answer, House, collect, eventually, file, key, proxy_before, through, tidings};
+use crate::house::{Answer, House, collect, eventually, file, key, new_client, proxy_before, through, tidings};
 
 /// For an import as a whole: it gets on, however slow the machine is.
 const LONG_PATIENCE: Duration = Duration::from_secs(240);
@@ -423,9 +421,7 @@ async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) 
 async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPool) {
     let house = House::open(db).await;
     let reader = NewClient::named("reader", [Scope::ReadUsers]).unwrap();
-    assert!(clients::create(&house.db, &reader).await.unwrap());
-    let (readers, text) = Key::generate().unwrap();
-    assert!(clients::issue(&house.db, &reader.name, &readers, None).await.unwrap());
+    let readers = new_client(&house.db, reader).await;
     let (_, unknown) = Key::generate().unwrap();
     let (lines, _) = lines(100);
     let with = async |key: Option<&str>| {
@@ -438,7 +434,7 @@ async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPo
     };
     with(None).await.says(&["TIDINGS_API_KEY: ", "the service wants a key: set TIDINGS_API_KEY"]);
     with(Some(unknown.expose_secret())).await.says(&["does not know this key"]);
-    with(Some(text.expose_secret())).await.says(&["may not do that (forbidden)", "users:write"]);
+    with(Some(&readers)).await.says(&["may not do that (forbidden)", "users:write"]);
     with(Some("not a\nkey")).await.says(&["TIDINGS_API_KEY: holds characters that no key has"]);
     assert_eq!(living(&house).await, 0);
     // Nothing was settled: with the right key it begins at the first line.

@@ -8,10 +8,9 @@ use futures_util::{
     stream::FuturesUnordered,
 };
 use reqwest::{Method, StatusCode};
-use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
-use tidings::clients::{self, Key, NewClient, Scope};
+use tidings::clients::{NewClient, Scope};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -19,7 +18,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{Answer, House, PATIENCE, eventually, http_with, key};
+use crate::house::{Answer, House, PATIENCE, eventually, http_with, key, new_client};
 
 /// A connection whose every byte is ours.
 struct Line(TcpStream);
@@ -282,10 +281,7 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
 async fn client(house: &House, name: &str, rate: Option<&str>) -> String {
     let rate = rate.map(|rate| rate.parse().unwrap());
     let client = NewClient { rate, ..NewClient::named(name, [Scope::ReadUsers]).unwrap() };
-    assert!(clients::create(&house.db, &client).await.unwrap());
-    let (key, text) = Key::generate().unwrap();
-    assert!(clients::issue(&house.db, name, &key, None).await.unwrap());
-    text.expose_secret().to_owned()
+    new_client(&house.db, client).await
 }
 
 /// What `RateLimit` says is left, and for how many seconds.
