@@ -5,7 +5,7 @@
 
 mod bell;
 
-pub use bell::Bell;
+pub use bell::{Bell, Heard};
 
 use sqlx::{PgConnection, PgPool, types::Json};
 use tidings_sdk::envelope::{Event, FieldName, Notice};

@@ -56,6 +56,17 @@ pub enum Question {
     Sweep { up_to: OutboxId },
 }
 
+/// Where an id stands to what was read.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It was read.
+    Read,
+    /// Everything before it was read, and nothing else.
+    Next,
+    /// Something before it may be missing, or the broker has to recover first.
+    Beyond,
+}
+
 impl Cursor {
     pub fn new(floor: OutboxId, now: Instant) -> Self {
         let (skipped, refused) = (BTreeMap::new(), BTreeMap::new());
@@ -71,6 +82,18 @@ impl Cursor {
             self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
         let again = self.skipped.keys().copied().chain(due).take(ASK_LIMIT).collect();
         Question::Next { past: self.past, again, read_on: self.refused.len() < REFUSED_LIMIT }
+    }
+
+    /// Where an id stands that came without a question. While one is skipped none is next: it may be of the same user, and older.
+    pub fn place(&self, id: OutboxId) -> Place {
+        let is_whole = self.skipped.is_empty() && self.refused.len() < REFUSED_LIMIT;
+        if id <= self.past && !self.skipped.contains_key(&id) {
+            Place::Read
+        } else if id == self.past + 1 && is_whole {
+            Place::Next
+        } else {
+            Place::Beyond
+        }
     }
 
     /// The ids that a [`Question::Next`] found, in order.
@@ -169,6 +192,18 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_next_when_everything_before_it_was_read() {
+        use Place::{Beyond, Next, Read};
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        assert_eq!([1, 2].map(|id| cursor.place(id)), [Next, Beyond]);
+        cursor.found(&[1, 3], now);
+        assert_eq!([1, 2, 3, 4].map(|id| cursor.place(id)), [Read, Beyond, Read, Beyond]);
+        cursor.found(&[2], now);
+        assert_eq!([2, 3, 4, 5].map(|id| cursor.place(id)), [Read, Read, Next, Beyond]);
+    }
+
+    #[test]
     fn reading_on_stops_while_too_many_are_refused() {
         let now = Instant::now();
         let mut cursor = Cursor::new(0, now);
@@ -176,6 +211,7 @@ mod tests {
             cursor.refused(id, now);
         }
         assert!(matches!(cursor.question(now), Question::Next { read_on: false, .. }));
+        assert_eq!(cursor.place(1), Place::Beyond);
         cursor.confirmed(1);
         assert!(matches!(cursor.question(now), Question::Next { read_on: true, .. }));
     }

@@ -12,14 +12,14 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    cursor::{Cursor, Question},
+    cursor::{Cursor, Place, Question},
     settler::{Settled, Settler},
     status::Status,
 };
 use crate::{
     broker::{Outcome, Publisher, Verdict},
     db::{Line, Trouble},
-    outbox::{self, Bell, Entry, OutboxId},
+    outbox::{self, Bell, Entry, Heard, OutboxId},
 };
 
 /// Events in one claim, and messages in one batch.
@@ -94,14 +94,18 @@ impl Drain<'_> {
             if look && self.has_room() {
                 look = self.claim_and_send().await?;
             }
-            self.settler.start(self.unsettled);
+            if self.settler.is_worth(self.unsettled.len()) {
+                self.settler.start(self.unsettled);
+            }
             let look_again = look && self.has_room();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => {}
                 verdicts = self.publisher.verdicts() => self.hear(verdicts.context(CHANNEL_LOST)?).await?,
-                settled = self.settler.done() => self.note(settled)?,
-                () = self.bell.rung() => look = true,
+                settled = self.settler.done_or_rested(), if !self.settler.is_idle() || !self.unsettled.is_empty() => {
+                    settled.map_or(Ok(()), |settled| self.note(settled))?;
+                }
+                heard = self.bell.rung() => look |= self.send_handed_over(heard),
                 _ = poll.tick() => {
                     self.check_on_broker().await?;
                     look = true;
@@ -147,6 +151,28 @@ impl Drain<'_> {
             }
         };
         claimed.map_err(|trouble| database_lost(&trouble))
+    }
+
+    /// Sends what was handed over, without reading it, as far as it is next. True when there may be more to read.
+    fn send_handed_over(&mut self, heard: Heard) -> bool {
+        if !self.has_room() {
+            return true;
+        }
+        let (mut look, now) = (heard.look, Instant::now());
+        let mut next = heard.handed_over;
+        next.retain(|entry| match self.cursor.place(entry.id) {
+            Place::Read => false,
+            Place::Next => {
+                self.cursor.found(&[entry.id], now);
+                true
+            }
+            Place::Beyond => {
+                look = true;
+                false
+            }
+        });
+        self.send(&next);
+        look
     }
 
     fn send(&mut self, entries: &[Entry]) {

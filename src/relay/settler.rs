@@ -1,15 +1,25 @@
 //! Deletes confirmed events while the next ones are on their way.
 
-use tokio::task::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::{task::JoinHandle, time::sleep_until};
 
 use crate::{
     db::{Line, Trouble},
     outbox::{self, OutboxId},
 };
 
+/// Between two deletions of a few events: one costs the database about as much as a change, whatever it deletes.
+const REST: Duration = Duration::from_millis(20);
+/// That many are deleted without a rest.
+const MANY: usize = 200;
+
 /// One deletion at a time, in a task of its own: waiting for it never holds up the publishing, and giving up the wait never harms
 /// the connection.
-pub(super) struct Settler(State);
+pub(super) struct Settler {
+    state: State,
+    rests_until: Instant,
+}
 
 enum State {
     Idle(Box<Line>),
@@ -26,11 +36,25 @@ pub(super) struct Settled {
 
 impl Settler {
     pub(super) fn new(line: Line) -> Self {
-        Self(State::Idle(Box::new(line)))
+        Self { state: State::Idle(Box::new(line)), rests_until: Instant::now() }
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        matches!(self.0, State::Idle(_))
+        matches!(self.state, State::Idle(_))
+    }
+
+    /// Whether so many confirmed events are worth a deletion now.
+    pub(super) fn is_worth(&self, confirmed: usize) -> bool {
+        confirmed >= MANY || Instant::now() >= self.rests_until
+    }
+
+    /// Waits for the deletion under way or, if there is none, for the end of the rest. Cancel safe.
+    pub(super) async fn done_or_rested(&mut self) -> Option<Settled> {
+        if self.is_idle() {
+            sleep_until(self.rests_until.into()).await;
+            return None;
+        }
+        Some(self.done().await)
     }
 
     /// Starts deleting, if nothing is being deleted and there is something to delete; takes what it deletes out of `confirmed`.
@@ -38,22 +62,25 @@ impl Settler {
         if confirmed.is_empty() {
             return;
         }
-        self.0 = match std::mem::replace(&mut self.0, State::Between) {
-            State::Idle(line) => State::Busy(tokio::spawn(settle(line, std::mem::take(confirmed)))),
+        self.state = match std::mem::replace(&mut self.state, State::Between) {
+            State::Idle(line) => {
+                self.rests_until = Instant::now() + REST;
+                State::Busy(tokio::spawn(settle(line, std::mem::take(confirmed))))
+            }
             busy => busy,
         };
     }
 
     /// Waits for the deletion under way; for ever when there is none. Cancel safe.
     pub(super) async fn done(&mut self) -> Settled {
-        let State::Busy(task) = &mut self.0 else { return std::future::pending().await };
+        let State::Busy(task) = &mut self.state else { return std::future::pending().await };
         let (line, settled) = task.await.expect("deleting does not panic, and nobody aborts it");
-        self.0 = State::Idle(line);
+        self.state = State::Idle(line);
         settled
     }
 
     pub(super) async fn hang_up(mut self) {
-        if let State::Idle(line) = &mut self.0 {
+        if let State::Idle(line) = &mut self.state {
             line.hang_up().await;
         }
     }

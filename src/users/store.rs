@@ -2,6 +2,7 @@
 
 use serde_json::value::RawValue;
 use sqlx::{PgConnection, PgPool, types::Json};
+use tidings_sdk::envelope::Notice;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -10,7 +11,10 @@ use super::{
     model::{ExternalId, Record, Tombstone, User, UserId, Version},
     repeat::{Claim, Outcome, Remembered},
 };
-use crate::profile::Profile;
+use crate::{
+    outbox::{Entry, OutboxId},
+    profile::Profile,
+};
 
 /// The statement that keeps and tells in one breath: the users of a batch and the events of all their changes.
 ///
@@ -82,6 +86,7 @@ told as (
       with ordinality as event (message_id, event, user_id, version, changed_fields, traceparent, place)
    where (user_id in (select id from kept)) is true
    order by place
+  returning id, message_id
 )",
             $also,
             "
@@ -90,6 +95,8 @@ select asked.user_id, asked.user_id in (select id from kept) as is_kept,
        ",
             $is_taken,
             " as is_taken, now() as at,
+       -- Once: where the events are, in order of message id.
+       case when asked.user_id = ($1::uuid[])[1] then array(select id from told order by message_id) end as told,
        users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
   from asked
   -- A null key finds nothing and costs nothing.
@@ -277,11 +284,21 @@ pub enum Kept {
     Repeated,
 }
 
-/// Writes a batch; the answers are in the order of `stacks`.
-pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::Result<Vec<Kept>> {
+/// What became of a batch.
+#[derive(Debug)]
+pub struct Written {
+    /// In the order of the stacks.
+    pub kept: Vec<Kept>,
+    /// The events that are committed now, in order.
+    pub told: Vec<Entry>,
+}
+
+/// Writes a batch.
+pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::Result<Written> {
     stacks.sort_unstable_by_key(Stack::id);
     let column = |of: fn(&Stack) -> i64| stacks.iter().map(of).collect::<Vec<_>>();
     let steps: Vec<&Step> = stacks.iter().flat_map(|stack| &stack.steps).collect();
+    let message_ids: Vec<Uuid> = steps.iter().map(|_| Uuid::now_v7()).collect();
     let is_plain = stacks.iter().all(Stack::is_plain);
     let mut query = sqlx::query_as(if is_plain { KEEP } else { KEEP_CLAIMS })
         .bind(stacks.iter().map(|stack| stack.id().0).collect::<Vec<_>>())
@@ -289,7 +306,7 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
         .bind(column(|stack| stack.top().version()))
         .bind(stacks.iter().map(|stack| stack.top().profile().map(Profile::as_str)).collect::<Vec<_>>())
         .bind(stacks.iter().map(|stack| stack.top().external_id().map(ExternalId::as_str)).collect::<Vec<_>>())
-        .bind(steps.iter().map(|_| Uuid::now_v7()).collect::<Vec<_>>())
+        .bind(&message_ids)
         .bind(steps.iter().map(|step| step.event.name()).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.after.id().0).collect::<Vec<_>>())
         .bind(steps.iter().map(|step| step.after.version()).collect::<Vec<_>>())
@@ -318,7 +335,32 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
     let mut rows: Vec<KeptRow> = query.fetch_all(connection).await?;
     rows.sort_unstable_by_key(|row| row.user_id);
     assert_eq!(rows.len(), stacks.len(), "one answer per user");
-    rows.into_iter().map(KeptRow::into_kept).collect()
+    let places = rows[0].told.take().unwrap_or_default();
+    let steps = stacks.iter().zip(&rows).flat_map(|(stack, row)| stack.steps.iter().map(move |step| (step, row)));
+    let told = steps.zip(message_ids).filter(|((_, row), _)| row.is_kept);
+    let told = placed(places, told.map(|((step, row), message_id)| notice(step, message_id, row.at)).collect());
+    let kept = rows.into_iter().map(KeptRow::into_kept).collect::<sqlx::Result<_>>()?;
+    Ok(Written { kept, told })
+}
+
+/// `places` are in order of message id.
+fn placed(places: Vec<OutboxId>, mut notices: Vec<Notice>) -> Vec<Entry> {
+    assert_eq!(places.len(), notices.len(), "one event per change");
+    notices.sort_unstable_by_key(|notice| notice.message_id);
+    let mut told: Vec<Entry> = places.into_iter().zip(notices).map(|(id, notice)| Entry { id, notice }).collect();
+    told.sort_unstable_by_key(|entry| entry.id);
+    told
+}
+
+fn notice(step: &Step, message_id: Uuid, at: OffsetDateTime) -> Notice {
+    Notice {
+        message_id,
+        user_id: step.after.id().0,
+        version: step.after.version(),
+        event: step.event.clone(),
+        occurred_at: at,
+        traceparent: Some(step.trace),
+    }
 }
 
 fn names(step: &Step) -> String {
@@ -402,6 +444,7 @@ struct KeptRow {
     is_kept: bool,
     is_taken: bool,
     at: OffsetDateTime,
+    told: Option<Vec<OutboxId>>,
     version: Option<i64>,
     profile: Option<Json<Box<RawValue>>>,
     external_id: Option<String>,

@@ -149,7 +149,6 @@ impl Task {
             self.coming.join(&mut queue, &mut orders).await;
             let (mut stacks, promises) = pile_up(orders.drain(..), &self.schema);
             let outcome = self.keep(&mut stacks).await;
-            self.bell.ring();
             for promise in promises {
                 let outcome = outcome[&promise.user].clone();
                 // The caller may have hung up; what was written stays written.
@@ -189,16 +188,22 @@ impl Task {
 
     async fn keep_at_once(&mut self, stacks: &mut [Stack]) -> Result<Vec<Kept>, Trouble> {
         let outcome = self.line.run(async |connection| store::keep(connection, stacks).await).await;
-        match &outcome {
-            Err(trouble) if lost_a_race(trouble) => {
+        match outcome {
+            Ok(written) => {
+                self.bell.hand_over(written.told);
+                Ok(written.kept)
+            }
+            Err(trouble) if lost_a_race(&trouble) => {
                 tracing::debug!(users = stacks.len(), "a batch of changes is written one by one: {}", trouble.report());
+                Err(trouble)
             }
             Err(trouble) => {
+                // It may be written nevertheless.
+                self.bell.ring();
                 tracing::warn!(users = stacks.len(), "a batch of changes failed: {}", trouble.report());
+                Err(trouble)
             }
-            Ok(_) => {}
         }
-        outcome
     }
 }
 

@@ -140,6 +140,26 @@ async fn a_relay_elsewhere_is_woken_by_a_hint(db: PgPool) {
     assert!(latencies[10] < Duration::from_millis(200), "polling alone needs 500 ms: {latencies:?}");
 }
 
+/// A relay that sees an empty table tells it nevertheless.
+#[sqlx::test]
+async fn what_is_committed_beside_the_relay_is_told_without_being_read(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    let hidden_from_the_leader = "
+        create policy add on outbox for insert with check (true);
+        create policy see on outbox for select using (current_setting('application_name') <> 'tidings relay leader');
+        create policy settle on outbox for delete using (true);
+        alter table outbox enable row level security;
+    ";
+    sqlx::raw_sql(hidden_from_the_leader).execute(&house.db).await.unwrap();
+    for city in ["Riga", "Oslo", "Bern"] {
+        house.amend(&ana, json!({ "city": city })).await.ok();
+    }
+    let told = house.told(&ana).await;
+    assert_eq!(told, ["user.created", "profile.updated[city]", "profile.updated[city]", "profile.updated[city]"]);
+}
+
 #[sqlx::test]
 async fn a_relay_that_hears_no_hint_finds_the_event_by_polling(db: PgPool) {
     let (house, relays) = with_relays(db, 1).await;
