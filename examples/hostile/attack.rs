@@ -34,13 +34,12 @@ impl Kind {
     pub const ALL: [Self; 5] = [Self::SlowHeaders, Self::SlowBodies, Self::SlowReaders, Self::Idle, Self::Requests];
 
     /// Connections at once.
-    fn connections(self) -> usize {
+    fn connections(self, settings: &Settings) -> usize {
         match self {
             Self::SlowHeaders => 5000,
             Self::SlowBodies => 2000,
             Self::SlowReaders => 500,
-            // More than there is room for.
-            Self::Idle => 12_000,
+            Self::Idle => settings.idle,
             Self::Requests => 64,
         }
     }
@@ -54,6 +53,7 @@ impl std::fmt::Display for Kind {
 
 pub struct Attack {
     kind: Kind,
+    connections: usize,
     at: SocketAddr,
     key: String,
     requests: u64,
@@ -66,6 +66,7 @@ impl Attack {
     pub fn new(kind: Kind, at: SocketAddr, settings: &Settings) -> Self {
         Self {
             kind,
+            connections: kind.connections(settings),
             at,
             key: settings.key.clone(),
             requests: settings.requests,
@@ -84,7 +85,7 @@ pub async fn run(attack: &Attack) -> anyhow::Result<()> {
     let attack =
         Arc::new(Attack { counts: Mutex::default(), key: attack.key.clone(), sent: AtomicU64::new(0), ..*attack });
     let mut attackers = JoinSet::new();
-    for number in 0..attack.kind.connections() {
+    for number in 0..attack.connections {
         attackers.spawn(attacker(attack.clone(), number));
         if number % 64 == 63 {
             sleep(Duration::from_millis(20)).await;

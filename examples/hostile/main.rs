@@ -60,6 +60,9 @@ struct Settings {
     /// For each kind of slowness.
     #[arg(long, default_value_t = 40, value_parser = value_parser!(u64).range(1..=600))]
     seconds: u64,
+    /// Connections that say nothing; there is room for 10,000.
+    #[arg(long, default_value_t = 12_000)]
+    idle: usize,
     /// Of each quiet time between.
     #[arg(long, default_value_t = 10, value_parser = value_parser!(u64).range(1..=600))]
     quiet_seconds: u64,
@@ -144,6 +147,7 @@ async fn attackers(settings: &Settings, kind: Kind, service: &Service) -> anyhow
         .arg(std::env::current_exe()?)
         .args(["--attack", &kind.to_string(), "--at", &service.address.to_string()])
         .args(["--requests", &settings.requests.to_string(), "--seconds", &settings.seconds.to_string()])
+        .args(["--idle", &settings.idle.to_string()])
         .env("HOSTILE_KEY", &service::HOSTILE_KEY.1)
         .stdout(std::process::Stdio::piped())
         .kill_on_drop(true)

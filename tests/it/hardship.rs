@@ -8,7 +8,6 @@ use futures_util::{
     future::{join, join_all},
     stream,
 };
-use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool};
 use tidings::clients::{NewClient, Scope};

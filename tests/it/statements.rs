@@ -9,8 +9,8 @@ use tidings::{
 async fn every_statement_can_be_prepared(db: PgPool) {
     // With how many columns each gives back.
     let statements = [
-        (users::KEEP, 10),
-        (users::KEEP_CLAIMS, 10),
+        (users::KEEP, 11),
+        (users::KEEP_CLAIMS, 11),
         (users::READ, 7),
         (users::PURGE, 0),
         (users::RECALL, 6),
