@@ -132,25 +132,25 @@ struct NewRate {
     rate_per_s: Option<i32>,
 }
 
-/// Whom to tell, exactly one of the three, and how fast.
+/// Whom to tell, exactly one of the three, and how fast. What is left out may be null.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = StartBackfill)]
 pub struct Start {
     /// `all`: everybody, the deleted too.
-    #[schema(required = false, example = "all")]
+    #[schema(example = "all")]
     pub users: Option<String>,
     /// These.
-    #[schema(required = false, max_items = 10000)]
+    #[schema(max_items = 10000)]
     pub user_ids: Option<Vec<Uuid>>,
     /// Everybody whose latest change, deletion included, was made then or later.
-    #[schema(required = false, value_type = String, format = DateTime, example = "2026-11-01T00:00:00Z")]
+    #[schema(value_type = Option<String>, format = DateTime, example = "2026-11-01T00:00:00Z")]
     pub changed_since: Option<String>,
     /// Messages a second, at most.
-    #[schema(required = false, minimum = 1, maximum = 50000, default = 1000)]
+    #[schema(minimum = 1, maximum = 50000, default = 1000)]
     pub rate_per_s: Option<i32>,
     /// Nothing is sent while this many messages wait in the queue.
-    #[schema(required = false, minimum = 1, maximum = 1000000, default = 2000)]
+    #[schema(minimum = 1, maximum = 1000000, default = 2000)]
     pub max_waiting: Option<i32>,
 }
 

@@ -172,18 +172,17 @@ impl utoipa::PartialSchema for DeadLetterReason {
 
 impl utoipa::ToSchema for DeadLetterReason {}
 
-/// Which letters to put back: one of the three.
+/// Which letters to put back: one of the three. The others are left out, or null.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Redrive {
     /// These.
-    #[schema(required = false, max_items = 1000)]
+    #[schema(max_items = 1000)]
     message_ids: Option<Vec<Uuid>>,
     /// All of this reason.
-    #[schema(required = false, value_type = DeadLetterReason)]
+    #[schema(value_type = Option<DeadLetterReason>)]
     reason: Option<Reason>,
     /// All: `true`.
-    #[schema(required = false)]
     all: Option<bool>,
 }
 
