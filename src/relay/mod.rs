@@ -1,7 +1,8 @@
 //! Relay: carries committed events from the outbox to the broker.
 //!
 //! Promise: each event is published at least once; nothing counts as published before the broker confirmed it.
-//! Not here, on purpose: users, HTTP, and trust in a wake-up (a wake is a hint; the table is the truth).
+//! Not here, on purpose: users, HTTP, and trust in a wake-up (a wake is a hint; the table is the truth). Of what comes with one it
+//! believes that it is committed, and not that it is all.
 
 mod cursor;
 mod drain;
