@@ -36,7 +36,8 @@ pub struct Cursor {
     /// Ids that were skipped, and when.
     skipped: BTreeMap<OutboxId, Instant>,
     refused: BTreeMap<OutboxId, Refused>,
-    sweep_at: Instant,
+    /// When the next sweep is due; `None` while one is under way.
+    sweep_at: Option<Instant>,
     /// How long the sweep rests.
     rest: Duration,
 }
@@ -47,13 +48,13 @@ struct Refused {
     times: u32,
 }
 
-/// What to ask the outbox.
+/// What to ask the outbox: what is past a place, and at places that were skipped or refused. Not past it while too many are refused:
+/// then the broker has to recover first.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Question {
-    /// What is past this place, and at these. Not past it while too many are refused: then the broker has to recover first.
-    Next { past: OutboxId, again: Vec<OutboxId>, read_on: bool },
-    /// Everything up to this place that is not under way.
-    Sweep { up_to: OutboxId },
+pub struct Question {
+    pub past: OutboxId,
+    pub again: Vec<OutboxId>,
+    pub read_on: bool,
 }
 
 /// Where an id stands to what was read.
@@ -70,18 +71,22 @@ pub enum Place {
 impl Cursor {
     pub fn new(floor: OutboxId, now: Instant) -> Self {
         let (skipped, refused) = (BTreeMap::new(), BTreeMap::new());
-        Self { past: 0, floor, skipped, refused, sweep_at: now + FIRST_SWEEP, rest: FIRST_SWEEP }
+        Self { past: 0, floor, skipped, refused, sweep_at: Some(now + FIRST_SWEEP), rest: FIRST_SWEEP }
     }
 
     pub fn question(&mut self, now: Instant) -> Question {
-        if now >= self.sweep_at {
-            return Question::Sweep { up_to: self.past };
-        }
         self.skipped.retain(|_, since| now.duration_since(*since) < ASK_FOR);
         let due =
             self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
-        let again = self.skipped.keys().copied().chain(due).take(ASK_LIMIT).collect();
-        Question::Next { past: self.past, again, read_on: self.refused.len() < REFUSED_LIMIT }
+        // What a sweep that is under way may find is not asked for beside it: it would be sent twice.
+        let ask_limit = if self.sweep_at.is_some() { ASK_LIMIT } else { 0 };
+        let again = self.skipped.keys().copied().chain(due).take(ask_limit).collect();
+        Question { past: self.past, again, read_on: self.refused.len() < REFUSED_LIMIT }
+    }
+
+    /// Begins a sweep if one is due: of everything up to the place that is returned and not under way. It ends with [`Self::swept`].
+    pub fn begin_sweep(&mut self, now: Instant) -> Option<OutboxId> {
+        self.sweep_at.take_if(|due| *due <= now).map(|_| self.past)
     }
 
     /// Where an id stands that came without a question. While one is skipped none is next: it may be of the same user, and older.
@@ -96,7 +101,7 @@ impl Cursor {
         }
     }
 
-    /// The ids that a [`Question::Next`] found, in order.
+    /// The ids that a [`Question`] found, in order.
     pub fn found(&mut self, ids: &[OutboxId], now: Instant) {
         for &id in ids {
             if let Some(refused) = self.refused.get_mut(&id) {
@@ -125,15 +130,17 @@ impl Cursor {
         }
     }
 
-    /// The ids that a [`Question::Sweep`] found. A sweep that found everything there was is over; one that did not goes on.
+    /// The ids that a sweep found. One that found everything there was is over; one that did not goes on.
     pub fn swept(&mut self, ids: &[OutboxId], found_all: bool, took: Duration, now: Instant) {
         for id in ids {
             self.skipped.remove(id);
         }
+        let mut pause = Duration::ZERO;
         if found_all {
             self.rest = (2 * self.rest).min(SWEEP_INTERVAL);
-            self.sweep_at = now + self.rest.max(took * SWEEP_REST);
+            pause = self.rest.max(took * SWEEP_REST);
         }
+        self.sweep_at = Some(now + pause);
     }
 
     /// The broker did not take this one: ask for it again, later each time.
@@ -154,10 +161,8 @@ mod tests {
     use super::*;
 
     fn next(cursor: &mut Cursor, now: Instant) -> (OutboxId, Vec<OutboxId>) {
-        match cursor.question(now) {
-            Question::Next { past, again, .. } => (past, again),
-            Question::Sweep { .. } => panic!("no sweep is due"),
-        }
+        let Question { past, again, .. } = cursor.question(now);
+        (past, again)
     }
 
     #[test]
@@ -210,10 +215,10 @@ mod tests {
         for id in 1..=REFUSED_LIMIT as OutboxId {
             cursor.refused(id, now);
         }
-        assert!(matches!(cursor.question(now), Question::Next { read_on: false, .. }));
+        assert!(!cursor.question(now).read_on);
         assert_eq!(cursor.place(1), Place::Beyond);
         cursor.confirmed(1);
-        assert!(matches!(cursor.question(now), Question::Next { read_on: true, .. }));
+        assert!(cursor.question(now).read_on);
     }
 
     #[test]
@@ -230,12 +235,29 @@ mod tests {
         let mut cursor = Cursor::new(0, now);
         cursor.found(&[7], now);
         let later = now + FIRST_SWEEP;
-        assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
+        assert_eq!(cursor.begin_sweep(now), None);
+        assert_eq!(cursor.begin_sweep(later), Some(7));
+        assert_eq!(cursor.begin_sweep(later), None, "one is under way");
         cursor.swept(&[], false, Duration::ZERO, later);
-        assert_eq!(cursor.question(later), Question::Sweep { up_to: 7 });
+        assert_eq!(cursor.begin_sweep(later), Some(7));
         cursor.swept(&[], true, Duration::ZERO, later);
-        assert!(matches!(cursor.question(later + FIRST_SWEEP), Question::Next { .. }));
-        assert!(matches!(cursor.question(later + 2 * FIRST_SWEEP), Question::Sweep { .. }));
+        assert_eq!(cursor.begin_sweep(later + FIRST_SWEEP), None);
+        assert_eq!(cursor.begin_sweep(later + 2 * FIRST_SWEEP), Some(7));
+    }
+
+    #[test]
+    fn what_a_sweep_may_find_is_not_asked_for_meanwhile() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1, 3], now);
+        cursor.refused(1, now);
+        let later = now + RESEND_AFTER.max(FIRST_SWEEP);
+        assert_eq!(next(&mut cursor, later), (3, vec![2, 1]));
+        assert_eq!(cursor.begin_sweep(later), Some(3));
+        cursor.found(&[4], later);
+        assert_eq!(next(&mut cursor, later), (4, vec![]));
+        cursor.swept(&[2], true, Duration::ZERO, later);
+        assert_eq!(next(&mut cursor, later), (4, vec![1]));
     }
 
     #[test]
@@ -245,9 +267,9 @@ mod tests {
         for _ in 0..10 {
             cursor.swept(&[], true, Duration::ZERO, now);
         }
-        assert_eq!(cursor.sweep_at, now + SWEEP_INTERVAL);
+        assert_eq!(cursor.sweep_at, Some(now + SWEEP_INTERVAL));
         cursor.swept(&[], true, Duration::from_secs(1), now);
-        assert_eq!(cursor.sweep_at, now + Duration::from_secs(50));
+        assert_eq!(cursor.sweep_at, Some(now + Duration::from_secs(50)));
     }
 
     #[test]
@@ -262,7 +284,7 @@ mod tests {
     #[test]
     fn a_refused_message_waits_longer_each_time() {
         let now = Instant::now();
-        let mut cursor = Cursor { rest: SWEEP_INTERVAL, sweep_at: now + SWEEP_INTERVAL, ..Cursor::new(0, now) };
+        let mut cursor = Cursor::new(0, now);
         cursor.found(&[1], now);
         cursor.refused(1, now);
         assert!(next(&mut cursor, now).1.is_empty());

@@ -12,7 +12,8 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    cursor::{Cursor, Place, Question},
+    cursor::{Cursor, Place},
+    errand::Errand,
     settler::{Settled, Settler},
     status::Status,
 };
@@ -39,6 +40,7 @@ pub(super) struct Drain<'a> {
     pub(super) publisher: &'a mut Publisher,
     /// Holds the lead and reads the outbox, both or neither: a relay that lost its lead cannot claim.
     pub(super) lead: &'a mut Line,
+    pub(super) sweep: Errand<Swept>,
     pub(super) bell: &'a Bell,
     pub(super) status: &'a Status,
     /// Confirmed, and still to be deleted.
@@ -46,6 +48,12 @@ pub(super) struct Drain<'a> {
     pub(super) settler: Settler,
     pub(super) cursor: Cursor,
     pub(super) ledger: Ledger,
+}
+
+/// What a sweep found, and how long it took.
+pub(super) struct Swept {
+    outcome: Result<Vec<Entry>, Trouble>,
+    took: Duration,
 }
 
 /// What this session has claimed and not seen the end of.
@@ -82,6 +90,7 @@ impl Drain<'_> {
         self.take(&salvaged);
         let settled = self.settle_all().await;
         self.settler.hang_up().await;
+        self.sweep.hang_up().await;
         outcome.and(settled)
     }
 
@@ -91,6 +100,7 @@ impl Drain<'_> {
         // Whether there may be events that nobody has claimed.
         let mut look = true;
         while !stop.is_cancelled() {
+            self.start_sweep();
             if look && self.has_room() {
                 look = self.claim_and_send().await?;
             }
@@ -105,6 +115,7 @@ impl Drain<'_> {
                 settled = self.settler.done_or_rested(), if !self.settler.is_idle() || !self.unsettled.is_empty() => {
                     settled.map_or(Ok(()), |settled| self.note(settled))?;
                 }
+                swept = self.sweep.done() => self.take_swept(swept).await?,
                 heard = self.bell.rung() => look |= self.send_handed_over(heard),
                 _ = poll.tick() => {
                     self.check_on_broker().await?;
@@ -116,41 +127,46 @@ impl Drain<'_> {
         Ok(())
     }
 
+    /// For a batch more, and for what the sweep may bring if one is under way.
     fn has_room(&self) -> bool {
-        self.ledger.unconfirmed + BATCH <= WINDOW && !self.publisher.is_blocked()
+        let batches = if self.sweep.is_idle() { 1 } else { 2 };
+        self.ledger.unconfirmed + batches * BATCH <= WINDOW && !self.publisher.is_blocked()
     }
 
     /// Claims one batch and puts it on its way. True when there may be more.
     async fn claim_and_send(&mut self) -> anyhow::Result<bool> {
-        let began = Instant::now();
-        let question = self.cursor.question(began);
-        let entries = self.ask(&question).await?;
-        let now = Instant::now();
-        let found_all = entries.len() < BATCH;
-        let ids: Vec<OutboxId> = entries.iter().map(|entry| entry.id).collect();
-        match question {
-            Question::Next { .. } => self.cursor.found(&ids, now),
-            Question::Sweep { .. } => self.cursor.swept(&ids, found_all, now - began, now),
-        }
+        let question = self.cursor.question(Instant::now());
+        let limit = if question.read_on { BATCH } else { 0 };
+        let claimed = self
+            .lead
+            .run_in_session(async |connection| outbox::claim(connection, question.past, limit, &question.again).await)
+            .await;
+        let entries = claimed.map_err(|trouble| database_lost(&trouble))?;
+        self.cursor.found(&ids(&entries), Instant::now());
         self.send(&entries);
-        // After a sweep the question of what comes next is still open.
-        Ok(!found_all || matches!(question, Question::Sweep { .. }))
+        Ok(entries.len() >= BATCH)
     }
 
-    async fn ask(&mut self, question: &Question) -> anyhow::Result<Vec<Entry>> {
-        let claimed = match question {
-            Question::Next { past, again, read_on } => {
-                let limit = if *read_on { BATCH } else { 0 };
-                self.lead.run_in_session(async |connection| outbox::claim(connection, *past, limit, again).await).await
-            }
-            Question::Sweep { up_to } => {
-                let under_way: Vec<OutboxId> = self.ledger.under_way.iter().copied().collect();
-                self.lead
-                    .run_in_session(async |connection| outbox::sweep(connection, *up_to, BATCH, &under_way).await)
-                    .await
-            }
-        };
-        claimed.map_err(|trouble| database_lost(&trouble))
+    /// Sweeps when it is time. It walks over whatever died since the last vacuum: nothing waits for it.
+    fn start_sweep(&mut self) {
+        if !self.sweep.is_idle() || !self.has_room() {
+            return;
+        }
+        if let Some(up_to) = self.cursor.begin_sweep(Instant::now()) {
+            let under_way = self.ledger.under_way.iter().copied().collect();
+            self.sweep.start(|line| sweep(line, up_to, under_way));
+        }
+    }
+
+    async fn take_swept(&mut self, Swept { outcome, took }: Swept) -> anyhow::Result<()> {
+        let entries = outcome.map_err(|trouble| database_lost(&trouble))?;
+        self.cursor.swept(&ids(&entries), entries.len() < BATCH, took, Instant::now());
+        if !entries.is_empty() {
+            // Another session than the lead's has read them.
+            self.make_sure_of_lead().await?;
+        }
+        self.send(&entries);
+        Ok(())
     }
 
     /// Sends what was handed over, without reading it, as far as it is next. True when there may be more to read.
@@ -278,11 +294,25 @@ impl Drain<'_> {
         }
         if !self.has_room() {
             // A leader that claims nothing has to say that it lives.
-            let alive = self.lead.run_in_session(async |connection| outbox::last_id(connection).await).await;
-            alive.map_err(|trouble| database_lost(&trouble))?;
+            self.make_sure_of_lead().await?;
         }
         Ok(())
     }
+
+    async fn make_sure_of_lead(&mut self) -> anyhow::Result<()> {
+        let alive = self.lead.run_in_session(async |connection| outbox::last_id(connection).await).await;
+        alive.map(drop).map_err(|trouble| database_lost(&trouble))
+    }
+}
+
+fn ids(entries: &[Entry]) -> Vec<OutboxId> {
+    entries.iter().map(|entry| entry.id).collect()
+}
+
+async fn sweep(mut line: Box<Line>, up_to: OutboxId, under_way: Vec<OutboxId>) -> (Box<Line>, Swept) {
+    let began = Instant::now();
+    let outcome = line.run(async |connection| outbox::sweep(connection, up_to, BATCH, &under_way).await).await;
+    (line, Swept { outcome, took: began.elapsed() })
 }
 
 const CHANNEL_LOST: &str = "the channel to the broker is lost";

@@ -6,6 +6,7 @@
 
 mod cursor;
 mod drain;
+mod errand;
 mod settler;
 mod status;
 
@@ -26,6 +27,7 @@ use crate::{
 };
 use cursor::Cursor;
 use drain::{Drain, Ledger};
+use errand::Errand;
 use settler::Settler;
 
 /// Key of the advisory lock that the leading relay of a database holds: "tidings" in ASCII.
@@ -106,6 +108,7 @@ impl Relay {
         let drain = Drain {
             publisher,
             lead,
+            sweep: Errand::new(self.db.line("relay sweep", [])),
             bell: &self.bell,
             status: &self.status,
             unsettled: &mut self.unsettled,

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::{task::JoinHandle, time::sleep_until};
+use tokio::time::sleep_until;
 
+use super::errand::Errand;
 use crate::{
     db::{Line, Trouble},
     outbox::{self, OutboxId},
@@ -14,18 +15,10 @@ const REST: Duration = Duration::from_millis(20);
 /// That many are deleted without a rest.
 const MANY: usize = 200;
 
-/// One deletion at a time, in a task of its own: waiting for it never holds up the publishing, and giving up the wait never harms
-/// the connection.
+/// One deletion at a time.
 pub(super) struct Settler {
-    state: State,
+    errand: Errand<Settled>,
     rests_until: Instant,
-}
-
-enum State {
-    Idle(Box<Line>),
-    Busy(JoinHandle<(Box<Line>, Settled)>),
-    /// Only while changing from one to the other.
-    Between,
 }
 
 /// The events of one deletion, and whether it happened.
@@ -36,11 +29,11 @@ pub(super) struct Settled {
 
 impl Settler {
     pub(super) fn new(line: Line) -> Self {
-        Self { state: State::Idle(Box::new(line)), rests_until: Instant::now() }
+        Self { errand: Errand::new(line), rests_until: Instant::now() }
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        matches!(self.state, State::Idle(_))
+        self.errand.is_idle()
     }
 
     /// Whether so many confirmed events are worth a deletion now.
@@ -59,30 +52,20 @@ impl Settler {
 
     /// Starts deleting, if nothing is being deleted and there is something to delete; takes what it deletes out of `confirmed`.
     pub(super) fn start(&mut self, confirmed: &mut Vec<OutboxId>) {
-        if confirmed.is_empty() {
+        if confirmed.is_empty() || !self.is_idle() {
             return;
         }
-        self.state = match std::mem::replace(&mut self.state, State::Between) {
-            State::Idle(line) => {
-                self.rests_until = Instant::now() + REST;
-                State::Busy(tokio::spawn(settle(line, std::mem::take(confirmed))))
-            }
-            busy => busy,
-        };
+        self.rests_until = Instant::now() + REST;
+        self.errand.start(|line| settle(line, std::mem::take(confirmed)));
     }
 
     /// Waits for the deletion under way; for ever when there is none. Cancel safe.
     pub(super) async fn done(&mut self) -> Settled {
-        let State::Busy(task) = &mut self.state else { return std::future::pending().await };
-        let (line, settled) = task.await.expect("deleting does not panic, and nobody aborts it");
-        self.state = State::Idle(line);
-        settled
+        self.errand.done().await
     }
 
-    pub(super) async fn hang_up(mut self) {
-        if let State::Idle(line) = &mut self.state {
-            line.hang_up().await;
-        }
+    pub(super) async fn hang_up(self) {
+        self.errand.hang_up().await;
     }
 }
 

@@ -148,7 +148,8 @@ async fn what_is_committed_beside_the_relay_is_told_without_being_read(db: PgPoo
     house.settle().await;
     let hidden_from_the_leader = "
         create policy add on outbox for insert with check (true);
-        create policy see on outbox for select using (current_setting('application_name') <> 'tidings relay leader');
+        create policy see on outbox for select
+          using (current_setting('application_name') not in ('tidings relay leader', 'tidings relay sweep'));
         create policy settle on outbox for delete using (true);
         alter table outbox enable row level security;
     ";
@@ -158,6 +159,40 @@ async fn what_is_committed_beside_the_relay_is_told_without_being_read(db: PgPoo
     }
     let told = house.told(&ana).await;
     assert_eq!(told, ["user.created", "profile.updated[city]", "profile.updated[city]", "profile.updated[city]"]);
+}
+
+/// Only the sweep sees one of the events, and it has to wait for a lock.
+#[sqlx::test]
+async fn a_sweep_holds_up_nobody_and_what_it_finds_is_told_too(db: PgPool) {
+    let house = House::open(db).await;
+    let policies = "
+        create function slowly() returns boolean language plpgsql set lock_timeout = 0 as
+          $$ begin perform pg_advisory_xact_lock_shared(1); return true; end $$;
+        create policy add on outbox for insert with check (true);
+        create policy see on outbox for select using (
+          case current_setting('application_name')
+            when 'tidings relay leader' then traceparent <> ''
+            when 'tidings relay sweep' then slowly()
+            else true
+          end);
+        create policy settle on outbox for delete using (true);
+        alter table outbox enable row level security;
+    ";
+    sqlx::raw_sql(policies).execute(&house.db).await.unwrap();
+    let mut holder = house.db.acquire().await.unwrap();
+    sqlx::query("select pg_advisory_lock(1)").execute(&mut *holder).await.unwrap();
+    let (unseen, transaction) = load::open_change(&house.db).await;
+    transaction.commit().await.unwrap();
+    let ana = house.user(json!({})).await;
+    let sweep = sessions::blocked(&house.db, "tidings relay sweep").await;
+    for city in ["Riga", "Oslo", "Bern"] {
+        house.amend(&ana, json!({ "city": city })).await.ok();
+    }
+    load::heard(&house, 4).await;
+    assert_eq!(sessions::blocked(&house.db, "tidings relay sweep").await, sweep);
+    sqlx::query("select pg_advisory_unlock(1)").execute(&mut *holder).await.unwrap();
+    assert_eq!(house.told(&unseen).await, ["user.created"]);
+    assert_eq!(house.audit.heard().len(), 5, "each once");
 }
 
 #[sqlx::test]

@@ -4,17 +4,18 @@ use sqlx::PgPool;
 
 use crate::house::eventually;
 
-/// Waits until the session of this name waits for a lock.
-pub async fn blocked(db: &PgPool, name: &str) {
-    let waiting = "
-        select wait_event_type || ' ' || state from pg_stat_activity
+/// Waits until the session of this name waits for a lock; its process.
+pub async fn blocked(db: &PgPool, name: &str) -> i32 {
+    let sessions = "
+        select pid, wait_event_type || ' ' || state from pg_stat_activity
          where datname = current_database() and application_name = $1
     ";
     eventually("a session that waits for a lock", async || {
-        let seen: Vec<Option<String>> = sqlx::query_scalar(waiting).bind(name).fetch_all(db).await.unwrap();
-        if seen.contains(&Some("Lock active".to_owned())) { Ok(()) } else { Err(seen) }
+        let seen: Vec<(i32, Option<String>)> = sqlx::query_as(sessions).bind(name).fetch_all(db).await.unwrap();
+        let waiting = seen.iter().find(|(_, state)| state.as_deref() == Some("Lock active"));
+        waiting.map(|(process, _)| *process).ok_or(seen)
     })
-    .await;
+    .await
 }
 
 /// Waits until the sessions of a service that was killed have ended. One that waits for a lock ends by its lock_timeout.
