@@ -7,17 +7,23 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-/// Of the connections at the cap, the share that one look at all of them finds to be next. They are cut one by one, as room is needed: a
-/// hundred that end at once, and come back at once, would hold up everybody else.
+/// Of the connections at the cap, the share that one look at all of them finds to be next.
 const NEXT_SHARE: usize = 64;
+/// The share of the cap that is kept free for those who come next.
+const FREE_SHARE: usize = 64;
+/// Of those that are to go for that, the share that is cut each [`TICK`]: a hundred that end at once, and come back at once, would hold
+/// up everybody else.
+const TICK_SHARE: usize = 16;
+const TICK: Duration = Duration::from_millis(1);
 /// Who has kept us waiting for less is not cut: a request may be on its way.
 const GRACE: Duration = Duration::from_millis(250);
 /// In place of a time: it is the client who waits.
@@ -28,6 +34,8 @@ pub struct Connections {
     cap: usize,
     began: Instant,
     open: Mutex<Open>,
+    /// There are more than there should be.
+    crowded: Notify,
 }
 
 #[derive(Default)]
@@ -50,36 +58,62 @@ pub struct Seat {
 /// Keeps a connection counted for as long as it lives.
 pub struct Seated {
     connections: Arc<Connections>,
-    number: u64,
+    /// Counts the connections of the process.
+    pub number: u64,
     pub seat: Arc<Seat>,
-}
-
-/// What became of a new connection.
-pub struct Admission {
-    /// `None` when there is no room, as all the others are at work.
-    pub seated: Option<Seated>,
-    /// Whether another was cut to make room.
-    pub cut: bool,
 }
 
 impl Connections {
     pub fn new(cap: usize) -> Arc<Self> {
-        Arc::new(Self { cap, began: Instant::now(), open: Mutex::default() })
+        Arc::new(Self { cap, began: Instant::now(), open: Mutex::default(), crowded: Notify::new() })
     }
 
-    pub fn admit(self: &Arc<Self>) -> Admission {
+    /// Gives a new connection its seat; `None` when there is no room, as all the others are at work.
+    pub fn admit(self: &Arc<Self>) -> Option<Seated> {
         let now_ms = since(self.began);
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let cut = open.seats.len() >= self.cap && open.cut_oldest(now_ms, (self.cap / NEXT_SHARE).max(1));
-        if open.seats.len() >= self.cap {
-            return Admission { seated: None, cut };
+        let mut open = self.open();
+        if open.seats.len() >= self.cap && !open.cut_oldest(now_ms, self.next_share()) {
+            return None;
         }
         let number = open.next_number;
         open.next_number += 1;
-        let cut_it = CancellationToken::new();
-        let seat = Arc::new(Seat { began: self.began, waiting_since_ms: now_ms.into(), cut: cut_it });
+        let seat = Arc::new(Seat { began: self.began, waiting_since_ms: now_ms.into(), cut: CancellationToken::new() });
         open.seats.insert(number, seat.clone());
-        Admission { seated: Some(Seated { connections: self.clone(), number, seat }), cut }
+        if open.seats.len() > self.enough() {
+            self.crowded.notify_one();
+        }
+        Some(Seated { connections: self.clone(), number, seat })
+    }
+
+    /// Keeps room for those who come next, as long as it is polled.
+    pub async fn keep_room(&self) {
+        loop {
+            self.crowded.notified().await;
+            while self.cut_some(since(self.began)) {
+                sleep(TICK).await;
+            }
+        }
+    }
+
+    /// Cuts some of those who are too many. False when there are none, or nobody who could go.
+    fn cut_some(&self, now_ms: u64) -> bool {
+        let mut open = self.open();
+        let too_many = open.seats.len().saturating_sub(self.enough());
+        let some = too_many.div_ceil(TICK_SHARE);
+        some > 0 && (0..some).all(|_| open.cut_oldest(now_ms, self.next_share()))
+    }
+
+    /// As many as leave room.
+    fn enough(&self) -> usize {
+        self.cap - self.cap / FREE_SHARE
+    }
+
+    fn next_share(&self) -> usize {
+        (self.cap / NEXT_SHARE).max(1)
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -167,8 +201,7 @@ impl Drop for Waiting {
 
 impl Drop for Seated {
     fn drop(&mut self) {
-        let mut open = self.connections.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.seats.remove(&self.number);
+        self.connections.open().seats.remove(&self.number);
     }
 }
 
@@ -182,7 +215,7 @@ mod tests {
 
     /// As if these seats had been waiting since then.
     fn seated(connections: &Arc<Connections>, waiting_since_ms: u64) -> Seated {
-        let seated = connections.admit().seated.unwrap();
+        let seated = connections.admit().unwrap();
         seated.seat.waiting_since_ms.store(waiting_since_ms, Ordering::Relaxed);
         seated
     }
@@ -221,15 +254,39 @@ mod tests {
     fn nobody_is_let_in_over_the_cap() {
         let connections = Connections::new(2);
         let held = [seated(&connections, AT_WORK), seated(&connections, AT_WORK)];
-        assert!(connections.admit().seated.is_none());
+        assert!(connections.admit().is_none());
         drop(held);
-        assert!(connections.admit().seated.is_some());
+        assert!(connections.admit().is_some());
+    }
+
+    #[test]
+    fn room_is_kept_free_a_little_at_a_time() {
+        let connections = Connections::new(2048);
+        let held: Vec<Seated> = (0..2048).map(|_| seated(&connections, 0)).collect();
+        let cut = || held.iter().filter(|seated| seated.seat.cut.is_cancelled()).count();
+        assert!(!connections.cut_some(100) && cut() == 0, "too soon for everybody");
+        assert!(connections.cut_some(1000) && cut() == 2);
+        assert!(connections.cut_some(1000) && cut() == 4);
+        while connections.cut_some(1000) {}
+        assert_eq!(cut(), 32);
+    }
+
+    #[tokio::test]
+    async fn whoever_is_one_too_many_has_room_made() {
+        let connections = Connections::new(64);
+        let held: Vec<Seated> = (0..63).map(|_| seated(&connections, 0)).collect();
+        let cut = || held.iter().filter(|seated| seated.seat.cut.is_cancelled()).count();
+        let mut keeping = Box::pin(connections.keep_room());
+        sleep(GRACE).await;
+        assert!(futures_util::poll!(&mut keeping).is_pending() && cut() == 0);
+        let _one_more = connections.admit();
+        assert!(futures_util::poll!(&mut keeping).is_pending() && cut() == 1);
     }
 
     #[test]
     fn it_is_known_who_waits_for_whom() {
         let connections = Connections::new(1);
-        let seated = connections.admit().seated.unwrap();
+        let seated = connections.admit().unwrap();
         let waits = || seated.seat.waiting_since_ms.load(Ordering::Relaxed) != AT_WORK;
         assert!(waits(), "for the first request");
         let at_work = seated.seat.at_work();

@@ -24,6 +24,8 @@ use super::{Code, Limits, Problem, connections::Seated, wire::Wire};
 
 /// From the first byte of a request to the end of its headers, and for an idle connection to send one.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
+/// Added to it, more or less: those who came together do not go, and come back, together.
+const DEADLINE_SPREAD_MS: u64 = 256;
 /// For a request's line and headers.
 const HEADER_LIMIT_BYTES: usize = 16 * 1024;
 /// After a failed accept (no file descriptors left): time for some connections to end.
@@ -61,6 +63,10 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
     let graceful = GracefulShutdown::new();
     let app = TowerToHyperService::new(app);
     let farewells = Arc::new(Semaphore::new(FAREWELLS));
+    let keeping_room = tokio::spawn({
+        let (connections, stop) = (limits.connections.clone(), stop.clone());
+        async move { stop.run_until_cancelled(connections.keep_room()).await }
+    });
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -70,13 +76,9 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
                 continue;
             }
         };
-        let admission = limits.connections.admit();
-        if admission.cut {
-            limits.traffic.cut();
-        }
-        if let Some(seated) = admission.seated {
+        if let Some(seated) = limits.connections.admit() {
             let app = AtPeer { app: app.clone(), peer: Peer(peer), seated };
-            tokio::spawn(connection(stream, app, limits.clone(), graceful.watcher()));
+            tokio::spawn(connection(stream, app, limits.clone(), stop.clone(), graceful.watcher()));
         } else {
             limits.traffic.full();
             if let Ok(turn) = farewells.clone().try_acquire_owned() {
@@ -88,16 +90,37 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
         }
     }
     drop(listener);
+    let _ = keeping_room.await;
     graceful.shutdown().await;
 }
 
-async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, watcher: Watcher) {
+async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, stop: CancellationToken, watcher: Watcher) {
     let _counted = limits.traffic.connected();
+    // Not all at once that came at once.
+    let deadline = HEADER_DEADLINE + Duration::from_millis(app.seated.number % DEADLINE_SPREAD_MS);
+    let mut first = [0];
+    tokio::select! {
+        spoken = timeout(deadline, stream.peek(&mut first)) => match spoken {
+            // Only who says something gets the buffers and whatever else it takes to answer.
+            Ok(Ok(1..)) => Box::pin(conversation(stream, app, deadline, limits, watcher)).await,
+            Ok(Ok(0) | Err(_)) => {}
+            Err(_) => limits.traffic.no_request(),
+        },
+        () = app.seated.seat.cut() => {
+            limits.traffic.cut();
+            // Nothing was said, so nothing can be lost, and the system need not remember the connection for a minute.
+            let _ = stream.set_zero_linger();
+        }
+        () = stop.cancelled() => {}
+    }
+}
+
+async fn conversation(stream: TcpStream, app: AtPeer, deadline: Duration, limits: Limits, watcher: Watcher) {
     // Answers are small and must not wait for each other (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(HEADER_DEADLINE)
+        .header_read_timeout(deadline)
         .max_header_size(HEADER_LIMIT_BYTES)
         .max_buf_size(HEADER_LIMIT_BYTES);
     let seat = app.seated.seat.clone();
@@ -110,7 +133,7 @@ async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, watcher: Wat
             }
             tracing::debug!(%error, "a connection broke");
         },
-        () = seat.cut() => tracing::debug!("a connection was cut to make room"),
+        () = seat.cut() => limits.traffic.cut(),
     }
 }
 
