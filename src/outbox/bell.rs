@@ -23,7 +23,7 @@ const HINT_INTERVAL: Duration = Duration::from_millis(20);
 /// Before listening anew after the connection was lost.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Events that wait for the relay here; it reads the others from the table. No more than it claims at once: that much room it has.
-const AT_HAND: usize = 500;
+pub const AT_HAND: usize = 500;
 
 #[derive(Clone, Default)]
 pub struct Bell(Arc<Inner>);

@@ -25,7 +25,8 @@ use crate::{
 
 /// Events in one claim, and messages in one batch.
 const BATCH: usize = 500;
-/// Messages under way at once; also the most that a crash can send twice.
+const _: () = assert!(outbox::AT_HAND <= BATCH, "what is handed over at once finds the room of one claim");
+/// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice.
 const WINDOW: usize = 2000;
 /// Between two looks at the table when nobody rings.
 const POLL: Duration = Duration::from_millis(500);
@@ -130,7 +131,8 @@ impl Drain<'_> {
     /// For a batch more, and for what the sweep may bring if one is under way.
     fn has_room(&self) -> bool {
         let batches = if self.sweep.is_idle() { 1 } else { 2 };
-        self.ledger.unconfirmed + batches * BATCH <= WINDOW && !self.publisher.is_blocked()
+        let undeleted = self.ledger.unconfirmed + self.unsettled.len() + self.settler.deleting();
+        undeleted + batches * BATCH <= WINDOW && !self.publisher.is_blocked()
     }
 
     /// Claims one batch and puts it on its way. True when there may be more.

@@ -82,7 +82,8 @@ impl Relay {
             Some(publisher) => publisher?,
         };
         self.status.broker_is_up();
-        let mut lead = self.db.line("relay leader", [("idle_session_timeout", LEADER_IDLE_TIMEOUT)]);
+        let [one, other] = outbox::BY_PLACE;
+        let mut lead = self.db.line("relay leader", [("idle_session_timeout", LEADER_IDLE_TIMEOUT), one, other]);
         let outcome = self.lead(&mut publisher, &mut lead, stop).await;
         self.bell.lead_here(false);
         self.status.leads(false);
@@ -108,11 +109,11 @@ impl Relay {
         let drain = Drain {
             publisher,
             lead,
-            sweep: Errand::new(self.db.line("relay sweep", [])),
+            sweep: Errand::new(self.db.line("relay sweep", outbox::BY_PLACE)),
             bell: &self.bell,
             status: &self.status,
             unsettled: &mut self.unsettled,
-            settler: Settler::new(self.db.line("relay settler", [])),
+            settler: Settler::new(self.db.line("relay settler", outbox::BY_PLACE)),
             cursor: Cursor::new(floor, Instant::now()),
             ledger: Ledger::new(),
         };

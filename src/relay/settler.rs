@@ -18,6 +18,8 @@ const MANY: usize = 200;
 /// One deletion at a time.
 pub(super) struct Settler {
     errand: Errand<Settled>,
+    /// Events of the deletion under way.
+    deleting: usize,
     rests_until: Instant,
 }
 
@@ -29,11 +31,16 @@ pub(super) struct Settled {
 
 impl Settler {
     pub(super) fn new(line: Line) -> Self {
-        Self { errand: Errand::new(line), rests_until: Instant::now() }
+        Self { errand: Errand::new(line), deleting: 0, rests_until: Instant::now() }
     }
 
     pub(super) fn is_idle(&self) -> bool {
         self.errand.is_idle()
+    }
+
+    /// Events of the deletion under way; 0 when there is none.
+    pub(super) fn deleting(&self) -> usize {
+        self.deleting
     }
 
     /// Whether so many confirmed events are worth a deletion now.
@@ -56,12 +63,15 @@ impl Settler {
             return;
         }
         self.rests_until = Instant::now() + REST;
+        self.deleting = confirmed.len();
         self.errand.start(|line| settle(line, std::mem::take(confirmed)));
     }
 
     /// Waits for the deletion under way; for ever when there is none. Cancel safe.
     pub(super) async fn done(&mut self) -> Settled {
-        self.errand.done().await
+        let settled = self.errand.done().await;
+        self.deleting = 0;
+        settled
     }
 
     pub(super) async fn hang_up(self) {

@@ -157,6 +157,28 @@ async fn a_kill_sends_no_more_than_the_window_twice(db: PgPool) {
 }
 
 #[sqlx::test]
+async fn what_is_confirmed_and_cannot_be_deleted_fills_the_window_too(db: PgPool) {
+    let mut house = House::open(db).await;
+    load::ready(&house).await;
+    house.broker.down();
+    let events = load::backlog(&house.db, 5_000).await;
+    let held = holding(&house.db, "select from outbox for update").await;
+    house.broker.up();
+    load::heard(&house, 2_000).await;
+    sessions::asked(&house.db, "tidings relay leader", "pg_sequence_last_value").await;
+    house.service.kill().await;
+    sessions::gone(&house.db).await;
+    held.rollback().await.unwrap();
+    house.restart().await;
+    house.settle().await;
+    let mut heard = load::heard_ids(&house);
+    let messages = heard.len();
+    heard.sort();
+    heard.dedup();
+    assert_eq!((heard.len(), messages), (events.len(), events.len() + 2_000));
+}
+
+#[sqlx::test]
 async fn killed_between_confirm_and_settle_the_same_messages_are_sent_again(db: PgPool) {
     let mut house = House::open(db).await;
     house.broker.down();

@@ -5,6 +5,8 @@ use tidings::{
     audit_leaks, backfill, clients, db as database, dead_letters, deletions, feed, lead, outbox, subscriptions, users,
 };
 
+use crate::load;
+
 #[sqlx::test]
 async fn every_statement_can_be_prepared(db: PgPool) {
     // With how many columns each gives back.
@@ -184,6 +186,24 @@ async fn users_are_found_by_key(db: PgPool) {
                 plan.contains("Index Cond: ((xid = changed_1.replaced_xid) AND (user_id = changed_1.id))"),
                 "{plan}"
             );
+        }
+    }
+}
+
+/// The same of the relay's sessions, whose table is empty most of the time and holds millions after an outage.
+#[sqlx::test]
+async fn the_outbox_is_read_by_place(db: PgPool) {
+    for more in [0, 50, 5000] {
+        load::backlog(&db, more).await;
+        let mut connection = session_as_it_is(&db, &outbox::BY_PLACE).await;
+        for (statement, arguments) in [
+            (outbox::CLAIM, "(7, 500, array[1, 2])"),
+            (outbox::SWEEP, "(7, 500, array[1, 2])"),
+            (outbox::SETTLE, "(array[1, 2])"),
+        ] {
+            let plan = plan(&mut connection, statement, arguments).await;
+            assert_by_key(&plan);
+            assert!(!plan.contains("Bitmap"), "{plan}");
         }
     }
 }
