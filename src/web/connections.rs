@@ -1,7 +1,7 @@
 //! Connections: how many there may be, and which one goes when there are too many.
 //!
-//! Promise: who only holds a connection open, with half a request, half a body or an unread answer, keeps nobody out: at the cap
-//! those go first who have kept us waiting longest. A request that we are at work on is never cut for another.
+//! Promise: who only holds a connection open, with half a request, half a body or an unread answer, keeps nobody out: near
+//! the cap those go first who have kept us waiting longest. A request that we are at work on is never cut for another.
 //! Not here, on purpose: bytes (see `wire`).
 
 use std::{
@@ -273,11 +273,11 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_is_one_too_many_has_room_made() {
-        let connections = Connections::new(64);
+        let began = Instant::now() - GRACE;
+        let connections = Arc::new(Connections { cap: 64, began, open: Mutex::default(), crowded: Notify::new() });
         let held: Vec<Seated> = (0..63).map(|_| seated(&connections, 0)).collect();
         let cut = || held.iter().filter(|seated| seated.seat.cut.is_cancelled()).count();
         let mut keeping = Box::pin(connections.keep_room());
-        sleep(GRACE).await;
         assert!(futures_util::poll!(&mut keeping).is_pending() && cut() == 0);
         let _one_more = connections.admit();
         assert!(futures_util::poll!(&mut keeping).is_pending() && cut() == 1);

@@ -24,7 +24,7 @@ use super::{Code, Limits, Problem, connections::Seated, wire::Wire};
 
 /// From the first byte of a request to the end of its headers, and for an idle connection to send one.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// Added to it, more or less: those who came together do not go, and come back, together.
+/// Up to so much is added to it, so that those who came together do not go, and come back, together.
 const DEADLINE_SPREAD_MS: u64 = 256;
 /// For a request's line and headers.
 const HEADER_LIMIT_BYTES: usize = 16 * 1024;
@@ -100,6 +100,8 @@ async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, stop: Cancel
     let deadline = HEADER_DEADLINE + Duration::from_millis(app.seated.number % DEADLINE_SPREAD_MS);
     let mut first = [0];
     tokio::select! {
+        // First: a request that is here is answered, also when we are about to stop.
+        biased;
         spoken = timeout(deadline, stream.peek(&mut first)) => match spoken {
             // Only who says something gets the buffers and whatever else it takes to answer.
             Ok(Ok(1..)) => Box::pin(conversation(stream, app, deadline, limits, watcher)).await,

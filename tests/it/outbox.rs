@@ -148,12 +148,16 @@ async fn a_kill_sends_no_more_than_the_window_twice(db: PgPool) {
     house.broker.up();
     house.restart().await;
     house.settle().await;
-    let mut heard = load::heard_ids(&house);
-    let messages = heard.len();
-    heard.sort();
-    heard.dedup();
-    assert_eq!(heard.len(), events.len());
-    assert_eq!(messages, events.len() + 2_000);
+    assert_eq!(heard(&house), (events.len(), events.len() + 2_000));
+}
+
+/// How many events were heard of, and in how many messages.
+fn heard(house: &House) -> (usize, usize) {
+    let mut ids = load::heard_ids(house);
+    let messages = ids.len();
+    ids.sort();
+    ids.dedup();
+    (ids.len(), messages)
 }
 
 #[sqlx::test]
@@ -171,11 +175,7 @@ async fn what_is_confirmed_and_cannot_be_deleted_fills_the_window_too(db: PgPool
     held.rollback().await.unwrap();
     house.restart().await;
     house.settle().await;
-    let mut heard = load::heard_ids(&house);
-    let messages = heard.len();
-    heard.sort();
-    heard.dedup();
-    assert_eq!((heard.len(), messages), (events.len(), events.len() + 2_000));
+    assert_eq!(heard(&house), (events.len(), events.len() + 2_000));
 }
 
 #[sqlx::test]
