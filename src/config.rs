@@ -601,8 +601,8 @@ pub struct Import {
     pub file: PathBuf,
     #[command(flatten)]
     pub api: Api,
-    /// Users sent at once.
-    #[arg(long, default_value_t = 64, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Users sent at once, in up to four requests of up to 500.
+    #[arg(long, default_value_t = 1000, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=2000))]
     pub concurrency: u16,
     /// Write every refused line into this file, one JSON object a line. Without: the first 20 are shown.
     #[arg(long, value_name = "FILE")]

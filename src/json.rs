@@ -37,6 +37,12 @@ impl Fault {
     pub fn new(pointer: impl Into<String>, code: impl Into<String>, detail: impl Into<String>) -> Self {
         Self { pointer: pointer.into(), code: code.into(), detail: detail.into() }
     }
+
+    /// The same in a document in which what was looked at stands at `pointer`.
+    #[must_use]
+    pub fn below(self, pointer: &str) -> Self {
+        Self { pointer: format!("{pointer}{}", self.pointer), ..self }
+    }
 }
 
 /// Why a body is not a document we take.

@@ -251,10 +251,12 @@ impl Hostile {
         let one = format!("GET /v1/users/{user}");
         let noise = chance.bytes(300);
         let wrong_key = format!("tdg_{:016x}_{:064x}", chance.next(), chance.next());
-        let batch = |body: &str| {
+        let many = |line: &str, body: &str| {
             let headers = format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
-            ask("POST /v1/users:batchGet", &headers) + body
+            ask(line, &headers) + body
         };
+        let batch = |body: &str| many("POST /v1/users:batchGet", body);
+        let replace = |users: &str| many("POST /v1/users:batchReplace", &format!("{{\"users\":[{users}]}}"));
         let ids = vec![format!("\"{user}\""); 1500].join(",");
         vec![
             Self::of("random bytes for a request", noise).cut(),
@@ -304,6 +306,9 @@ impl Hostile {
             Self::of("two keys", ask("GET /v1/users", "authorization: Bearer tdg_1_2\r\n")),
             Self::of("Basic", "GET /v1/users HTTP/1.1\r\nhost: localhost\r\nauthorization: Basic dGRnOnRkZw==\r\n\r\n"),
             Self::of("too many ids", batch(&format!("{{\"ids\":[{ids}]}}"))),
+            Self::of("a user a thousand times", replace(&vec![format!("{{\"id\":\"{user}\"}}"); 1000].join(","))),
+            Self::of("users that are none", replace(&vec!["[]"; 500].join(","))),
+            Self::of("users of half a mebibyte and more", replace(&"[7],".repeat(140_000))),
             Self::of("ids that are none", batch("{\"ids\":[\"\",7,null,{}]}")),
             Self::of("a version that cannot be", ask(&format!("{one}?min_version=9223372036854775807"), "")),
             Self::of(

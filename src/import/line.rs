@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     json::{self, Fault, Rejected, step},
+    users::ExternalId,
     web::{BODY_LIMIT_BYTES, Id},
 };
 
@@ -84,8 +85,13 @@ fn members(text: &[u8]) -> Result<(Option<Uuid>, Map<String, Value>), Refused> {
         Some(_) => faults.push(Fault::new("/profile", "type", "must be an object")),
         None => faults.push(Fault::new("/profile", "required", "must be present")),
     }
-    if members.get("external_id").is_some_and(|external_id| !external_id.is_string() && !external_id.is_null()) {
-        faults.push(Fault::new("/external_id", "type", "must be a string or null"));
+    match members.get("external_id") {
+        None | Some(Value::Null) => {}
+        Some(Value::String(text)) => {
+            let invalid = text.parse::<ExternalId>().err();
+            faults.extend(invalid.map(|why| Fault::new("/external_id", why.code(), why.to_string())));
+        }
+        Some(_) => faults.push(Fault::new("/external_id", "type", "must be a string or null")),
     }
     let id = id.and_then(|id| {
         let id = id.as_str().and_then(Id::from_text);
@@ -139,6 +145,7 @@ mod tests {
         assert_eq!(places(r#"{"id":"00000000-0000-0000-0000-000000000000"}"#), ["/profile required", "/id format"]);
         assert_eq!(places(r#"{"profile":{"a":1,"a":2}}"#), ["/profile/a duplicate_key"]);
         assert_eq!(places("[]"), [" type"]);
+        assert_eq!(places(r#"{"external_id":"","profile":{}}"#), ["/external_id length"]);
         for wrong in ["{", "Ana", "{} {}", "{'profile':{}}"] {
             assert_eq!(parse(wrong.as_bytes()).err().unwrap().code, "malformed_json", "{wrong}");
         }

@@ -5,6 +5,7 @@
 //! Not here, on purpose: the database. What an import may do is what its key may do, and what it brings is told like any change.
 
 mod book;
+mod bundle;
 mod journal;
 mod line;
 mod lines;
@@ -23,7 +24,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, StreamExt, future::join_all, stream};
 use tidings_sdk::owner::connections;
 use tokio::{sync::mpsc, time::interval};
 use tokio_util::sync::CancellationToken;
@@ -33,8 +34,10 @@ use crate::{
     config::{Import, ImportSettings, Input},
     lifecycle,
     profile::Schema,
+    users::MAX_ENTRIES,
 };
 use book::Book;
+use bundle::{Bundle, Bundles, Content, Named, Sheet, Sheets};
 use journal::Journal;
 use line::{Person, Refused};
 use lines::{Lines, Piece, Place, Text};
@@ -47,25 +50,13 @@ pub use service::address;
 /// For reading the file: a disk likes large bites.
 const BITE_BYTES: usize = 256 * 1024;
 /// Lines that were read and are not sent yet.
-const READ_AHEAD: usize = 64;
-/// Lines under way for each that is being asked about: one that is slow must not hold up the others.
+const READ_AHEAD: usize = 1024;
+/// Requests over which those are spread who are asked about at once: while the service works on one, others are on their way.
+const REQUESTS: usize = 4;
+/// Requests in hand for each that is under way: one that is slow must not hold up the others.
 const WINDOW: usize = 4;
 /// Between two looks at how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-
-/// A line on its way. No Debug: it holds values.
-struct Sheet {
-    end: Place,
-    content: Content,
-}
-
-enum Content {
-    Person(Person),
-    Refused(Refused),
-    Blank,
-}
-
-type Sheets = mpsc::Receiver<anyhow::Result<Sheet>>;
 
 /// # Errors
 /// When not every line is in: some were refused, or the import cannot go on.
@@ -86,20 +77,16 @@ pub async fn run(import: &Import, settings: ImportSettings) -> anyhow::Result<()
     let service = Service::at(&settings.url, settings.key.as_ref(), connections, pace.clone(), halt.clone());
     let service = service.map_err(|wrong| anyhow!(wrong))?;
     let import_id = book.import_id();
-    let importer = Arc::new(Importer {
-        service,
-        turns: Turns::default(),
-        import_id,
-        namespace: settings.namespace.unwrap_or(import_id),
-    });
-    let outcomes = importer.settle_all(read_ahead(lines), halt.clone(), settings.concurrency * WINDOW);
+    let names = Names { import_id, namespace: settings.namespace.unwrap_or(import_id) };
+    let importer = Arc::new(Importer { service, turns: Turns::default() });
+    let outcomes = importer.settle_all(read_ahead(lines, names), halt.clone(), settings.concurrency);
     settle(book, outcomes, &pace, &stop, &halt).await
 }
 
 /// Writes down what becomes of each line, in order.
 async fn settle(
     mut book: Book,
-    outcomes: impl Stream<Item = anyhow::Result<(Place, Result<Outcome, Ended>)>>,
+    outcomes: impl Stream<Item = Settled>,
     pace: &Pace,
     stop: &CancellationToken,
     halt: &CancellationToken,
@@ -136,67 +123,111 @@ async fn settle(
     book.close(ended)
 }
 
+/// What became of a line, which ends there.
+type Settled = anyhow::Result<(Place, Result<Outcome, Ended>)>;
+
 struct Importer {
     service: Service,
     turns: Turns,
+}
+
+impl Importer {
+    /// What becomes of each line, in order; so many users are asked about at once.
+    fn settle_all(
+        self: Arc<Self>,
+        sheets: Sheets,
+        halt: CancellationToken,
+        concurrency: usize,
+    ) -> impl Stream<Item = Settled> {
+        let size = (concurrency / REQUESTS).clamp(1, MAX_ENTRIES);
+        let window = concurrency / size * WINDOW;
+        stream::unfold(Bundles::new(sheets, size), async |mut bundles| Some((bundles.next().await?, bundles)))
+            .take_until(halt.cancelled_owned())
+            .map(move |bundle| {
+                // Taken here, in the order of the file, and not when the future is first polled.
+                let bundle = bundle.map(|bundle| (self.turns.take(bundle.line(), &bundle.keys), bundle));
+                let importer = self.clone();
+                async move {
+                    match bundle {
+                        Ok((turn, bundle)) => {
+                            turn.comes().await;
+                            importer.settle(bundle).await.into_iter().map(Ok).collect()
+                        }
+                        Err(error) => vec![Err(error)],
+                    }
+                }
+            })
+            .buffered(window)
+            .flat_map(stream::iter)
+    }
+
+    /// What becomes of each line of a bundle.
+    async fn settle(&self, bundle: Bundle) -> Vec<(Place, Result<Outcome, Ended>)> {
+        let mut outcomes = self.put(&bundle.people()).await.into_iter();
+        let settled = bundle.sheets.into_iter().map(|Sheet { end, content }| match content {
+            Content::Person(_) => (end, outcomes.next().expect("there is one for each")),
+            Content::Refused(refused) => (end, Ok(Outcome::Refused(refused))),
+            Content::Blank => (end, Ok(Outcome::Blank)),
+        });
+        settled.collect()
+    }
+
+    /// All in one request, and then by themselves those whom it did not settle.
+    async fn put(&self, people: &[&Named]) -> Vec<Result<Outcome, Ended>> {
+        let settled = match people {
+            [] | [_] => people.iter().map(|_| None).collect(),
+            _ => match self.service.put_many(people).await {
+                Ok(settled) => settled,
+                Err(why) => return vec![Err(why); people.len()],
+            },
+        };
+        let outcomes = settled.into_iter().zip(people).map(async |(settled, Named { id, person, .. })| match settled {
+            Some(outcome) => Ok(outcome),
+            None => self.service.put(*id, person, person.id.is_none()).await,
+        });
+        join_all(outcomes).await
+    }
+}
+
+/// Under which id a user is sent.
+struct Names {
     /// What the ids of users that bring nothing of their own are made from.
     import_id: Uuid,
     /// What the ids of users that bring an external id are made from.
     namespace: Uuid,
 }
 
-impl Importer {
-    /// What becomes of each line, in order, `window` of them at a time.
-    fn settle_all(
-        self: Arc<Self>,
-        sheets: Sheets,
-        halt: CancellationToken,
-        window: usize,
-    ) -> impl Stream<Item = anyhow::Result<(Place, Result<Outcome, Ended>)>> {
-        let sheets = stream::unfold(sheets, async |mut sheets| Some((sheets.recv().await?, sheets)));
-        sheets
-            .take_until(halt.cancelled_owned())
-            .map(move |sheet| {
-                // Taken here, in the order of the file, and not when the future is first polled.
-                let sheet = sheet.map(|sheet| (self.turn(&sheet), sheet));
-                let importer = self.clone();
-                async move {
-                    let (turn, Sheet { end, content }) = sheet?;
-                    let outcome = match (content, turn) {
-                        (Content::Person(person), Some((id, turn))) => {
-                            turn.comes().await;
-                            importer.service.put(id, &person, person.id.is_none()).await
-                        }
-                        (Content::Refused(refused), _) => Ok(Outcome::Refused(refused)),
-                        (Content::Blank | Content::Person(_), _) => Ok(Outcome::Blank),
-                    };
-                    Ok((end, outcome))
-                }
-            })
-            .buffered(window)
-    }
-
-    /// Whom a line is about, and its turn.
-    fn turn(&self, sheet: &Sheet) -> Option<(Uuid, turns::Turn)> {
-        let Content::Person(person) = &sheet.content else { return None };
-        let line = sheet.end.line;
+impl Names {
+    fn named(&self, person: Person, line: u64) -> Named {
         let by_external_id =
             person.external_id.as_ref().map(|external_id| Uuid::new_v5(&self.namespace, external_id.as_bytes()));
         let by_line = || Uuid::new_v5(&self.import_id, format!("line {line}").as_bytes());
         let id = person.id.or(by_external_id).unwrap_or_else(by_line);
         let keys = [Some(id), by_external_id.filter(|other| *other != id)];
-        Some((id, self.turns.take(line, keys.into_iter().flatten().collect())))
+        Named { id, keys: keys.into_iter().flatten().collect(), person }
+    }
+
+    fn sheet(&self, Piece { text, end }: Piece) -> Sheet {
+        let content = match text {
+            Text::Line(text) => match line::parse(&text) {
+                Ok(person) => Content::Person(self.named(person, end.line)),
+                Err(refused) => Content::Refused(refused),
+            },
+            Text::Blank => Content::Blank,
+            Text::TooLong => Content::Refused(too_long()),
+        };
+        Sheet { end, content }
     }
 }
 
 /// Reads and parses in a thread of its own, a little ahead. It ends when nobody receives any more.
-fn read_ahead(mut lines: Lines<Box<dyn BufRead + Send>>) -> Sheets {
+fn read_ahead(mut lines: Lines<Box<dyn BufRead + Send>>, names: Names) -> Sheets {
     let (sheets, receiver) = mpsc::channel(READ_AHEAD);
     thread::spawn(move || {
         loop {
             let sheet = match lines.next() {
                 Ok(None) => break,
-                Ok(Some(piece)) => Ok(Sheet::of(piece)),
+                Ok(Some(piece)) => Ok(names.sheet(piece)),
                 Err(error) => Err(anyhow::Error::from(error).context("the lines cannot be read")),
             };
             let failed = sheet.is_err();
@@ -206,17 +237,6 @@ fn read_ahead(mut lines: Lines<Box<dyn BufRead + Send>>) -> Sheets {
         }
     });
     receiver
-}
-
-impl Sheet {
-    fn of(Piece { text, end }: Piece) -> Self {
-        let content = match text {
-            Text::Line(text) => line::parse(&text).map_or_else(Content::Refused, Content::Person),
-            Text::Blank => Content::Blank,
-            Text::TooLong => Content::Refused(too_long()),
-        };
-        Self { end, content }
-    }
 }
 
 fn too_long() -> Refused {

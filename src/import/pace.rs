@@ -1,4 +1,4 @@
-//! Pace: how many requests at once, and when none.
+//! Pace: how many users are asked about at once, and when none.
 //!
 //! Promise: when the service asks to be left alone, or does not answer, everybody waits together.
 //! Not here, on purpose: an end to patience. Whoever started the import may end it.
@@ -44,9 +44,10 @@ impl Pace {
         Self { places: Semaphore::new(concurrency), rest: rest.into(), answers: AtomicU64::new(0), began: now }
     }
 
-    /// Waits for a place among those who ask, and for the end of a rest.
-    pub async fn turn(&self) -> SemaphorePermit<'_> {
-        let place = self.places.acquire().await.expect("it is never closed");
+    /// Waits for places among those who are asked about, one for each of so many users, and for the end of a rest.
+    pub async fn turn(&self, users: usize) -> SemaphorePermit<'_> {
+        let users = u32::try_from(users).expect("a batch is not so large");
+        let place = self.places.acquire_many(users).await.expect("it is never closed");
         loop {
             let until = self.rest().until;
             if Instant::now() >= until {
@@ -116,7 +117,7 @@ mod tests {
         let asked = Duration::from_millis(300);
         pace.hold("503 overloaded", asked);
         pace.hold("503 overloaded", Duration::ZERO);
-        let (_one, _other) = tokio::join!(pace.turn(), pace.turn());
+        let (_one, _other) = tokio::join!(pace.turn(1), pace.turn(7));
         assert!(began.elapsed() >= asked && pace.trouble().is_some());
         pace.well();
         assert_eq!(pace.trouble(), None);

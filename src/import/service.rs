@@ -26,15 +26,16 @@ use url::Url;
 use uuid::Uuid;
 
 use super::{
+    bundle::Named,
     line::{Person, Refused},
     pace::Pace,
 };
-use crate::json::Fault;
+use crate::{json::Fault, users::ENTRIES_LIMIT_BYTES};
 
 /// For one try. The service gives itself 30 s and then says so.
 const DEADLINE: Duration = Duration::from_secs(35);
-/// A user has at most 64 KiB; a refusal less.
-const ANSWER_LIMIT_BYTES: usize = 1024 * 1024;
+/// A user has at most 64 KiB; five hundred refusals with fifty places each have more than any.
+const ANSWER_LIMIT_BYTES: usize = 8 * 1024 * 1024;
 /// Nothing has ever answered for so long: the address is wrong.
 const NOBODY_AFTER: Duration = Duration::from_secs(10);
 /// A 500 may be an accident. One that comes so often is about this line.
@@ -56,7 +57,7 @@ pub struct Service {
 }
 
 /// What became of a line.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Created,
     Replaced,
@@ -101,6 +102,7 @@ struct Answer {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Problem {
+    status: u16,
     code: String,
     detail: String,
     request_id: Option<String>,
@@ -133,7 +135,7 @@ impl Service {
         let mut condition = if wants_condition { Condition::Absent } else { Condition::None };
         let (mut id, mut failures) = (id, 0);
         for _ in 0..ROUNDS {
-            let Some(answer) = self.ask(|| self.replacement(id, condition, &person.body)).await? else {
+            let Some(answer) = self.ask(1, || self.replacement(id, condition, &person.body)).await? else {
                 let detail = "the connection breaks whenever this line is sent, while others are answered";
                 return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])));
             };
@@ -161,7 +163,7 @@ impl Service {
                 (status, ..) if is_no_refusal(status, code) => {
                     return Err(Ended::Stranger(self.url.clone(), answer.status));
                 }
-                _ => return Ok(Outcome::Refused(answer.refusal())),
+                _ => return Ok(Outcome::Refused(answer.problem.refusal(answer.status.as_u16()))),
             }
         }
         Ok(Outcome::Refused(Refused::here(
@@ -169,6 +171,18 @@ impl Service {
             "the user is changed all the time; send the line again",
             vec![],
         )))
+    }
+
+    /// Brings users about in one request, as far as it settles them; `None` for who has to be asked about alone: somebody else has his
+    /// external id, a condition is wanted, or the service is in trouble.
+    pub async fn put_many(&self, people: &[&Named]) -> Result<Vec<Option<Outcome>>, Ended> {
+        let body = batch(people, self.wants_condition.load(Ordering::Relaxed));
+        let post = || self.request(Method::POST, "/v1/users:batchReplace", None, body.clone());
+        let answer = self.ask(people.len(), post).await?.filter(|answer| answer.status == StatusCode::OK);
+        let fates: Option<Fates> = answer.and_then(|answer| serde_json::from_slice(&answer.body).ok());
+        let mut settled: Vec<_> = fates.into_iter().flat_map(|fates| fates.results).map(Fate::settled).collect();
+        settled.resize_with(people.len(), || None);
+        Ok(settled)
     }
 
     fn replacement(&self, id: Uuid, condition: Condition, body: &Bytes) -> Request<Full<Bytes>> {
@@ -192,7 +206,7 @@ impl Service {
         let mut query = Url::parse("http://localhost/v1/users").expect("this is a URL");
         query.query_pairs_mut().append_pair("external_id", external_id);
         let path = format!("/v1/users?{}", query.query().unwrap_or_default());
-        let Some(answer) = self.ask(|| self.request(Method::GET, &path, None, Bytes::new())).await? else {
+        let Some(answer) = self.ask(1, || self.request(Method::GET, &path, None, Bytes::new())).await? else {
             return Ok(None);
         };
         match answer.status.as_u16() {
@@ -225,12 +239,12 @@ impl Service {
         request
     }
 
-    /// Sends a request until it is answered. `None` when it never is, although others are meanwhile.
-    async fn ask(&self, request: impl Fn() -> Request<Full<Bytes>>) -> Result<Option<Answer>, Ended> {
+    /// Sends a request about so many `users` until it is answered. `None` when it never is, although others are meanwhile.
+    async fn ask(&self, users: usize, request: impl Fn() -> Request<Full<Bytes>>) -> Result<Option<Answer>, Ended> {
         let answered = async {
             let mut breaks = 0;
             loop {
-                let turn = self.pace.turn().await;
+                let turn = self.pace.turn(users).await;
                 let answers = self.pace.answers();
                 let outage = match timeout(DEADLINE, self.exchange(request())).await {
                     Ok(Ok(answer)) => {
@@ -283,6 +297,52 @@ impl Service {
     }
 }
 
+/// What stands in a batch around a user's body.
+pub const FRAME_BYTES: usize = r#"{"id":"0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a","if_version":0},"#.len();
+/// So much of what the service takes in one request.
+pub const BATCH_BYTES: usize = ENTRIES_LIMIT_BYTES - r#"{"users":[]}"#.len();
+
+/// The bodies as they are, each with whose it is.
+fn batch(people: &[&Named], wants_condition: bool) -> Bytes {
+    let condition = if wants_condition { r#""if_version":0,"# } else { "" };
+    let mut body = br#"{"users":["#.to_vec();
+    for (place, Named { id, person, .. }) in people.iter().enumerate() {
+        let comma = if place > 0 { "," } else { "" };
+        body.extend(format!(r#"{comma}{{"id":"{id}",{condition}"#).bytes());
+        body.extend(&person.body[1..]);
+    }
+    body.extend(b"]}");
+    body.into()
+}
+
+/// What became of the users of a batch, in their order.
+#[derive(Deserialize)]
+struct Fates {
+    results: Vec<Fate>,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Fate {
+    Created,
+    Replaced,
+    Unchanged,
+    Refused { problem: Problem },
+}
+
+impl Fate {
+    fn settled(self) -> Option<Outcome> {
+        match self {
+            Self::Created => Some(Outcome::Created),
+            Self::Replaced | Self::Unchanged => Some(Outcome::Replaced),
+            Self::Refused { problem } => {
+                let status = problem.status;
+                problem.is_about_the_line().then(|| Outcome::Refused(problem.refusal(status)))
+            }
+        }
+    }
+}
+
 const WRONG_KEY: &str = "TIDINGS_API_KEY holds characters that no key has";
 
 /// Where the service is, in one spelling.
@@ -323,16 +383,64 @@ fn is_code(code: &str) -> bool {
     (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
-impl Answer {
-    fn refusal(self) -> Refused {
-        let Problem { code, detail, request_id, errors, .. } = self.problem;
-        Refused { status: Some(self.status.as_u16()), code, detail, request_id, errors }
+impl Problem {
+    fn refusal(self, status: u16) -> Refused {
+        let Self { code, detail, request_id, errors, .. } = self;
+        Refused { status: Some(status), code, detail, request_id, errors }
+    }
+
+    /// Whether it settles the line that it was given for, whatever is tried.
+    fn is_about_the_line(&self) -> bool {
+        match (self.status, self.code.as_str()) {
+            (403, code) => code == "field_forbidden",
+            (409, code) => code != "external_id_taken",
+            (status, _) => (400..500).contains(&status) && !matches!(status, 401 | 408 | 412 | 428 | 429),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_batch_frames_each_body_and_no_more_than_counted() {
+        let id = Uuid::from_u128(7);
+        let named = |body: &'static str| {
+            let person = Person { id: None, external_id: None, body: body.into() };
+            Named { id, keys: vec![], person }
+        };
+        let (ana, bo) = (named(r#"{"profile":{"a":1}}"#), named(r#"{"external_id":"E","profile":{}}"#));
+        let text = batch(&[&ana, &bo], true);
+        let id = format!(r#"{{"id":"{id}","if_version":0,"#);
+        let expected = format!(r#"{{"users":[{id}"profile":{{"a":1}}}},{id}"external_id":"E","profile":{{}}}}]}}"#);
+        assert_eq!(text, expected);
+        let counted = [&ana, &bo].map(|named| named.person.body.len() + FRAME_BYTES).iter().sum::<usize>();
+        assert!(text.len() <= counted + ENTRIES_LIMIT_BYTES - BATCH_BYTES);
+    }
+
+    #[test]
+    fn what_is_not_about_the_line_does_not_settle_it() {
+        let settles = |status: u16, code: &str| {
+            Problem { status, code: code.to_owned(), ..Problem::default() }.is_about_the_line()
+        };
+        for (status, code) in [(422, "profile_invalid"), (410, "user_deleted"), (403, "field_forbidden")] {
+            assert!(settles(status, code), "{code}");
+        }
+        for (status, code) in [
+            (0, ""),
+            (401, "unauthenticated"),
+            (403, "forbidden"),
+            (409, "external_id_taken"),
+            (412, "version_mismatch"),
+            (428, "precondition_required"),
+            (429, "rate_limited"),
+            (500, "internal"),
+            (503, "outcome_unknown"),
+        ] {
+            assert!(!settles(status, code), "{code}");
+        }
+    }
 
     #[test]
     fn an_address_is_plain() {

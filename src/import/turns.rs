@@ -1,9 +1,9 @@
-//! Turns: lines about the same user are sent one after the other, in the order of the file.
+//! Turns: requests about the same user are sent one after the other, in the order of the file.
 //!
 //! Promise: the last line about a user is the one that holds.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -18,20 +18,20 @@ pub struct Turns(Arc<Mutex<HashMap<Uuid, (u64, CancellationToken)>>>);
 pub struct Turn {
     turns: Turns,
     line: u64,
-    keys: Vec<Uuid>,
+    keys: HashSet<Uuid>,
     before: Vec<CancellationToken>,
     done: CancellationToken,
 }
 
 impl Turns {
-    /// A place behind all lines of these keys that took one earlier.
-    pub fn take(&self, line: u64, keys: Vec<Uuid>) -> Turn {
+    /// A place behind all of these keys that took one earlier. `line` tells it from the others.
+    pub fn take(&self, line: u64, keys: &HashSet<Uuid>) -> Turn {
         let done = CancellationToken::new();
         let mut last = self.last();
         let before =
             keys.iter().filter_map(|key| last.insert(*key, (line, done.clone()))).map(|(_, done)| done).collect();
         drop(last);
-        Turn { turns: self.clone(), line, keys, before, done }
+        Turn { turns: self.clone(), line, keys: keys.clone(), before, done }
     }
 
     fn last(&self) -> MutexGuard<'_, HashMap<Uuid, (u64, CancellationToken)>> {
@@ -70,8 +70,9 @@ mod tests {
     fn who_shares_a_key_waits_and_nobody_else() {
         let (turns, [a, b, c]) = (Turns::default(), [1, 2, 3].map(Uuid::from_u128));
         let comes = |turn: &Turn| turn.comes().now_or_never().is_some();
-        let first = turns.take(1, vec![a, b]);
-        let (second, other, third) = (turns.take(2, vec![a]), turns.take(3, vec![c]), turns.take(4, vec![b, a]));
+        let take = |line: u64, keys: &[Uuid]| turns.take(line, &keys.iter().copied().collect());
+        let first = take(1, &[a, b]);
+        let (second, other, third) = (take(2, &[a]), take(3, &[c]), take(4, &[b, a]));
         assert!(comes(&first) && comes(&other) && !comes(&second) && !comes(&third));
         drop(first);
         assert!(comes(&second) && !comes(&third));

@@ -1,19 +1,29 @@
-//! Request bodies of the master data: `{"external_id": .., "profile": {..}}`, whole or as a patch.
+//! Request bodies of the master data: `{"external_id": .., "profile": {..}}`, whole, as a patch, or many of them.
 //!
 //! Promise: every fault has its place, and no value is repeated.
 //! Not here, on purpose: the profile's schema. A profile is judged once it is known what it comes to.
 
+use std::collections::HashSet;
+
 use axum::extract::{FromRequest, Request};
 use serde_json::{Map, Value};
 
-use super::{ExternalId, change::Naming};
+use super::{ExternalId, UserId, change::Naming};
 use crate::{
     json::{Fault, step},
     profile::{EXTERNAL_ID, Fields},
-    web::{self, Problem, body_invalid},
+    web::{self, Id, Precondition, Problem, body_invalid},
 };
 
 const PROFILE: &str = "profile";
+const USERS: &str = "users";
+const ID: &str = "id";
+const IF_VERSION: &str = "if_version";
+
+/// Users in one request.
+pub const MAX_ENTRIES: usize = 500;
+/// For all of them: a thousand bytes each, and room for the largest there is.
+pub const ENTRIES_LIMIT_BYTES: usize = 512 * 1024;
 
 // None of these has a Debug: what holds values must not find its way into a log.
 
@@ -29,9 +39,19 @@ pub struct Patch {
     pub external_id: Naming,
 }
 
+/// Many whole profiles, in an `application/json` body: `{"users": [{"id": .., "if_version": .., "external_id": .., "profile": {..}}, ..]}`.
+pub struct Documents(pub Vec<Entry>);
+
+/// One of many: what is asked for one user.
+pub struct Entry {
+    pub id: UserId,
+    pub condition: Precondition,
+    pub document: Document,
+}
+
 impl web::Refuses for Document {
     fn codes() -> Vec<web::Code> {
-        web::Document::codes()
+        <web::Document>::codes()
     }
 }
 
@@ -41,13 +61,18 @@ impl web::Refuses for Patch {
     }
 }
 
+impl web::Refuses for Documents {
+    fn codes() -> Vec<web::Code> {
+        web::Document::<ENTRIES_LIMIT_BYTES>::codes()
+    }
+}
+
 impl<S: Send + Sync> FromRequest<S> for Document {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let web::Document(members) = web::Document::from_request(request, state).await?;
-        let (profile, external_id) = read(members, |_| true).map_err(body_invalid)?;
-        Ok(Self { profile, external_id })
+        let web::Document(members) = <web::Document>::from_request(request, state).await?;
+        whole(members).map_err(body_invalid)
     }
 }
 
@@ -59,6 +84,77 @@ impl<S: Send + Sync> FromRequest<S> for Patch {
         let (profile, external_id) = read(members, |naming| *naming == Naming::Stays).map_err(body_invalid)?;
         Ok(Self { profile, external_id })
     }
+}
+
+impl<S: Send + Sync> FromRequest<S> for Documents {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let web::Document(members) = web::Document::<ENTRIES_LIMIT_BYTES>::from_request(request, state).await?;
+        Ok(Self(entries(members).map_err(body_invalid)?))
+    }
+}
+
+/// What is asked for each user; or all that is wrong with the list.
+fn entries(mut members: Map<String, Value>) -> Result<Vec<Entry>, Vec<Fault>> {
+    let fault = |code, detail: String| vec![Fault::new(step("", USERS), code, detail)];
+    let users = members.remove(USERS);
+    if let Some(name) = members.keys().next() {
+        return Err(vec![Fault::new(step("", name), "unknown_member", "a body has the member \"users\" and no other")]);
+    }
+    let users = match users {
+        Some(Value::Array(users)) if (1..=MAX_ENTRIES).contains(&users.len()) => users,
+        Some(Value::Array(_)) => return Err(fault("length", format!("must be 1 to {MAX_ENTRIES} users"))),
+        Some(_) => return Err(fault("type", "must be an array".to_owned())),
+        None => return Err(fault("required", "must be present".to_owned())),
+    };
+    let (mut entries, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
+    for (place, user) in users.into_iter().enumerate() {
+        let entry = entry(user).and_then(|entry| match mentioned.insert(entry.id) {
+            true => Ok(entry),
+            false => Err(vec![Fault::new(step("", ID), "duplicate", "is that of an earlier entry")]),
+        });
+        match entry {
+            Ok(entry) => entries.push(entry),
+            Err(wrong) => faults.extend(wrong.into_iter().map(|fault| fault.below(&format!("/{USERS}/{place}")))),
+        }
+    }
+    if faults.is_empty() { Ok(entries) } else { Err(faults) }
+}
+
+fn entry(user: Value) -> Result<Entry, Vec<Fault>> {
+    let Value::Object(mut members) = user else {
+        return Err(vec![Fault::new("", "type", "must be an object")]);
+    };
+    let mut faults = vec![];
+    let id = members.remove(ID).ok_or(("required", "must be present"));
+    let id = id.and_then(|id| id.as_str().and_then(Id::from_text).ok_or(("format", "must be a UUID")));
+    let id = id.map_err(|(code, detail)| faults.push(Fault::new(step("", ID), code, detail)));
+    let condition = match members.remove(IF_VERSION).map(|version| version.as_i64()) {
+        None => Precondition::None,
+        Some(Some(0)) => Precondition::Absent,
+        Some(Some(version)) if version > 0 => Precondition::VersionIn(vec![version]),
+        Some(_) => {
+            faults.push(Fault::new(
+                step("", IF_VERSION),
+                "type",
+                "must be a version, or 0 for a user who is not there",
+            ));
+            Precondition::None
+        }
+    };
+    match (id, whole(members)) {
+        (Ok(Id(id)), Ok(document)) if faults.is_empty() => Ok(Entry { id: UserId(id), condition, document }),
+        (_, document) => {
+            faults.extend(document.err().into_iter().flatten());
+            Err(faults)
+        }
+    }
+}
+
+fn whole(members: Map<String, Value>) -> Result<Document, Vec<Fault>> {
+    let (profile, external_id) = read(members, |_| true)?;
+    Ok(Document { profile, external_id })
 }
 
 /// What the members of a body say, and nothing but what we know; or all that is wrong with them.

@@ -1,39 +1,37 @@
 //! The face of the master data: `/v1/users`.
 
-use std::collections::HashSet;
-
 use axum::{
     Extension, Json,
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::format_description::well_known::Rfc3339;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
-    Change, Changed, Done, Error, ExternalId, Naming, Record, Refusal, Tombstone, User, UserId, Users, Verb, Version,
+    Change, Changed, Done, Error, ExternalId, Naming, Record, Refusal, Tombstone, User, UserId, Users, Verb,
     body::{Document, Patch},
+    many,
     reader::ReadError,
     repeat::Claim,
     writer::WriteError,
 };
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers, field_forbidden},
-    json::Fault,
     profile::{EXTERNAL_ID, Fields},
     web::{
-        Body, Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Place, Precondition, Problem, Refusals,
-        Trace, body_invalid, cursor, etag, read_cursor, refuses,
+        Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Place, Precondition, Problem, Refusals, Trace,
+        cursor, etag, read_cursor, refuses,
     },
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Users>> {
     OpenApiRouter::new()
         .routes(routes!(create, list))
-        .routes(routes!(get_many))
+        .merge(many::routes())
         .routes(routes!(get, amend, replace, delete))
 }
 
@@ -65,7 +63,7 @@ const KEY: &str = "1 to 255 visible ASCII characters, the same however often the
                    repetition is answered with the same status and the user as it is then, and with `Idempotency-Replayed`";
 
 /// The verbs' errors.
-struct Reading;
+pub struct Reading;
 struct Writing;
 struct Listing;
 struct Admitting;
@@ -148,25 +146,6 @@ async fn get(
     }
 }
 
-/// Many users, as of now.
-///
-/// One result per id, in order of first mention. For consumers that handle many messages at once.
-#[utoipa::path(post, path = "/v1/users:batchGet", tag = "users", operation_id = "batchGetUsers", security(("key" = ["users:read"])), request_body = Ids,
-    responses((status = 200, description = "What is kept under each id", body = Results), Refusals<(ReadUsers, Params<NoParams>, Body<Ids>, Reading)>))]
-async fn get_many(
-    Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
-    Params(NoParams {}): Params<NoParams>,
-    place: Place,
-    Body(asked): Body<Ids>,
-) -> Result<(Extension<SeenGone>, Json<Results>), Problem> {
-    let ids = asked.parse().map_err(body_invalid)?;
-    place.turn(&caller.client).await?;
-    let records = users.get_many(&ids).await?;
-    let results: Vec<_> = ids.into_iter().zip(records).map(|(id, record)| Lookup::new(id, record, &caller)).collect();
-    let users = results.iter().filter_map(Lookup::gone).collect();
-    Ok((Extension(SeenGone { caller, users }), Json(Results { results })))
-}
-
 /// Amend a user by a JSON merge patch (RFC 7396).
 ///
 /// Tells `profile.updated` with the fields whose value really changed. A patch that changes nothing keeps the version and tells nobody.
@@ -217,11 +196,7 @@ async fn replace(
     Document { profile, external_id }: Document,
 ) -> Result<Done, Problem> {
     check_fields(&caller, &profile, &external_id)?;
-    let verb = if caller.writes.is_all() {
-        Verb::Replace(users.admit(profile).map_err(Refusal::Invalid)?)
-    } else {
-        Verb::ReplacePart { fields: profile, within: caller.writes.clone() }
-    };
+    let verb = replacement(&users, &caller, profile)?;
     let change = Change { external_id, condition, ..Change::new(UserId(id), verb, trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
@@ -325,81 +300,6 @@ impl PageAfter {
     }
 }
 
-/// Whom to look up.
-#[derive(Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Ids {
-    /// Who is named more than once is answered once.
-    #[schema(value_type = Vec<UserId>, min_items = 1, max_items = 500)]
-    ids: Vec<String>,
-}
-
-impl Ids {
-    /// Each id once, in order of first mention; or what is wrong with all of them.
-    fn parse(&self) -> Result<Vec<UserId>, Vec<Fault>> {
-        if !(1..=MAX_IDS).contains(&self.ids.len()) {
-            return Err(vec![Fault::new("/ids", "length", format!("must be 1 to {MAX_IDS} ids"))]);
-        }
-        let (mut ids, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
-        for (place, text) in self.ids.iter().enumerate() {
-            match Id::from_text(text) {
-                Some(Id(id)) if mentioned.insert(id) => ids.push(UserId(id)),
-                Some(_) => {}
-                None => faults.push(Fault::new(format!("/ids/{place}"), "format", "must be a UUID")),
-            }
-        }
-        if faults.is_empty() { Ok(ids) } else { Err(faults) }
-    }
-}
-
-const MAX_IDS: usize = 500;
-
-/// What was found, in order of first mention.
-#[derive(Serialize, utoipa::ToSchema)]
-struct Results {
-    results: Vec<Lookup>,
-}
-
-/// What is kept under an id.
-#[derive(Serialize, utoipa::ToSchema)]
-#[serde(tag = "state", rename_all = "lowercase")]
-enum Lookup {
-    Found {
-        id: UserId,
-        user: User,
-    },
-    /// Deleted.
-    Gone {
-        id: UserId,
-        /// The version that the deletion made.
-        #[schema(value_type = i64, minimum = 1, example = 5)]
-        version: Version,
-        #[serde(with = "time::serde::rfc3339")]
-        deleted_at: OffsetDateTime,
-    },
-    /// Nobody ever had this id.
-    Missing {
-        id: UserId,
-    },
-}
-
-impl Lookup {
-    fn gone(&self) -> Option<Uuid> {
-        match self {
-            Self::Gone { id, .. } => Some(id.0),
-            Self::Found { .. } | Self::Missing { .. } => None,
-        }
-    }
-
-    fn new(id: UserId, record: Option<Record>, caller: &Caller) -> Self {
-        match record {
-            Some(Record::Living(user)) => Self::Found { id, user: user.seen_by(caller) },
-            Some(Record::Deleted(Tombstone { version, deleted_at, .. })) => Self::Gone { id, version, deleted_at },
-            None => Self::Missing { id },
-        }
-    }
-}
-
 /// Goes with an answer, inside this service: whom its caller was told to be deleted.
 #[derive(Clone)]
 pub struct SeenGone {
@@ -416,8 +316,17 @@ struct Page {
     next: Option<String>,
 }
 
+/// To put `profile` where the caller's fields are now.
+pub fn replacement(users: &Users, caller: &Caller, profile: Fields) -> Result<Verb, Refusal> {
+    if caller.writes.is_all() {
+        Ok(Verb::Replace(users.admit(profile).map_err(Refusal::Invalid)?))
+    } else {
+        Ok(Verb::ReplacePart { fields: profile, within: caller.writes.clone() })
+    }
+}
+
 /// Every field that is to be written has to be one that the caller may write.
-fn check_fields(caller: &Caller, fields: &Fields, external_id: &Naming) -> Result<(), Problem> {
+pub fn check_fields(caller: &Caller, fields: &Fields, external_id: &Naming) -> Result<(), Problem> {
     if *external_id != Naming::Stays && !caller.writes.has(EXTERNAL_ID) {
         return Err(field_forbidden("", vec![EXTERNAL_ID]));
     }
@@ -428,7 +337,7 @@ fn check_fields(caller: &Caller, fields: &Fields, external_id: &Naming) -> Resul
 }
 
 impl User {
-    fn seen_by(self, caller: &Caller) -> Self {
+    pub fn seen_by(self, caller: &Caller) -> Self {
         let external_id = self.external_id.filter(|_| caller.sees_field(EXTERNAL_ID));
         Self { profile: caller.sees(self.profile), external_id, ..self }
     }

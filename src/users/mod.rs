@@ -8,6 +8,7 @@ mod batch;
 mod body;
 mod change;
 mod http;
+mod many;
 mod model;
 mod reader;
 mod repeat;
@@ -15,6 +16,7 @@ mod store;
 mod writer;
 
 pub use batch::{Order, pile_up};
+pub use body::{ENTRIES_LIMIT_BYTES, MAX_ENTRIES};
 pub use change::{Change, Changed, Naming, Plan, Refusal, Step, Verb};
 pub use http::{SeenGone, routes};
 pub use model::{ExternalId, Record, Tombstone, User, UserId, Version};
@@ -35,7 +37,7 @@ use crate::{
 use batch::Answer;
 use reader::{ReadError, Reader};
 use repeat::{Claim, Outcome, Recalled, UnderWay};
-use writer::{WriteError, Writer};
+use writer::{OnItsWay, WriteError, Writer};
 
 /// The verbs of the master data. Cheap to clone; the writer and reader tasks end when the last clone is gone.
 #[derive(Clone)]
@@ -157,6 +159,17 @@ impl Users {
         }
     }
 
+    /// Makes a change happen that is one of many, to a user who was read as `before`. It must have no claim.
+    pub async fn change_read(
+        &self,
+        mut change: Change,
+        before: Option<Record>,
+    ) -> Result<Result<Changed, Refusal>, Error> {
+        change.must_be_conditional = self.0.must_be_conditional;
+        let decided = self.make_on(&Arc::new(change), before, None).await?;
+        Ok(decided.expect("only a claim can have been made before"))
+    }
+
     /// False when something is remembered under this claim already.
     async fn remember(&self, claim: &Claim, outcome: Outcome, user: UserId, version: Version) -> Result<bool, Error> {
         let (queries, claim) = (self.0.queries.clone(), claim.clone());
@@ -185,13 +198,22 @@ impl Users {
 
     /// `None` when a claim turns out to have been made at the same moment.
     async fn make(&self, change: &Arc<Change>) -> Result<Option<Result<Changed, Refusal>>, Error> {
-        let mut on_its_way = None;
-        let mut before = None;
         // A new user under an id of ours meets nobody: no need to look.
-        if !matches!(change.verb, Verb::Create(_)) {
-            on_its_way = Some(self.0.writer.announce());
-            before = self.get(change.id).await?;
+        if matches!(change.verb, Verb::Create(_)) {
+            return self.make_on(change, None, None).await;
         }
+        let on_its_way = self.0.writer.announce();
+        let before = self.get(change.id).await?;
+        self.make_on(change, before, Some(on_its_way)).await
+    }
+
+    /// The same for a user who was read as `before`.
+    async fn make_on(
+        &self,
+        change: &Arc<Change>,
+        mut before: Option<Record>,
+        mut on_its_way: Option<OnItsWay>,
+    ) -> Result<Option<Result<Changed, Refusal>>, Error> {
         loop {
             let step = match change.plan(before.as_ref(), &self.0.schema) {
                 Ok(Plan::Nothing(record)) => return Ok(Some(Ok(Changed::nothing(record)))),

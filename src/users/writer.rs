@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Changes in one statement. Larger ones gain little and make everybody in them wait longer.
-const BATCH: usize = 128;
+pub const BATCH: usize = 128;
 /// Changes that may wait before new ones are turned away. At 5,000 changes/s it is emptied in a fifth of a second.
 const QUEUE: usize = 1024;
 /// A batch of so many waits for nobody: what it costs apart from its changes is shared by enough, and the time is better used when

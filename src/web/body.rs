@@ -12,7 +12,12 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
-use super::{Code, Problem, Refuses, places::ClientsTurn, refuses, typed::typed};
+use super::{
+    Code, Problem, Refuses,
+    places::{ClientsTurn, Place},
+    refuses,
+    typed::typed,
+};
 use crate::json::{self, Fault, Rejected};
 
 pub const LIMIT_BYTES: usize = 64 * 1024;
@@ -30,7 +35,7 @@ const MERGE_PATCH: &str = "application/merge-patch+json";
 pub struct Body<T, const LIMIT: usize = LIMIT_BYTES>(pub T);
 
 /// The members of an `application/json` body.
-pub struct Document(pub Map<String, Value>);
+pub struct Document<const LIMIT: usize = LIMIT_BYTES>(pub Map<String, Value>);
 
 /// The members of an `application/merge-patch+json` body (RFC 7396).
 pub struct MergePatch(pub Map<String, Value>);
@@ -45,12 +50,12 @@ impl<S: Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T
     }
 }
 
-impl<S: Sync> FromRequest<S> for Document {
+impl<S: Sync, const LIMIT: usize> FromRequest<S> for Document<LIMIT> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        Ok(Self(object(&read(request, LIMIT_BYTES).await?)?))
+        Ok(Self(object(&read(request, LIMIT).await?)?))
     }
 }
 
@@ -76,7 +81,7 @@ impl<T, const LIMIT: usize> Refuses for Body<T, LIMIT> {
     }
 }
 
-impl Refuses for Document {
+impl<const LIMIT: usize> Refuses for Document<LIMIT> {
     fn codes() -> Vec<Code> {
         Bytewise::codes()
     }
@@ -114,6 +119,11 @@ async fn read(request: Request, limit_bytes: usize) -> Result<Bytes, Problem> {
     // Who announces too much is not asked to send it (`Expect: 100-continue`), nor waited for when it is far too much.
     if announced.lower() > if waits { limit_bytes } else { DRAIN_BYTES } as u64 {
         return Err(too_large());
+    }
+    if limit_bytes > LIMIT_BYTES
+        && let Some(place) = request.extensions().get::<Place>()
+    {
+        place.large_body()?;
     }
     let clients_turn = ClientsTurn::of(request.extensions());
     let came = timeout(DEADLINE, whole(request.into_body(), limit_bytes)).await;

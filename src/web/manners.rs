@@ -64,7 +64,8 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
         if let Some((place, meter)) = admitted {
             drop(place);
             response = limits.answers.hold(response).await;
-            meter.settle(response.body().size_hint().lower(), response.headers_mut());
+            let also = response.extensions().get().copied().unwrap_or_default();
+            meter.settle(response.body().size_hint().lower(), also, response.headers_mut());
         }
         response
     });

@@ -23,6 +23,17 @@ const RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy")
 const RATELIMIT: HeaderName = HeaderName::from_static("ratelimit");
 /// A request costs a token, and each such part of its answer beyond the first one more: pages and batches cost what they move.
 const BYTES_PER_TOKEN: u64 = 64 * 1024;
+/// Goes with an answer, inside this service: tokens that it costs beside its first one and those for its length.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Price(u32);
+
+impl Price {
+    /// A token for each of so many things done in one request.
+    pub fn of_many(count: usize) -> Self {
+        Self(u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX))
+    }
+}
+
 /// Clients that are not at rest: more than any deployment has.
 const CLIENTS: usize = 10_000;
 /// Addresses that sent a wrong key lately. About 3 MiB; an attacker with more than that shares one bucket with himself.
@@ -104,9 +115,9 @@ impl Meter {
     }
 
     /// Says what is left, once the answer is there and its price is known.
-    pub(super) fn settle(&self, answer_bytes: u64, headers: &mut HeaderMap) {
+    pub(super) fn settle(&self, answer_bytes: u64, Price(also): Price, headers: &mut HeaderMap) {
         let Some((name, rate, taken)) = self.0.client.get() else { return };
-        let more = u32::try_from(answer_bytes / BYTES_PER_TOKEN).unwrap_or(u32::MAX);
+        let more = u32::try_from(answer_bytes / BYTES_PER_TOKEN).unwrap_or(u32::MAX).saturating_add(also);
         let standing = match taken {
             Ok(_) if more > 0 => self.0.tolls.clients.charge(name, *rate, more, Instant::now()),
             Ok(standing) | Err(standing) => *standing,
@@ -140,12 +151,13 @@ mod tests {
     #[test]
     fn an_answer_says_what_is_left_and_a_long_one_costs_more() {
         let tolls = Arc::new(Tolls::new(Some("10/30".parse().unwrap()), Traffic::default()));
-        let ask = |name: &str, own: Option<Rate>, answer_bytes: u64| {
+        let buy = |name: &str, own: Option<Rate>, answer_bytes: u64, price: Price| {
             let (meter, mut headers) = (Meter::new(tolls.clone(), None), HeaderMap::new());
             let taken = meter.client(&name.into(), own).is_ok();
-            meter.settle(answer_bytes, &mut headers);
+            meter.settle(answer_bytes, price, &mut headers);
             (taken, headers)
         };
+        let ask = |name: &str, own: Option<Rate>, answer_bytes: u64| buy(name, own, answer_bytes, Price::default());
         let (taken, headers) = ask("a", None, 200);
         assert!(taken);
         assert_eq!(header(&headers, "ratelimit-policy"), Some("\"client\";q=30;w=3"));
@@ -160,10 +172,12 @@ mod tests {
         assert_eq!(header(&headers, "ratelimit"), Some("\"client\";r=0;t=4"));
         let (_, headers) = ask("b", Some("1/5".parse().unwrap()), 0);
         assert_eq!(header(&headers, "ratelimit"), Some("\"client\";r=4;t=1"));
+        let (_, headers) = buy("b", Some("1/5".parse().unwrap()), 0, Price::of_many(3));
+        assert_eq!(header(&headers, "ratelimit"), Some("\"client\";r=1;t=4"));
         let unlimited = Meter::new(Arc::new(Tolls::new(None, Traffic::default())), None);
         let mut headers = HeaderMap::new();
         assert!(unlimited.client(&"a".into(), None).is_ok());
-        unlimited.settle(0, &mut headers);
+        unlimited.settle(0, Price::default(), &mut headers);
         assert!(headers.is_empty());
     }
 

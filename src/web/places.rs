@@ -19,10 +19,18 @@ use super::{
     turns::{LineFull, Turn, Turns},
 };
 
+/// Bodies that may have more than 64 KiB and are in hand: coming in, or being worked on. With half a mebibyte each, and six times that
+/// while they are parsed, they are about a hundred mebibytes.
+const LARGE_BODIES: usize = 32;
+/// Requests that change many users and are worked on at once: what one of them asks for is planned while that of another is written.
+const LONG_WRITES: usize = 2;
+
 #[derive(Clone)]
 pub struct Places {
     free: Arc<Semaphore>,
+    large_bodies: Arc<Semaphore>,
     turns: Turns,
+    writing_turns: Turns,
     traffic: Traffic,
 }
 
@@ -30,13 +38,20 @@ impl Places {
     pub fn new(count: usize, traffic: Traffic) -> Self {
         // A short answer is looked at by several tasks, one after the other: half of the cores stay free of long ones.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { free: Arc::new(Semaphore::new(count)), turns: Turns::new((cores / 2).max(1)), traffic }
+        Self {
+            free: Arc::new(Semaphore::new(count)),
+            large_bodies: Arc::new(Semaphore::new(LARGE_BODIES)),
+            turns: Turns::new((cores / 2).max(1)),
+            writing_turns: Turns::new(LONG_WRITES),
+            traffic,
+        }
     }
 
     /// A place, kept until the last clone of it is gone.
     pub fn take(&self) -> Result<Place, Problem> {
         let held = self.held()?;
-        Ok(Place { places: self.clone(), held: Arc::new(Mutex::new(Some(held))), turn: Arc::default() })
+        let held = Arc::new(Mutex::new(Some(held)));
+        Ok(Place { places: self.clone(), held, turn: Arc::default(), large_body: Arc::default() })
     }
 
     fn held(&self) -> Result<Held, Problem> {
@@ -60,6 +75,7 @@ pub struct Place {
     places: Places,
     held: Arc<Mutex<Option<Held>>>,
     turn: Arc<OnceLock<Turn>>,
+    large_body: Arc<OnceLock<OwnedSemaphorePermit>>,
 }
 
 impl Place {
@@ -68,12 +84,39 @@ impl Place {
     /// # Errors
     /// `overloaded` when too many requests of this client wait already.
     pub async fn turn(&self, client: &Arc<str>) -> Result<(), Problem> {
-        let turn = self.places.turns.take(client).await.map_err(|LineFull| {
+        self.turn_of(&self.places.turns, client, "too many long answers to this client are to be made").await
+    }
+
+    /// Waits until `client` may change many users in one request. The turn is kept until the answer is there.
+    ///
+    /// # Errors
+    /// `overloaded` when too many such requests of this client wait already.
+    pub async fn turn_to_write(&self, client: &Arc<str>) -> Result<(), Problem> {
+        self.turn_of(&self.places.writing_turns, client, "too many requests of this client to change many users wait")
+            .await
+    }
+
+    async fn turn_of(&self, turns: &Turns, client: &Arc<str>, full: &str) -> Result<(), Problem> {
+        let turn = turns.take(client).await.map_err(|LineFull| {
             self.places.traffic.shed();
-            Problem::new(Code::Overloaded, "too many long answers to this client are to be made")
+            Problem::new(Code::Overloaded, full)
         })?;
         // A second one of the same request is given back at once.
         let _ = self.turn.set(turn);
+        Ok(())
+    }
+
+    /// Lets this request's body be a large one. Kept until the answer is there.
+    ///
+    /// # Errors
+    /// `overloaded` when too many such are in hand.
+    pub(super) fn large_body(&self) -> Result<(), Problem> {
+        let permit = self.places.large_bodies.clone().try_acquire_owned().map_err(|_| {
+            self.places.traffic.shed();
+            Problem::new(Code::Overloaded, "too many large requests are under way")
+        })?;
+        // There is one body.
+        let _ = self.large_body.set(permit);
         Ok(())
     }
 
@@ -116,6 +159,18 @@ impl ClientsTurn {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_so_many_large_bodies_are_in_hand() {
+        let places = Places::new(LARGE_BODIES + 1, Traffic::default());
+        let place = || places.take().unwrap_or_else(|_| panic!("there is one"));
+        let all: Vec<Place> = (0..LARGE_BODIES).map(|_| place()).collect();
+        assert!(all.iter().all(|place| place.large_body().is_ok()));
+        let other = place();
+        assert!(other.large_body().is_err());
+        drop(all);
+        assert!(other.large_body().is_ok());
+    }
 
     #[test]
     fn a_place_serves_others_while_its_client_is_slow() {

@@ -83,6 +83,11 @@ impl Problem {
         self
     }
 
+    /// Without its headers, as a part of another answer to the same request.
+    pub fn inside(self) -> ProblemBody {
+        self.body(request_id())
+    }
+
     fn body(self, request_id: String) -> ProblemBody {
         ProblemBody {
             kind: format!("urn:tidings:problem:{}", self.code.as_str()),

@@ -32,8 +32,7 @@ struct Misfit(Fault);
 
 impl Misfit {
     fn below(self, name: &str) -> Self {
-        let Fault { pointer, code, detail } = self.0;
-        Self(Fault { pointer: format!("{}{pointer}", step("", name)), code, detail })
+        Self(self.0.below(&step("", name)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! `tidings import`: an existing user base comes in, whole, whatever is killed and however often it is begun.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     path::{Path, PathBuf},
     process::Stdio,
@@ -13,6 +14,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tidings::clients::{Key, NewClient, Scope};
+use tidings_sdk::envelope::Notice;
 use tokio::{
     io::AsyncWriteExt,
     process::{Child, Command},
@@ -158,6 +160,29 @@ async fn everybody_is_in_and_told_once_whatever_the_lines_look_like(db: PgPool) 
         .says(&["1 users created, 4 brought up to date"]);
     assert_eq!(living(&house).await, 6);
     assert_eq!(house.told(&ids[0]).await, ["user.created"]);
+}
+
+#[sqlx::test]
+async fn many_lines_go_in_few_requests(db: PgPool) {
+    let house = House::open(db).await;
+    const LINES: usize = 1_000;
+    // Among them lines that the service refuses and one that has to go alone: they do not make the others go alone.
+    let (lines, _) = lines(LINES);
+    let (holder, held) = (Uuid::new_v4(), json!({ "external_id": "E-1", "profile": { "nickname": "held" } }));
+    Answer::to(house.request(Method::PUT, &format!("/v1/users/{holder}")).json(&held)).await.ok();
+    let mut text = std::fs::read_to_string(&lines).unwrap();
+    writeln!(text, "{}", json!({ "profile": { "nickname": 7 } })).unwrap();
+    writeln!(text, "{}", json!({ "external_id": "E-1", "profile": { "nickname": "moved" } })).unwrap();
+    let ended = import(&house.service.url, &[name(&file(&text))]).await;
+    ended.says(&["line 1001: 422 profile_invalid", "1000 users created, 1 brought up to date, 1 refused"]);
+    let moved = house.get(&holder).await.ok();
+    assert_eq!((moved.version(), &moved.body["profile"]["nickname"]), (2, &json!("moved")));
+    house.settle().await;
+    house.audit.catch_up().await;
+    // What one request told belongs to one trace.
+    let trace = |notice: Notice| notice.traceparent.expect("each has one").to_string()[3..35].to_owned();
+    let requests = house.audit.heard().into_iter().map(trace).collect::<BTreeSet<_>>().len();
+    assert!(requests < LINES / 3, "{requests} requests for {LINES} lines");
 }
 
 #[sqlx::test]

@@ -1,8 +1,8 @@
 //! Import: how fast an existing user base comes in.
 //!
 //! The limit writes the same users and their events into the same tables, a thousand a statement, over as many connections as is best. It
-//! parses, validates and answers nothing, and checks nobody's key; `tidings import` sends a request for each user and gets an answer to
-//! each.
+//! parses, validates and answers nothing, and checks nobody's key; `tidings import` sends them in batches and gets an
+//! answer to each.
 
 use std::{
     fs::File,
@@ -32,7 +32,7 @@ const FULL_USERS: u64 = 1_000_000;
 const STATEMENT: u64 = 1_000;
 /// Among which the best is looked for: connections of the limit, and users that the import sends at once.
 const CONNECTIONS: [u64; 4] = [1, 2, 4, 8];
-const AT_ONCE: [u64; 3] = [64, 256, 1_024];
+const AT_ONCE: [u64; 3] = [256, 1_000, 2_000];
 /// An import and its limit take about so long.
 const TURN: u64 = 25;
 
