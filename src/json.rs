@@ -61,7 +61,7 @@ pub enum Rejected {
 pub fn parse(text: &[u8]) -> Result<Value, Rejected> {
     let faults = RefCell::new(Vec::new());
     let mut reader = serde_json::Deserializer::from_slice(text);
-    let document = Node { faults: &faults, pointer: String::new(), depth: 1 }
+    let document = Node { faults: &faults, place: Place::Root, depth: 1 }
         .deserialize(&mut reader)
         .and_then(|document| reader.end().map(|()| document))
         .map_err(|error| Rejected::Malformed { line: error.line(), column: error.column() })?;
@@ -74,47 +74,60 @@ pub fn step(pointer: &str, name: &str) -> String {
     format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"))
 }
 
+/// Where a value stands. Written out only for who has to be told: most documents have no fault.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Root,
+    Member(&'a Place<'a>, &'a str),
+    Item(&'a Place<'a>, usize),
+}
+
+impl Place<'_> {
+    fn pointer(&self) -> String {
+        match self {
+            Self::Root => String::new(),
+            Self::Member(parent, name) => step(&parent.pointer(), name),
+            Self::Item(parent, number) => format!("{}/{number}", parent.pointer()),
+        }
+    }
+}
+
 /// A value somewhere in the document: reads on after a fault, so that all of them are found.
 struct Node<'a> {
     faults: &'a RefCell<Vec<Fault>>,
-    pointer: String,
+    place: Place<'a>,
     depth: usize,
 }
 
 impl Node<'_> {
-    fn fault(&self, pointer: String, code: &str, detail: &str) {
+    fn fault(&self, code: &str, detail: &str) {
         let mut faults = self.faults.borrow_mut();
         if faults.len() < MAX_FAULTS {
-            faults.push(Fault::new(pointer, code, detail));
+            faults.push(Fault::new(self.place.pointer(), code, detail));
         }
     }
 
-    fn child(&self, step_to: &str) -> Node<'_> {
-        Node { faults: self.faults, pointer: step(&self.pointer, step_to), depth: self.depth + 1 }
+    fn child<'a>(&'a self, place: Place<'a>) -> Node<'a> {
+        Node { faults: self.faults, place, depth: self.depth + 1 }
     }
 
     fn too_deep(&self) -> bool {
         let too_deep = self.depth > MAX_DEPTH;
         if too_deep {
-            self.fault(self.pointer.clone(), "too_deep", "nested deeper than 32 levels");
+            self.fault("too_deep", "nested deeper than 32 levels");
         }
         too_deep
     }
 
     fn check_text(&self, text: &str) {
         if text.contains('\0') {
-            self.fault(
-                self.pointer.clone(),
-                "nul_character",
-                "contains the character U+0000, which Postgres cannot store",
-            );
+            self.fault("nul_character", "contains the character U+0000, which Postgres cannot store");
         }
     }
 
     fn check_integer(&self, in_range: bool) {
         if !in_range {
             self.fault(
-                self.pointer.clone(),
                 "number_out_of_range",
                 "an integer beyond 2^53 - 1 is read differently by different languages; send it as a string",
             );
@@ -176,7 +189,7 @@ impl<'de> Visitor<'de> for Node<'_> {
             while items.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(Value::Null);
         }
-        while let Some(item) = items.next_element_seed(self.child(&array.len().to_string()))? {
+        while let Some(item) = items.next_element_seed(self.child(Place::Item(&self.place, array.len())))? {
             array.push(item);
         }
         Ok(Value::Array(array))
@@ -189,10 +202,10 @@ impl<'de> Visitor<'de> for Node<'_> {
             return Ok(Value::Null);
         }
         while let Some(name) = members.next_key::<String>()? {
-            let child = self.child(&name);
+            let child = self.child(Place::Member(&self.place, &name));
             child.check_text(&name);
             if object.contains_key(&name) {
-                child.fault(child.pointer.clone(), "duplicate_key", "this name occurs twice in its object");
+                child.fault("duplicate_key", "this name occurs twice in its object");
             }
             let value = members.next_value_seed(child)?;
             object.insert(name, value);

@@ -49,6 +49,8 @@ struct Desk {
     /// For many at once, on a line of its own: however many wait there, one user is read, and changed, without delay.
     batches: Reader,
     writer: Writer,
+    /// The same for many who are changed at once.
+    batch_writer: Writer,
     queries: PgPool,
     under_way: UnderWay,
     must_be_conditional: bool,
@@ -91,12 +93,14 @@ impl Users {
     ) -> Self {
         let (reader, reading) = Reader::new(db.line("reader", BY_KEY));
         let (batches, batching) = Reader::new(db.line("batch reader", BY_KEY));
-        let (writer, writing) = Writer::new(db.line("writer", BY_KEY), schema.clone(), bell);
+        let (writer, writing) = Writer::new(db.line("writer", BY_KEY), schema.clone(), bell.clone());
+        let (batch_writer, batch_writing) = Writer::new(db.line("batch writer", BY_KEY), schema.clone(), bell);
         roles.spawn("reader", reading);
         roles.spawn("batch reader", batching);
         roles.spawn("writer", writing);
+        roles.spawn("batch writer", batch_writing);
         let under_way = UnderWay::default();
-        Self(Arc::new(Desk { schema, reader, batches, writer, queries, under_way, must_be_conditional }))
+        Self(Arc::new(Desk { schema, reader, batches, writer, batch_writer, queries, under_way, must_be_conditional }))
     }
 
     /// A profile of these fields, if the deployment's schema admits it.
@@ -166,7 +170,7 @@ impl Users {
         before: Option<Record>,
     ) -> Result<Result<Changed, Refusal>, Error> {
         change.must_be_conditional = self.0.must_be_conditional;
-        let decided = self.make_on(&Arc::new(change), before, None).await?;
+        let decided = self.make_on(&self.0.batch_writer, &Arc::new(change), before, None).await?;
         Ok(decided.expect("only a claim can have been made before"))
     }
 
@@ -200,16 +204,17 @@ impl Users {
     async fn make(&self, change: &Arc<Change>) -> Result<Option<Result<Changed, Refusal>>, Error> {
         // A new user under an id of ours meets nobody: no need to look.
         if matches!(change.verb, Verb::Create(_)) {
-            return self.make_on(change, None, None).await;
+            return self.make_on(&self.0.writer, change, None, None).await;
         }
         let on_its_way = self.0.writer.announce();
         let before = self.get(change.id).await?;
-        self.make_on(change, before, Some(on_its_way)).await
+        self.make_on(&self.0.writer, change, before, Some(on_its_way)).await
     }
 
     /// The same for a user who was read as `before`.
     async fn make_on(
         &self,
+        writer: &Writer,
         change: &Arc<Change>,
         mut before: Option<Record>,
         mut on_its_way: Option<OnItsWay>,
@@ -220,7 +225,7 @@ impl Users {
                 Ok(Plan::Write(step)) => step,
                 Err(refusal) => return Ok(Some(Err(refusal))),
             };
-            match self.0.writer.write(Arc::clone(change), step, on_its_way.take()).await? {
+            match writer.write(Arc::clone(change), step, on_its_way.take()).await? {
                 Answer::Done(changed) => return Ok(Some(Ok(changed))),
                 Answer::Refused(refusal) => return Ok(Some(Err(refusal))),
                 Answer::Moved(now) => before = now,
