@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     Change, Changed, Record, Tombstone, User, UserId, Users, Version,
-    body::{Documents, Entry, MAX_ENTRIES},
+    body::{Document, Documents, Entry, MAX_ENTRIES},
     http::{Reading, SeenGone, check_fields, replacement},
     writer,
 };
@@ -142,10 +142,15 @@ async fn replace_many(
     place.turn_to_write(&caller.client).await?;
     let ids: Vec<UserId> = entries.iter().map(|entry| entry.id).collect();
     let before = users.get_many(&ids).await?;
+    let lane = users.lane();
     let results: Vec<Outcome> = stream::iter(entries.into_iter().zip(before))
         .map(async |(entry, before)| {
-            let id = entry.id;
-            Outcome::new(id, replace_read(&users, &caller, entry, before, trace).await)
+            let (id, change) = (entry.id, entry.replacement(&users, &caller, trace));
+            let decided = match change {
+                Ok(change) => users.change_read(lane, change, before).await.map_err(Problem::from),
+                Err(problem) => Err(problem),
+            };
+            Outcome::new(id, decided.and_then(|decided| decided.map_err(Problem::from)))
         })
         .buffered(AT_ONCE)
         .collect()
@@ -153,19 +158,14 @@ async fn replace_many(
     Ok((Extension(Price::of_many(results.len())), Json(Outcomes { results })))
 }
 
-/// Does what one entry asks for to the user who was read as `before`.
-async fn replace_read(
-    users: &Users,
-    caller: &Caller,
-    Entry { id, condition, document }: Entry,
-    before: Option<Record>,
-    trace: Traceparent,
-) -> Result<Changed, Problem> {
-    check_fields(caller, &document.profile, &document.external_id)?;
-    let external_id = document.external_id;
-    let verb = replacement(users, caller, document.profile)?;
-    let change = Change { external_id, condition, ..Change::new(id, verb, trace) };
-    users.change_read(change, before).await?.map_err(Problem::from)
+impl Entry {
+    /// What this entry asks for.
+    fn replacement(self, users: &Users, caller: &Caller, trace: Traceparent) -> Result<Change, Problem> {
+        let Self { id, condition, document: Document { profile, external_id } } = self;
+        check_fields(caller, &profile, &external_id)?;
+        let verb = replacement(users, caller, profile)?;
+        Ok(Change { external_id, condition, ..Change::new(id, verb, trace) })
+    }
 }
 
 /// Bodies of `PUT`, each with whose it is.

@@ -23,7 +23,10 @@ pub use model::{ExternalId, Record, Tombstone, User, UserId, Version};
 pub use repeat::purge;
 pub use store::{BY_KEY, FIND, KEEP, KEEP_CLAIMS, LIST, PURGE, READ, RECALL, REMEMBER};
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use sqlx::PgPool;
 
@@ -49,12 +52,20 @@ struct Desk {
     /// For many at once, on a line of its own: however many wait there, one user is read, and changed, without delay.
     batches: Reader,
     writer: Writer,
-    /// The same for many who are changed at once.
-    batch_writer: Writer,
+    /// The same for many who are changed at once, request by request in turn.
+    batch_writers: [Writer; BATCH_WRITERS],
+    batches_written: AtomicUsize,
     queries: PgPool,
     under_way: UnderWay,
     must_be_conditional: bool,
 }
+
+/// While one waits for its commit to be on disk, the other one's statement runs.
+const BATCH_WRITERS: usize = 2;
+
+/// One of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Lane(usize);
 
 /// Why a verb did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -93,14 +104,26 @@ impl Users {
     ) -> Self {
         let (reader, reading) = Reader::new(db.line("reader", BY_KEY));
         let (batches, batching) = Reader::new(db.line("batch reader", BY_KEY));
-        let (writer, writing) = Writer::new(db.line("writer", BY_KEY), schema.clone(), bell.clone());
-        let (batch_writer, batch_writing) = Writer::new(db.line("batch writer", BY_KEY), schema.clone(), bell);
+        let writer = |purpose: &'static str| {
+            let (writer, writing) = Writer::new(db.line(purpose, BY_KEY), schema.clone(), bell.clone());
+            roles.spawn(purpose, writing);
+            writer
+        };
+        let (batch_writers, writer) = (std::array::from_fn(|_| writer("batch writer")), writer("writer"));
         roles.spawn("reader", reading);
         roles.spawn("batch reader", batching);
-        roles.spawn("writer", writing);
-        roles.spawn("batch writer", batch_writing);
         let under_way = UnderWay::default();
-        Self(Arc::new(Desk { schema, reader, batches, writer, batch_writer, queries, under_way, must_be_conditional }))
+        Self(Arc::new(Desk {
+            schema,
+            reader,
+            batches,
+            writer,
+            batch_writers,
+            batches_written: AtomicUsize::new(0),
+            queries,
+            under_way,
+            must_be_conditional,
+        }))
     }
 
     /// A profile of these fields, if the deployment's schema admits it.
@@ -163,14 +186,20 @@ impl Users {
         }
     }
 
+    /// On which line the changes of a request for many are to be written.
+    pub fn lane(&self) -> Lane {
+        Lane(self.0.batches_written.fetch_add(1, Ordering::Relaxed) % BATCH_WRITERS)
+    }
+
     /// Makes a change happen that is one of many, to a user who was read as `before`. It must have no claim.
     pub async fn change_read(
         &self,
+        Lane(lane): Lane,
         mut change: Change,
         before: Option<Record>,
     ) -> Result<Result<Changed, Refusal>, Error> {
         change.must_be_conditional = self.0.must_be_conditional;
-        let decided = self.make_on(&self.0.batch_writer, &Arc::new(change), before, None).await?;
+        let decided = self.make_on(&self.0.batch_writers[lane], &Arc::new(change), before, None).await?;
         Ok(decided.expect("only a claim can have been made before"))
     }
 

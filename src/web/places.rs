@@ -22,8 +22,8 @@ use super::{
 /// Bodies that may have more than 64 KiB and are in hand: coming in, or being worked on. With half a mebibyte each, and six times that
 /// while they are parsed, they are about a hundred mebibytes.
 const LARGE_BODIES: usize = 32;
-/// Requests that change many users and are worked on at once: what one of them asks for is planned while that of another is written.
-const LONG_WRITES: usize = 2;
+/// Requests that change many users and are worked on at once: while two are written, another is planned.
+const LONG_WRITES: usize = 3;
 
 #[derive(Clone)]
 pub struct Places {

@@ -38,6 +38,7 @@
 mod attempt;
 mod handler;
 mod lanes;
+mod ledger;
 mod memory;
 mod park;
 mod session;

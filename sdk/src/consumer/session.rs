@@ -23,6 +23,7 @@ use super::{
     attempt::{Arrival, Attempts, Report},
     handler::{Dropped, Gap, Handler},
     lanes::Lanes,
+    ledger::{Ack, Ledger},
     memory::Memory,
     park::{self, Parker},
 };
@@ -112,6 +113,8 @@ pub(super) struct Session<'a> {
     channel: Channel,
     lanes: Lanes<Arrival>,
     jobs: JoinSet<Report>,
+    /// Of `channel`.
+    ledger: Ledger,
 }
 
 impl<'a> Session<'a> {
@@ -138,7 +141,14 @@ impl<'a> Session<'a> {
         if consumer.settings.declares {
             consumer.declare(&channel).await?;
         }
-        let session = Self { consumer, connection, channel, lanes: Lanes::new(), jobs: JoinSet::new() };
+        let session = Self {
+            consumer,
+            connection,
+            channel,
+            lanes: Lanes::new(),
+            jobs: JoinSet::new(),
+            ledger: Ledger::default(),
+        };
         if let Some(catch_up) = &consumer.catch_up {
             tracing::info!(subscription = %name, ?gap, "catching up");
             match AssertUnwindSafe(catch_up.run(*gap)).catch_unwind().await {
@@ -203,11 +213,18 @@ impl<'a> Session<'a> {
         let mut check = interval_at(Instant::now() + settings.check_every, settings.check_every);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            self.start_what_can_be(attempts, memory).await?;
+            self.start_what_can_be(attempts, memory);
+            self.acknowledge().await?;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Some(done) = self.jobs.join_next() => self.take(done, attempts, memory).await?,
+                Some(done) = self.jobs.join_next() => {
+                    self.take(done, attempts, memory)?;
+                    // Those who were fetched together are done together.
+                    while let Some(done) = self.jobs.try_join_next() {
+                        self.take(done, attempts, memory)?;
+                    }
+                }
                 // Before the news, of which there may be no end.
                 _ = check.tick() => {
                     self.check().await?;
@@ -218,7 +235,7 @@ impl<'a> Session<'a> {
                 delivery = news.next() => match delivery {
                     Some(Ok(delivery)) => {
                         has_heard = true;
-                        self.arrive(delivery, attempts).await?;
+                        self.arrive(delivery, attempts);
                     }
                     Some(Err(error)) => return Err(lost(error)),
                     // The connection stands, and nothing will come any more.
@@ -243,39 +260,37 @@ impl<'a> Session<'a> {
     async fn consume_anew(&mut self) -> Result<lapin::Consumer, Ended> {
         let fresh = request(self.connection.create_channel()).await?;
         let spent = mem::replace(&mut self.channel, fresh);
+        self.ledger = Ledger::default();
         request(spent.close(200, "asking anew".into())).await?;
         self.consume().await
     }
 
-    async fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) -> Result<(), Ended> {
+    fn arrive<H: Handler>(&mut self, delivery: Delivery, attempts: &Arc<Attempts<H>>) {
+        self.ledger.arrived(delivery.delivery_tag);
         let Ok(notice) = Notice::from_message(&delivery.properties, &delivery.data) else {
             self.jobs.spawn(attempts.clone().park(delivery, Reason::Malformed, 0));
-            return Ok(());
+            return;
         };
         let subscription = &self.consumer.subscription;
         // What comes through its own exchange was meant for it: a further attempt, a backfill, a redrive.
         let was_addressed = delivery.exchange.as_str() == subscription.name.as_str();
         if !was_addressed && !subscription.wants(&notice.event) {
             self.consumer.observer.dropped(Dropped::Unwanted);
-            return ack(&delivery).await;
+            self.ledger.done(delivery.delivery_tag);
+            return;
         }
         // Handled before, and only to be confirmed. Whoever could forge that on the way here could also have sent the receipt.
         if was_addressed && notice.event == Event::Deleted && park::tries(&delivery.properties).is_some() {
             self.jobs.spawn(attempts.clone().confirm(notice.user_id, delivery));
-            return Ok(());
+            return;
         }
         let letter = Letter::read(delivery.properties.headers().as_ref());
         let attempts = letter.map_or(0, |letter| letter.attempts);
         self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
-        Ok(())
     }
 
     /// Starts groups while there is room for more users.
-    async fn start_what_can_be<H: Handler>(
-        &mut self,
-        attempts: &Arc<Attempts<H>>,
-        memory: &Memory,
-    ) -> Result<(), Ended> {
+    fn start_what_can_be<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &Memory) {
         while self.lanes.out() < self.consumer.settings.concurrency
             && let Some((user, group)) = self.lanes.next()
         {
@@ -288,8 +303,8 @@ impl<'a> Session<'a> {
                 self.consumer.observer.dropped(Dropped::Old);
                 self.jobs.spawn(attempts.clone().confirm(user, delivery));
             }
-            self.drop_all(old, Dropped::Old).await?;
-            self.drop_all(again, Dropped::Duplicate).await?;
+            self.drop_all(old, Dropped::Old);
+            self.drop_all(again, Dropped::Duplicate);
             if news.is_empty() {
                 self.lanes.back(user);
             } else {
@@ -297,18 +312,24 @@ impl<'a> Session<'a> {
                 self.consumer.observer.under_way(self.lanes.out());
             }
         }
-        Ok(())
     }
 
-    async fn drop_all(&self, arrivals: Vec<Arrival>, why: Dropped) -> Result<(), Ended> {
+    fn drop_all(&mut self, arrivals: Vec<Arrival>, why: Dropped) {
         for arrival in arrivals {
             self.consumer.observer.dropped(why);
-            ack(&arrival.delivery).await?;
+            self.ledger.done(arrival.delivery.delivery_tag);
+        }
+    }
+
+    /// Tells the broker what is done. To be called before anything is waited for.
+    async fn acknowledge(&mut self) -> Result<(), Ended> {
+        for Ack { tag, multiple } in self.ledger.take() {
+            self.channel.basic_ack(tag, BasicAckOptions { multiple }).await.map_err(lost)?;
         }
         Ok(())
     }
 
-    async fn take<H: Handler>(
+    fn take<H: Handler>(
         &mut self,
         report: Result<Report, JoinError>,
         attempts: &Arc<Attempts<H>>,
@@ -322,7 +343,7 @@ impl<'a> Session<'a> {
                     self.jobs.spawn(attempts.clone().confirm(user, delivery));
                 }
                 for delivery in done {
-                    ack(&delivery).await?;
+                    self.ledger.done(delivery.delivery_tag);
                 }
             }
             Report::Failed { user, version, event, reason, arrivals } => {
@@ -337,7 +358,7 @@ impl<'a> Session<'a> {
             }
             Report::GivenUp { user } => self.is_back(user),
             Report::Settled(None) => {}
-            Report::Settled(Some(delivery)) => ack(&delivery).await?,
+            Report::Settled(Some(delivery)) => self.ledger.done(delivery.delivery_tag),
         }
         Ok(())
     }
@@ -352,7 +373,8 @@ impl<'a> Session<'a> {
         let end = Instant::now() + bound;
         while let Ok(Some(done)) = timeout_at(end, self.jobs.join_next()).await {
             // On a connection that is lost there is nobody to acknowledge to; that it was handled is remembered all the same.
-            let _ = self.take(done, attempts, memory).await;
+            let _ = self.take(done, attempts, memory);
+            let _ = self.acknowledge().await;
         }
         attempts.over.cancel();
         // A handler that blocks its thread never ends; we do.
@@ -416,14 +438,6 @@ fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
     let headers = arrival.delivery.properties.headers().as_ref();
     let is_backfill = headers.is_some_and(|headers| headers.contains_key(topology::BACKFILL));
     !is_backfill && memory.is_old(&arrival.notice)
-}
-
-async fn ack(delivery: &Delivery) -> Result<(), Ended> {
-    match delivery.acker.ack(BasicAckOptions::default()).await {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Ended::Lost("the channel to the broker is lost".to_owned())),
-        Err(error) => Err(lost(error)),
-    }
 }
 
 async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
