@@ -8,7 +8,7 @@
 //! Consumer and generator are in one process, beside the service on the same cores. A change is of a user of its own.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -112,18 +112,19 @@ fn times(dues: &[(Uuid, Instant)], arrivals: &HashMap<Uuid, Arrival>) -> anyhow:
 
 /// Amends one user for each that is due, at the service; who was amended, and when that was due.
 async fn ask(address: SocketAddr, mut dues: UnboundedReceiver<Due>) -> anyhow::Result<Vec<(Uuid, Instant)>> {
-    let (idle, places) = (Arc::<Mutex<Vec<Client>>>::default(), Arc::new(Semaphore::new(MOST_CONNECTIONS)));
+    // Each in its turn: one that is left alone for ten seconds is let go of.
+    let (idle, places) = (Arc::<Mutex<VecDeque<Client>>>::default(), Arc::new(Semaphore::new(MOST_CONNECTIONS)));
     let (mut changes, mut dice) = (JoinSet::new(), Dice::new());
     while let Some((number, due)) = dues.recv().await {
         let (idle, place, count) = (idle.clone(), places.clone().acquire_owned().await?, dice.roll());
         changes.spawn(async move {
-            let spare = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let spare = idle.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
             let mut client = match spare {
                 Some(client) => client,
                 None => Client::connect(address).await?,
             };
             client.ask(Request::patch().of(user(number), count)).await?;
-            idle.lock().unwrap_or_else(PoisonError::into_inner).push(client);
+            idle.lock().unwrap_or_else(PoisonError::into_inner).push_back(client);
             drop(place);
             anyhow::Ok((user(number), due))
         });

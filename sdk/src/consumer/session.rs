@@ -179,6 +179,8 @@ impl<'a> Session<'a> {
         };
         let bound = if matches!(ended, Ended::Left) { self.consumer.settings.farewell } else { LOSS_FAREWELL };
         self.finish(&attempts, memory, bound).await;
+        // What is acknowledged and not looked at yet, RabbitMQ drops with the connection, but not with its channel.
+        let _ = request(self.channel.close(200, "bye".into())).await;
         let _ = timeout(REQUEST_DEADLINE, self.connection.close(200, "bye".into())).await;
         ended
     }
