@@ -183,7 +183,7 @@ struct ProfileDocuments {
 struct ProfileEntry {
     id: UserId,
     /// Only if the user has this version; 0: only if there is no such user.
-    #[schema(required = false, minimum = 0, example = 7)]
+    #[schema(value_type = i64, required = false, minimum = 0, example = 7)]
     if_version: Option<i64>,
     /// The id that other systems know the user by. Absent: it stays as it is. Null: it goes away.
     #[schema(required = false, nullable = true, min_length = 1, max_length = 200, example = "E-123")]

@@ -164,10 +164,14 @@ impl Consumer {
     /// Waits until somebody consumes from its queue.
     async fn listens(&self) {
         eventually("the consumer to listen", async || {
-            let channel = self.connection.create_channel().await.unwrap();
-            match topology::depth(&channel, self.name.queue()).await {
+            // The broker's "there is no such queue" ends the channel, and may be what the next one's opening hears.
+            let depth = match self.connection.create_channel().await {
+                Ok(channel) => topology::depth(&channel, self.name.queue()).await.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match depth {
                 Ok(depth) if depth.consumers == 1 => Ok(()),
-                other => Err((other.map_err(|error| error.to_string()), self.log())),
+                other => Err((other, self.log())),
             }
         })
         .await;
