@@ -130,7 +130,7 @@ mod tests {
 
     /// The numbers of the lines in each bundle.
     async fn bundled(size: usize, lines: &[(&[u128], usize)]) -> Vec<Vec<u64>> {
-        let (sender, sheets) = mpsc::channel(lines.len());
+        let (sender, sheets) = mpsc::channel(lines.len().max(1));
         for (line, (keys, bytes)) in (1..).zip(lines) {
             sender.try_send(Ok(sheet(line, keys, *bytes))).unwrap_or_else(|_| panic!("there is room"));
         }
