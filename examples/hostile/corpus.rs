@@ -308,7 +308,7 @@ impl Hostile {
             Self::of("too many ids", batch(&format!("{{\"ids\":[{ids}]}}"))),
             Self::of("a user a thousand times", replace(&vec![format!("{{\"id\":\"{user}\"}}"); 1000].join(","))),
             Self::of("users that are none", replace(&vec!["[]"; 500].join(","))),
-            Self::of("users of half a mebibyte and more", replace(&"[7],".repeat(140_000))),
+            Self::of("users of half a mebibyte and more", replace(&"[7],".repeat(140_000))).cut(),
             Self::of("ids that are none", batch("{\"ids\":[\"\",7,null,{}]}")),
             Self::of("a version that cannot be", ask(&format!("{one}?min_version=9223372036854775807"), "")),
             Self::of(

@@ -91,7 +91,7 @@ pub struct Done {
 }
 
 impl Users {
-    /// Starts the writer and the reader on `roles`.
+    /// Starts the writers and the readers on `roles`.
     ///
     /// `must_be_conditional`: whether a living user may only be changed by who says which version he saw.
     pub fn open(

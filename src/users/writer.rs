@@ -1,4 +1,4 @@
-//! Group commit: one task writes for everybody.
+//! Group commit: one task writes for many callers: one for those who change a user, others for requests that change many.
 //!
 //! Promise: each caller hears of his own change; one that fails does not fail its neighbours.
 //! A batch is what came in while the last one was under way. A small one waits for those who still read what their change will be

@@ -23,6 +23,16 @@ const RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy")
 const RATELIMIT: HeaderName = HeaderName::from_static("ratelimit");
 /// A request costs a token, and each such part of its answer beyond the first one more: pages and batches cost what they move.
 const BYTES_PER_TOKEN: u64 = 64 * 1024;
+/// Clients that are not at rest: more than any deployment has.
+const CLIENTS: usize = 10_000;
+/// Addresses that sent a wrong key lately. About 3 MiB; an attacker with more than that shares one bucket with himself.
+const ADDRESSES: usize = 50_000;
+/// Wrong keys from one address. Enough for a fleet behind one address that starts with an old key, and for no guesser.
+const WRONG_KEYS: Rate = match (NonZeroU32::new(10), NonZeroU32::new(100)) {
+    (Some(per_second), Some(burst)) => Rate::new(per_second, burst),
+    _ => unreachable!(),
+};
+
 /// Goes with an answer, inside this service: tokens that it costs beside its first one and those for its length.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Price(u32);
@@ -33,16 +43,6 @@ impl Price {
         Self(u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX))
     }
 }
-
-/// Clients that are not at rest: more than any deployment has.
-const CLIENTS: usize = 10_000;
-/// Addresses that sent a wrong key lately. About 3 MiB; an attacker with more than that shares one bucket with himself.
-const ADDRESSES: usize = 50_000;
-/// Wrong keys from one address. Enough for a fleet behind one address that starts with an old key, and for no guesser.
-const WRONG_KEYS: Rate = match (NonZeroU32::new(10), NonZeroU32::new(100)) {
-    (Some(per_second), Some(burst)) => Rate::new(per_second, burst),
-    _ => unreachable!(),
-};
 
 /// The buckets of a process.
 pub struct Tolls {
