@@ -3,11 +3,11 @@
 //! Promise: what [`Notice::to_message`] writes, [`Notice::from_message`] reads back; unknown members are ignored.
 //! Not here, on purpose: a place for a profile value. A notice says who changed and which fields, never what to.
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
 
 use lapin::{
     BasicProperties,
-    types::{AMQPValue, FieldTable},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -77,7 +77,7 @@ impl Event {
 ///
 /// The narrow alphabet keeps `field.NAME` a valid AMQP header and keeps data out of a place meant for names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 pub struct FieldName(String);
 
 impl FieldName {
@@ -97,13 +97,7 @@ impl FromStr for FieldName {
     type Err = InvalidFieldName;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
-        let goes_on_well = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-        if starts_well && goes_on_well && name.len() <= Self::MAX_BYTES {
-            Ok(Self(name.to_owned()))
-        } else {
-            Err(InvalidFieldName)
-        }
+        name.to_owned().try_into()
     }
 }
 
@@ -111,7 +105,13 @@ impl TryFrom<String> for FieldName {
     type Error = InvalidFieldName;
 
     fn try_from(name: String) -> Result<Self, Self::Error> {
-        name.parse()
+        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+        let goes_on_well = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        if starts_well && goes_on_well && name.len() <= Self::MAX_BYTES {
+            Ok(Self(name))
+        } else {
+            Err(InvalidFieldName)
+        }
     }
 }
 
@@ -144,10 +144,10 @@ pub enum NotANotice {
 
 /// The body on the wire: RFC 8259 JSON, and nothing else in it.
 #[derive(Serialize, Deserialize)]
-struct Body {
+struct Body<'a> {
     user_id: Uuid,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    changed_fields: Option<Vec<FieldName>>,
+    changed_fields: Option<Cow<'a, [FieldName]>>,
 }
 
 impl Notice {
@@ -164,14 +164,15 @@ impl Notice {
         if body.len() > BODY_LIMIT_BYTES {
             return Err(NotANotice::Body);
         }
-        let body: Body = serde_json::from_slice(body).map_err(|_| NotANotice::Body)?;
+        let body: Body<'_> = serde_json::from_slice(body).map_err(|_| NotANotice::Body)?;
+        let changed_fields = body.changed_fields.unwrap_or_default().into_owned();
         let name = properties.kind().as_ref().ok_or(NotANotice::Event)?;
         let headers = properties.headers().as_ref();
         Ok(Self {
             message_id: message_id(properties).ok_or(NotANotice::MessageId)?,
             user_id: body.user_id,
             version: headers.and_then(version).ok_or(NotANotice::Version)?,
-            event: Event::from_name(name.as_str(), body.changed_fields.unwrap_or_default()).ok_or(NotANotice::Event)?,
+            event: Event::from_name(name.as_str(), changed_fields).ok_or(NotANotice::Event)?,
             occurred_at: headers
                 .and_then(|headers| text(headers, "cloudEvents_time"))
                 .and_then(|time| OffsetDateTime::parse(&time, &Rfc3339).ok())
@@ -183,7 +184,7 @@ impl Notice {
 
     fn body(&self) -> Vec<u8> {
         let changed_fields = match &self.event {
-            Event::Updated { changed_fields } => Some(changed_fields.clone()),
+            Event::Updated { changed_fields } => Some(changed_fields.into()),
             Event::Created | Event::Deleted => None,
         };
         serde_json::to_vec(&Body { user_id: self.user_id, changed_fields }).expect("a UUID and names are always JSON")
@@ -191,42 +192,44 @@ impl Notice {
 
     fn properties(&self, source: &str) -> BasicProperties {
         let seconds = u64::try_from(self.occurred_at.unix_timestamp()).unwrap_or_default();
+        let mut buffer = Uuid::encode_buffer();
+        let message_id: &str = self.message_id.hyphenated().encode_lower(&mut buffer);
         BasicProperties::default()
-            .with_message_id(self.message_id.to_string().into())
+            .with_message_id(message_id.into())
             .with_type(self.event.name().into())
             .with_content_type("application/json".into())
             .with_timestamp(seconds)
             .with_app_id(APP_ID.into())
             .with_delivery_mode(2)
-            .with_headers(FieldTable::from(self.headers(source)))
+            .with_headers(FieldTable::from(self.headers(source, message_id)))
     }
 
-    fn headers(&self, source: &str) -> BTreeMap<lapin::types::ShortString, AMQPValue> {
-        let text = |value: String| AMQPValue::LongString(value.into());
+    fn headers(&self, source: &str, message_id: &str) -> BTreeMap<ShortString, AMQPValue> {
+        let text = |value: &str| AMQPValue::LongString(value.into());
+        let mut buffer = Uuid::encode_buffer();
+        let user_id = self.user_id.hyphenated().encode_lower(&mut buffer);
         let time = self.occurred_at.format(&Rfc3339).expect("a timestamp of the database has a four-digit year");
-        let mut headers = BTreeMap::from([
-            ("version".into(), AMQPValue::LongLongInt(self.version)),
-            // CloudEvents 1.0, AMQP binding, binary mode: the content type is the message's own.
-            ("cloudEvents_specversion".into(), text("1.0".into())),
-            ("cloudEvents_id".into(), text(self.message_id.to_string())),
-            ("cloudEvents_source".into(), text(source.to_owned())),
-            ("cloudEvents_type".into(), text(self.event.name().to_owned())),
-            ("cloudEvents_subject".into(), text(self.user_id.to_string())),
-            ("cloudEvents_time".into(), text(time)),
-        ]);
-        if let Some(traceparent) = self.traceparent {
-            headers.insert("traceparent".into(), text(traceparent.to_string()));
-        }
-        for field in self.event.changed_fields() {
-            headers.insert(field_header(field).into(), AMQPValue::Boolean(true));
-        }
-        headers
+        // CloudEvents 1.0, AMQP binding, binary mode: the content type is the message's own.
+        let cloud_event = [
+            ("cloudEvents_id".into(), text(message_id)),
+            ("cloudEvents_source".into(), text(source)),
+            ("cloudEvents_specversion".into(), text("1.0")),
+            ("cloudEvents_subject".into(), text(user_id)),
+            ("cloudEvents_time".into(), text(&time)),
+            ("cloudEvents_type".into(), text(self.event.name())),
+        ];
+        let fields = self.event.changed_fields().iter();
+        let fields = fields.map(|field| (field_header(field).into(), AMQPValue::Boolean(true)));
+        let traceparent = self.traceparent.map(|trace| ("traceparent".into(), text(&trace.to_string())));
+        let version = ("version".into(), AMQPValue::LongLongInt(self.version));
+        // In order of name: a table is then built in one go.
+        cloud_event.into_iter().chain(fields).chain(traceparent).chain([version]).collect()
     }
 }
 
 /// The header that a headers exchange matches to wake a consumer for one field alone.
 pub fn field_header(field: &FieldName) -> String {
-    format!("field.{field}")
+    ["field.", field.as_str()].concat()
 }
 
 /// The `message_id` of a message, if it has one of ours.

@@ -89,6 +89,8 @@ pub struct Broker {
     uri: AMQPUri,
     trust: Trust,
     exchange: String,
+    /// CloudEvents source: which owner of master data speaks.
+    source: String,
     prefix: Option<String>,
     /// Where there is a user of its own for all but publishing to the exchange.
     registry: Option<Arc<Registry>>,
@@ -102,7 +104,8 @@ struct Registry {
 
 impl Broker {
     pub fn new(uri: AMQPUri, trust: Trust, exchange: String, prefix: Option<String>) -> Self {
-        Self { uri, trust, exchange, prefix, registry: None }
+        let source = cloudevents_source(&exchange);
+        Self { uri, trust, exchange, source, prefix, registry: None }
     }
 
     /// With another user for all but publishing to the exchange.
@@ -151,8 +154,8 @@ impl Broker {
     }
 
     /// CloudEvents source: which owner of master data speaks.
-    pub fn source(&self) -> String {
-        cloudevents_source(&self.exchange)
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// A new connection; `purpose` is its name in the broker's lists.

@@ -7,6 +7,7 @@ use std::{
     collections::{HashSet, VecDeque},
     future::pending,
     pin::Pin,
+    sync::Arc,
 };
 
 use anyhow::{Context, ensure};
@@ -40,7 +41,8 @@ pub enum Outcome {
 pub struct Publisher {
     broker: Broker,
     connection: Connection,
-    channel: Channel,
+    /// A clone of a channel is one of each of its many parts.
+    channel: Arc<Channel>,
     /// Batches under way, oldest first.
     window: VecDeque<Vec<Parcel>>,
     /// Ids of returned messages that have no verdict yet.
@@ -77,7 +79,7 @@ impl Publisher {
         // Without confirm mode every publish would look confirmed at once.
         ensure!(channel.status().confirm(), "the broker did not switch confirms on");
         let (window, returned) = (VecDeque::new(), HashSet::new());
-        Ok(Self { broker: broker.clone(), connection, channel, window, returned })
+        Ok(Self { broker: broker.clone(), connection, channel: channel.into(), window, returned })
     }
 
     /// Puts a batch on its way, in order, and does not wait for it.
@@ -91,7 +93,7 @@ impl Publisher {
     }
 
     fn parcel(&self, entry: &Entry) -> Parcel {
-        let (properties, body) = entry.notice.to_message(&self.broker.source());
+        let (properties, body) = entry.notice.to_message(self.broker.source());
         let key = self.broker.routing_key(&entry.notice.event);
         let journey = publish(self.channel.clone(), self.broker.exchange.clone(), key, properties, body);
         Parcel { id: entry.id, message_id: entry.notice.message_id, journey: Box::pin(journey), end: End::Open }
@@ -167,7 +169,7 @@ impl Publisher {
 }
 
 async fn publish(
-    channel: Channel,
+    channel: Arc<Channel>,
     exchange: String,
     routing_key: String,
     properties: BasicProperties,

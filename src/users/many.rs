@@ -183,7 +183,7 @@ struct ProfileDocuments {
 struct ProfileEntry {
     id: UserId,
     /// Only if the user has this version; 0: only if there is no such user.
-    #[schema(value_type = i64, required = false, minimum = 0, example = 7)]
+    #[schema(value_type = i64, required = false, minimum = 0, example = 6)]
     if_version: Option<i64>,
     /// The id that other systems know the user by. Absent: it stays as it is. Null: it goes away.
     #[schema(required = false, nullable = true, min_length = 1, max_length = 200, example = "E-123")]
@@ -202,15 +202,15 @@ struct Outcomes {
 #[derive(Serialize, utoipa::ToSchema)]
 #[serde(tag = "state", rename_all = "lowercase")]
 enum Outcome {
-    Created {
-        id: UserId,
-        #[schema(value_type = i64, minimum = 1, example = 1)]
-        version: Version,
-    },
     Replaced {
         id: UserId,
         /// As it is now.
         #[schema(value_type = i64, minimum = 1, example = 7)]
+        version: Version,
+    },
+    Created {
+        id: UserId,
+        #[schema(value_type = i64, minimum = 1, example = 1)]
         version: Version,
     },
     /// It was so already; nobody is told.

@@ -1,17 +1,18 @@
 //! Many users at once: `POST /v1/users:batchGet` and `POST /v1/users:batchReplace`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, pin::pin};
 
-use futures_util::future::join_all;
+use futures_util::future::{Either, join, join_all, select};
 use reqwest::Method;
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{Connection, PgPool};
 use tidings::clients::{NewClient, Scope};
 use uuid::Uuid;
 
 use crate::{
     house::{Answer, House, http_with, new_client},
     load::{all_told, users, versions, watch},
+    sessions,
 };
 
 async fn ask(house: &House, body: &str) -> Answer {
@@ -229,6 +230,22 @@ async fn who_is_in_many_requests_at_once_is_changed_by_each(db: PgPool) {
     assert_eq!(answered.len(), count, "each change made a version of its own");
     assert!(versions(&house.db).await.values().all(|version| *version == 14));
     all_told(&house, &answered).await;
+}
+
+#[sqlx::test]
+async fn who_is_changed_alone_does_not_wait_for_many(db: PgPool) {
+    let house = House::open(db).await;
+    let [ana, bo] = users(&house, 2).await[..] else { unreachable!() };
+    let holder = sessions::hold(&house.db, &ana).await;
+    // On every line that writes many.
+    let body = json!({ "users": [{ "id": ana, "profile": {} }] });
+    let many = join(replace(&house, &body), replace(&house, &body));
+    let alone = async {
+        sessions::all_blocked(&house.db, "tidings batch writer", 2).await;
+        house.amend(&bo, json!({ "city": "Bonn" })).await.ok()
+    };
+    assert!(matches!(select(pin!(many), pin!(alone)).await, Either::Right(_)), "many were answered first");
+    holder.close().await.unwrap();
 }
 
 #[sqlx::test]

@@ -9,7 +9,7 @@ use futures_util::{
     stream,
 };
 use serde_json::json;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgPool};
 use tidings::clients::{NewClient, Scope};
 use tidings_sdk::envelope::Event;
 use tokio::{
@@ -19,7 +19,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{self, Answer, House, eventually, http_with, new_client};
+use crate::{
+    house::{self, Answer, House, eventually, http_with, new_client},
+    sessions,
+};
 
 /// Which refusal it was, if it was one that a client may repeat.
 fn not_now(answer: &Answer) -> &str {
@@ -65,14 +68,6 @@ async fn a_change_whose_answer_is_lost_is_told_nevertheless(db: PgPool) {
     assert_eq!(house.told(&page.body["users"][1]["id"].as_str().unwrap().parse().unwrap()).await, ["user.created"]);
 }
 
-/// A session that holds a user's row, as a forgotten transaction of an operator would.
-async fn hold(db: &PgPool, user: &Uuid) -> PgConnection {
-    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
-    sqlx::query("begin").execute(&mut session).await.unwrap();
-    sqlx::query("select from users where id = $1 for update").bind(user).execute(&mut session).await.unwrap();
-    session
-}
-
 #[sqlx::test]
 async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
     let house = House::open(db).await;
@@ -80,7 +75,7 @@ async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
     for _ in 0..20 {
         users.push(house.user(json!({})).await);
     }
-    let holder = hold(&house.db, &users[7]).await;
+    let holder = sessions::hold(&house.db, &users[7]).await;
     let answers = join_all(users.iter().map(|user| house.amend(user, json!({ "city": "Riga" })))).await;
     for (user, answer) in users.iter().zip(&answers) {
         if *user == users[7] {
@@ -114,7 +109,7 @@ async fn stuck(db: &PgPool) {
 async fn of_many_who_wait_with_the_same_condition_one_wins(db: PgPool) {
     let house = House::open(db).await;
     let (ana, eve) = (house.user(json!({})).await, house.user(json!({})).await);
-    let holder = hold(&house.db, &eve).await;
+    let holder = sessions::hold(&house.db, &eve).await;
     let held_up = house.amend(&eve, json!({ "city": "Bern" }));
     let contest = async {
         stuck(&house.db).await;

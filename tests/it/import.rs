@@ -162,6 +162,14 @@ async fn everybody_is_in_and_told_once_whatever_the_lines_look_like(db: PgPool) 
     assert_eq!(house.told(&ids[0]).await, ["user.created"]);
 }
 
+/// In how many requests the changes were made that were told: what one has told belongs to one trace.
+async fn traces(house: &House) -> usize {
+    house.settle().await;
+    house.audit.catch_up().await;
+    let trace = |notice: Notice| notice.traceparent.expect("each has one").to_string()[3..35].to_owned();
+    house.audit.heard().into_iter().map(trace).collect::<BTreeSet<_>>().len()
+}
+
 #[sqlx::test]
 async fn many_lines_go_in_few_requests(db: PgPool) {
     let house = House::open(db).await;
@@ -177,12 +185,15 @@ async fn many_lines_go_in_few_requests(db: PgPool) {
     ended.says(&["line 1001: 422 profile_invalid", "1000 users created, 1 brought up to date, 1 refused"]);
     let moved = house.get(&holder).await.ok();
     assert_eq!((moved.version(), &moved.body["profile"]["nickname"]), (2, &json!("moved")));
-    house.settle().await;
-    house.audit.catch_up().await;
-    // What one request told belongs to one trace.
-    let trace = |notice: Notice| notice.traceparent.expect("each has one").to_string()[3..35].to_owned();
-    let requests = house.audit.heard().into_iter().map(trace).collect::<BTreeSet<_>>().len();
+    let requests = traces(&house).await;
     assert!(requests < LINES / 3, "{requests} requests for {LINES} lines");
+}
+
+#[sqlx::test]
+async fn with_few_at_once_each_line_goes_by_itself(db: PgPool) {
+    let house = House::open(db).await;
+    import(&house.service.url, &[name(&lines(40).0), "--concurrency", "7"]).await.well();
+    assert_eq!(traces(&house).await, 40);
 }
 
 #[sqlx::test]

@@ -1,10 +1,10 @@
 //! Limits: clients who take more than their share, on purpose or not. They are turned away in words, and the others are served.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use futures_util::{
     StreamExt,
-    future::{join_all, join3},
+    future::{Either, join_all, join3, select},
     stream::FuturesUnordered,
 };
 use reqwest::{Method, StatusCode};
@@ -18,7 +18,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{Answer, House, PATIENCE, eventually, http_with, key, new_client};
+use crate::{
+    house::{Answer, House, PATIENCE, eventually, http_with, key, new_client},
+    sessions,
+};
 
 /// A connection whose every byte is ours.
 struct Line(TcpStream);
@@ -165,14 +168,6 @@ async fn connections_that_only_wait_keep_nobody_out(db: PgPool) {
     assert!((1.0..=21.0).contains(&open), "{open} of {} are open", held.len());
 }
 
-/// A session that holds a user's row, so that who wants to change it is under way until it lets go.
-async fn hold(db: &PgPool, user: &Uuid) -> PgConnection {
-    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
-    sqlx::query("begin").execute(&mut session).await.unwrap();
-    sqlx::query("select from users where id = $1 for update").bind(user).execute(&mut session).await.unwrap();
-    session
-}
-
 async fn under_way(house: &House, count: f64) {
     eventually("requests under way", async || match house.metric("tidings_requests_under_way").await {
         seen if seen == count => Ok(()),
@@ -185,7 +180,7 @@ async fn under_way(house: &House, count: f64) {
 async fn a_request_at_work_is_never_cut_for_another(db: PgPool) {
     let house = House::with(db, &[("TIDINGS_MAX_CONNECTIONS", "3")]).await;
     let ana = house.user(json!({})).await;
-    let holder = hold(&house.db, &ana).await;
+    let holder = sessions::hold(&house.db, &ana).await;
     let amend = |n: i32| house.amend(&ana, json!({ "city": n.to_string() }));
     let contest = async {
         // One connection is left for these questions, and it is kept.
@@ -214,7 +209,7 @@ async fn a_request_at_work_is_never_cut_for_another(db: PgPool) {
 async fn more_requests_than_places_are_turned_away_at_once(db: PgPool) {
     let house = House::with(db, &[("TIDINGS_MAX_REQUESTS", "2")]).await;
     let ana = house.user(json!({})).await;
-    let holder = hold(&house.db, &ana).await;
+    let holder = sessions::hold(&house.db, &ana).await;
     // Who is slow to send its body takes nobody's place.
     let mut slow = vec![];
     for _ in 0..10 {
@@ -275,6 +270,59 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
         under_way(&house, 0.0).await;
         Answer::to(request.try_clone().unwrap()).await.ok();
     }
+}
+
+#[sqlx::test]
+async fn only_so_many_large_bodies_come_in_at_once(db: PgPool) {
+    let house = House::open(db).await;
+    let head = "content-type: application/json\r\ncontent-length: 90000\r\n";
+    let mut slow = vec![];
+    for _ in 0..33 {
+        let mut line = Line::open(&house).await;
+        line.send(house.head("POST /v1/users:batchReplace", head)).await;
+        slow.push(line);
+    }
+    eventually("one too many", async || match house.metric("tidings_requests_shed_total").await {
+        1.0 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    let another = async || {
+        let body = json!({ "users": [{ "id": Uuid::new_v4(), "profile": {} }] });
+        Answer::to(house.request(Method::POST, "/v1/users:batchReplace").json(&body)).await
+    };
+    let refused = another().await;
+    assert_eq!((refused.refusal(503), &refused.headers["retry-after"]), ("overloaded", &"1".parse().unwrap()));
+    assert!(refused.body["detail"].as_str().unwrap().contains("large"), "{refused:?}");
+    house.user(json!({})).await;
+    drop(slow);
+    eventually("room again", async || match another().await {
+        answer if answer.status == StatusCode::OK => Ok(()),
+        answer => Err(answer),
+    })
+    .await;
+}
+
+#[sqlx::test]
+async fn who_changes_many_in_many_requests_lets_others_go_between(db: PgPool) {
+    let house = House::open(db).await;
+    let other = NewClient::named("other", [Scope::WriteUsers]).unwrap();
+    let (greedy, other) = (http_with(key()), http_with(&new_client(&house.db, other).await));
+    let replace = |client: &reqwest::Client| {
+        let entry = || json!({ "id": Uuid::new_v4(), "profile": { "first_name": "Ana" } });
+        let body = json!({ "users": (0..200).map(|_| entry()).collect::<Vec<_>>() });
+        Answer::to(client.post(format!("{}/v1/users:batchReplace", house.service.url)).json(&body))
+    };
+    // Fewer than there may be large bodies, and far more than are worked on at once.
+    let mut answers: FuturesUnordered<_> = (0..24).map(|_| replace(&greedy)).collect();
+    answers.next().await.unwrap().ok();
+    let mut others = pin!(replace(&other));
+    let mut before = 0;
+    while let Either::Right((answer, _)) = select(&mut others, answers.next()).await {
+        answer.expect("the other one is answered before the last").ok();
+        before += 1;
+    }
+    assert!(before < 12, "{before} were answered before");
 }
 
 /// Another client, and its key.

@@ -1,19 +1,35 @@
 //! What Postgres says of the service's sessions, and what it may do to them.
 
-use sqlx::PgPool;
+use sqlx::{Connection, PgConnection, PgPool};
+use uuid::Uuid;
 
 use crate::house::eventually;
 
+/// A session that holds a user's row, as a forgotten transaction of an operator would: who wants to change the user waits, until it is
+/// closed or his own patience ends.
+pub async fn hold(db: &PgPool, user: &Uuid) -> PgConnection {
+    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    sqlx::query("begin").execute(&mut session).await.unwrap();
+    sqlx::query("select from users where id = $1 for update").bind(user).execute(&mut session).await.unwrap();
+    session
+}
+
 /// Waits until the session of this name waits for a lock; its process.
 pub async fn blocked(db: &PgPool, name: &str) -> i32 {
+    all_blocked(db, name, 1).await[0]
+}
+
+/// Waits until so many sessions of this name wait for a lock; their processes.
+pub async fn all_blocked(db: &PgPool, name: &str, count: usize) -> Vec<i32> {
     let sessions = "
         select pid, wait_event_type || ' ' || state from pg_stat_activity
          where datname = current_database() and application_name = $1
     ";
-    eventually("a session that waits for a lock", async || {
+    eventually("sessions that wait for a lock", async || {
         let seen: Vec<(i32, Option<String>)> = sqlx::query_as(sessions).bind(name).fetch_all(db).await.unwrap();
-        let waiting = seen.iter().find(|(_, state)| state.as_deref() == Some("Lock active"));
-        waiting.map(|(process, _)| *process).ok_or(seen)
+        let waiting = seen.iter().filter(|(_, state)| state.as_deref() == Some("Lock active"));
+        let waiting: Vec<i32> = waiting.map(|(process, _)| *process).collect();
+        if waiting.len() >= count { Ok(waiting) } else { Err(seen) }
     })
     .await
 }
