@@ -75,23 +75,24 @@ fn parse(text: &str) -> Option<Traceparent> {
         return None;
     }
     hex(version, 2)?;
+    let (upper, lower) = (hex(trace.get(..16)?, 16)?, hex(trace.get(16..)?, 16)?);
     let context = Traceparent {
-        trace_id: hex(trace, 32)?,
-        span_id: u64::try_from(hex(span, 16)?).ok()?,
+        trace_id: u128::from(upper) << 64 | u128::from(lower),
+        span_id: hex(span, 16)?,
         sampled: hex(flags, 2)? & 1 == 1,
     };
     (context.trace_id != 0 && context.span_id != 0).then_some(context)
 }
 
 /// A number of so many digits, none of them in upper case.
-fn hex(text: &str, digits: usize) -> Option<u128> {
+fn hex(text: &str, digits: usize) -> Option<u64> {
     let value = |digit| match digit {
         b'0'..=b'9' => Some(digit - b'0'),
         b'a'..=b'f' => Some(digit - b'a' + 10),
         _ => None,
     };
     let mut digits = Some(text.bytes()).filter(|found| found.len() == digits)?;
-    digits.try_fold(0, |number, digit| Some(number << 4 | u128::from(value(digit)?)))
+    digits.try_fold(0, |number, digit| Some(number << 4 | u64::from(value(digit)?)))
 }
 
 #[cfg(test)]
