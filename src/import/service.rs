@@ -92,6 +92,17 @@ enum Condition {
     Version(i64),
 }
 
+impl Condition {
+    /// What to ask with instead, once it was answered so; `None` when the answer is not about conditions.
+    fn after(self, status: u16, version: Option<i64>) -> Option<Self> {
+        match (self, status) {
+            (Self::None, 428) => Some(Self::Absent),
+            (Self::Absent | Self::Version(_), 412) => Some(version.map_or(Self::Absent, Self::Version)),
+            _ => None,
+        }
+    }
+}
+
 struct Answer {
     status: StatusCode,
     problem: Problem,
@@ -131,14 +142,18 @@ impl Service {
 
     /// Brings a user about as the line has it, under `id`; or, if `may_move`, under the id of whoever has the line's external id.
     pub async fn put(&self, id: Uuid, person: &Person, may_move: bool) -> Result<Outcome, Ended> {
-        let wants_condition = self.wants_condition.load(Ordering::Relaxed);
-        let mut condition = if wants_condition { Condition::Absent } else { Condition::None };
+        let mut condition = self.first_condition();
         let (mut id, mut failures) = (id, 0);
         for _ in 0..ROUNDS {
             let Some(answer) = self.ask(1, || self.replacement(id, condition, &person.body)).await? else {
                 let detail = "the connection breaks whenever this line is sent, while others are answered";
                 return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])));
             };
+            if let Some(next) = condition.after(answer.status.as_u16(), answer.problem.version) {
+                self.wants_condition.store(true, Ordering::Relaxed);
+                condition = next;
+                continue;
+            }
             let code = answer.problem.code.as_str();
             match (answer.status.as_u16(), code, &person.external_id) {
                 (201, ..) => return Ok(Outcome::Created),
@@ -148,13 +163,6 @@ impl Service {
                 (409, "external_id_taken", Some(external_id)) if may_move => {
                     // Nobody: whoever had it was deleted meanwhile.
                     id = self.who_has(external_id).await?.unwrap_or(id);
-                }
-                (428, ..) if matches!(condition, Condition::None) => {
-                    self.wants_condition.store(true, Ordering::Relaxed);
-                    condition = Condition::Absent;
-                }
-                (412, ..) if !matches!(condition, Condition::None) => {
-                    condition = answer.problem.version.map_or(Condition::Absent, Condition::Version);
                 }
                 (500, ..) if failures < FAILURES => {
                     failures += 1;
@@ -173,16 +181,42 @@ impl Service {
         )))
     }
 
-    /// Brings users about in one request, as far as it settles them; `None` for who has to be asked about alone: somebody else has his
-    /// external id, a condition is wanted, or the service is in trouble.
+    /// Brings users about in few requests, as far as these settle them; `None` for who has to be asked about alone: somebody else has his
+    /// external id, he is changed all the time, or the service is in trouble.
     pub async fn put_many(&self, people: &[&Named]) -> Result<Vec<Option<Outcome>>, Ended> {
-        let body = batch(people, self.wants_condition.load(Ordering::Relaxed));
+        let condition = self.first_condition();
+        let mut asked: Vec<(usize, Condition)> = (0..people.len()).map(|place| (place, condition)).collect();
+        let mut fates: Vec<Option<Fate>> = people.iter().map(|_| None).collect();
+        // Without a condition; for who is not there; for who has the version that was met.
+        for _ in 0..3 {
+            let entries: Vec<_> = asked.iter().map(|(place, condition)| (people[*place], *condition)).collect();
+            for ((place, _), fate) in asked.iter().zip(self.fates(&entries).await?) {
+                fates[*place] = Some(fate);
+            }
+            let once_more = |(place, condition): (usize, Condition)| match fates[place].as_ref()? {
+                Fate::Refused { problem } => Some((place, condition.after(problem.status, problem.version)?)),
+                Fate::Created | Fate::Replaced | Fate::Unchanged => None,
+            };
+            asked = asked.into_iter().filter_map(once_more).collect();
+            if asked.is_empty() {
+                break;
+            }
+            self.wants_condition.store(true, Ordering::Relaxed);
+        }
+        Ok(fates.into_iter().map(|fate| fate?.settled()).collect())
+    }
+
+    fn first_condition(&self) -> Condition {
+        if self.wants_condition.load(Ordering::Relaxed) { Condition::Absent } else { Condition::None }
+    }
+
+    /// What one request says of users; nothing when it says nothing of them.
+    async fn fates(&self, entries: &[(&Named, Condition)]) -> Result<Vec<Fate>, Ended> {
+        let body = batch(entries);
         let post = || self.request(Method::POST, "/v1/users:batchReplace", None, body.clone());
-        let answer = self.ask(people.len(), post).await?.filter(|answer| answer.status == StatusCode::OK);
+        let answer = self.ask(entries.len(), post).await?.filter(|answer| answer.status == StatusCode::OK);
         let fates: Option<Fates> = answer.and_then(|answer| serde_json::from_slice(&answer.body).ok());
-        let mut settled: Vec<_> = fates.into_iter().flat_map(|fates| fates.results).map(Fate::settled).collect();
-        settled.resize_with(people.len(), || None);
-        Ok(settled)
+        Ok(fates.map(|fates| fates.results).unwrap_or_default())
     }
 
     fn replacement(&self, id: Uuid, condition: Condition, body: &Bytes) -> Request<Full<Bytes>> {
@@ -297,17 +331,22 @@ impl Service {
     }
 }
 
-/// What stands in a batch around a user's body.
-pub const FRAME_BYTES: usize = r#"{"id":"0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a","if_version":0},"#.len();
+/// What stands in a batch around a user's body, at most.
+pub const FRAME_BYTES: usize =
+    r#"{"id":"0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a","if_version":9223372036854775807},"#.len();
 /// So much of what the service takes in one request.
 pub const BATCH_BYTES: usize = ENTRIES_LIMIT_BYTES - r#"{"users":[]}"#.len();
 
-/// The bodies as they are, each with whose it is.
-fn batch(people: &[&Named], wants_condition: bool) -> Bytes {
-    let condition = if wants_condition { r#""if_version":0,"# } else { "" };
+/// The bodies as they are, each with whose it is, and what has to be met.
+fn batch(entries: &[(&Named, Condition)]) -> Bytes {
     let mut body = br#"{"users":["#.to_vec();
-    for (place, Named { id, person, .. }) in people.iter().enumerate() {
+    for (place, (Named { id, person, .. }, condition)) in entries.iter().enumerate() {
         let comma = if place > 0 { "," } else { "" };
+        let condition = match condition {
+            Condition::None => String::new(),
+            Condition::Absent => r#""if_version":0,"#.to_owned(),
+            Condition::Version(version) => format!(r#""if_version":{version},"#),
+        };
         body.extend(format!(r#"{comma}{{"id":"{id}",{condition}"#).bytes());
         body.extend(&person.body[1..]);
     }
@@ -411,10 +450,12 @@ mod tests {
             Named { id, keys: vec![], person }
         };
         let (ana, bo) = (named(r#"{"profile":{"a":1}}"#), named(r#"{"external_id":"E","profile":{}}"#));
-        let text = batch(&[&ana, &bo], true);
-        let id = format!(r#"{{"id":"{id}","if_version":0,"#);
-        let expected = format!(r#"{{"users":[{id}"profile":{{"a":1}}}},{id}"external_id":"E","profile":{{}}}}]}}"#);
-        assert_eq!(text, expected);
+        let text = batch(&[(&ana, Condition::None), (&bo, Condition::Version(i64::MAX))]);
+        let entries = [
+            format!(r#"{{"id":"{id}","profile":{{"a":1}}}}"#),
+            format!(r#"{{"id":"{id}","if_version":{},"external_id":"E","profile":{{}}}}"#, i64::MAX),
+        ];
+        assert_eq!(text, format!(r#"{{"users":[{}]}}"#, entries.join(",")));
         let counted = [&ana, &bo].map(|named| named.person.body.len() + FRAME_BYTES).iter().sum::<usize>();
         assert!(text.len() <= counted + ENTRIES_LIMIT_BYTES - BATCH_BYTES);
     }

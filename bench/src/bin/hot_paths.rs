@@ -22,6 +22,10 @@ use tidings_sdk::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+/// The service's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const BODY: &str = r#"{"profile":{"job_title":"Editor 0000000001","social":{"mastodon":"@ana@example.com"}}}"#;
 const PROFILE: &str = r#"{"address":"1 Example Street, 12345 Example","city":"Example","company":"Example Ltd","country":"DE","email":"ana@example.org","first_name":"Ana","job_title":"Author 0000000000","language":"de","last_name":"Example","phone":"+49 30 1234567","social":{"mastodon":"@ana@example.org"},"timezone":"Europe/Berlin"}"#;
 /// As many as one statement takes.

@@ -234,20 +234,27 @@ impl<'a> Session<'a> {
                         news = self.consume_anew().await?;
                     }
                 }
-                delivery = news.next() => match delivery {
-                    Some(Ok(delivery)) => {
-                        has_heard = true;
-                        self.arrive(delivery, attempts);
+                delivery = news.next() => {
+                    has_heard = true;
+                    self.arrive(self.delivered(delivery)?, attempts);
+                    // What came together is looked at together.
+                    while let Some(delivery) = news.next().now_or_never() {
+                        self.arrive(self.delivered(delivery)?, attempts);
                     }
-                    Some(Err(error)) => return Err(lost(error)),
-                    // The connection stands, and nothing will come any more.
-                    None if self.connection.status().connected() => return Err(Ended::QueueLost),
-                    None => return Err(Ended::Lost("the connection to the broker is lost".to_owned())),
-                },
+                }
             }
         }
         // Nothing new from here on; what was handed out and not begun goes back when the channel closes.
         request(self.channel.basic_cancel(news.tag(), BasicCancelOptions::default())).await
+    }
+
+    fn delivered(&self, delivery: Option<lapin::Result<Delivery>>) -> Result<Delivery, Ended> {
+        match delivery {
+            Some(delivery) => delivery.map_err(lost),
+            // The connection stands, and nothing will come any more.
+            None if self.connection.status().connected() => Err(Ended::QueueLost),
+            None => Err(Ended::Lost("the connection to the broker is lost".to_owned())),
+        }
     }
 
     async fn consume(&self) -> Result<lapin::Consumer, Ended> {

@@ -1,0 +1,76 @@
+//! What is wrong with settings, and what would be right.
+
+use std::{fmt, fs, path::PathBuf, time::Duration};
+
+use secrecy::SecretString;
+
+/// Gathers what is wrong, so that the operator hears of everything at once.
+#[derive(Debug, Default)]
+pub struct Faults(Vec<String>);
+
+/// All settings that are wrong, each with what would be right.
+#[derive(Debug)]
+pub struct WrongSettings(Vec<String>);
+
+impl fmt::Display for WrongSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "{count} setting{} wrong", if count == 1 { " is" } else { "s are" })?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+    }
+}
+
+impl std::error::Error for WrongSettings {}
+
+impl Faults {
+    /// `outcome`, or a fault of `setting` noted.
+    pub fn note<T, E: fmt::Display>(&mut self, setting: &str, outcome: Result<T, E>) -> Option<T> {
+        outcome.map_err(|error| self.0.push(format!("{setting}: {error:#}"))).ok()
+    }
+
+    /// Ends the gathering.
+    ///
+    /// # Errors
+    /// When anything was noted.
+    pub fn none(self) -> Result<(), WrongSettings> {
+        if self.0.is_empty() { Ok(()) } else { Err(WrongSettings(self.0)) }
+    }
+}
+
+/// A time such as `90s`, `10m`, `12h` or `7d`.
+///
+/// # Errors
+/// When it is none, or nothing.
+pub fn duration(text: &str) -> Result<Duration, &'static str> {
+    const WRONG: &str = "expected a number and a unit, such as 30s, 10m, 12h or 7d";
+    let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or(WRONG)?;
+    let unit_s = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => return Err(WRONG),
+    };
+    let number: u32 = number.parse().map_err(|_| WRONG)?;
+    if number == 0 { Err(WRONG) } else { Ok(Duration::from_secs(u64::from(number) * unit_s)) }
+}
+
+/// So many that nobody means it, and few enough for a semaphore.
+const LARGEST_NUMBER: usize = 1_000_000;
+
+pub(super) fn number(text: &str) -> Result<usize, &'static str> {
+    let number = text.parse().ok().filter(|number| (1..=LARGEST_NUMBER).contains(number));
+    number.ok_or("expected a number from 1 to 1000000")
+}
+
+/// A secret from its file, or else from the environment.
+pub(super) fn secret(name: &str, file: Option<&PathBuf>) -> Result<SecretString, String> {
+    let text = match file {
+        Some(file) => fs::read_to_string(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?,
+        None => {
+            std::env::var(name).map_err(|_| format!("is not set; set it, or {name}_FILE to a file that holds it"))?
+        }
+    };
+    let text = text.trim();
+    if text.is_empty() { Err("is empty".to_owned()) } else { Ok(text.into()) }
+}

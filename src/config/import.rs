@@ -1,0 +1,102 @@
+//! `tidings import`.
+
+use std::{fs, path::PathBuf};
+
+use clap::Args;
+use secrecy::SecretString;
+use tidings_sdk::trust::Trust;
+use uuid::Uuid;
+
+use super::{Api, Faults};
+use crate::profile::Schema;
+
+pub(super) const IMPORT_HELP: &str = "\
+A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and external_id may be left out.
+  with id             the user gets this id, or is replaced under it
+  with external_id    the user who has it is replaced; if there is none, one is created
+  with neither        a user is created, and once only as long as the journal is there
+
+Examples:
+  tidings import --dry-run users.jsonl              # what is wrong with the lines, without sending any
+  tidings import users.jsonl --report refused.jsonl
+  zcat users.jsonl.gz | tidings import -            # standard input has no journal
+  TIDINGS_URL=https://users.example.org TIDINGS_API_KEY_FILE=/run/secrets/key tidings import users.jsonl";
+
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The file, or - for standard input.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub api: Api,
+    /// Users sent at once, in up to four requests of up to 500.
+    #[arg(long, default_value_t = 1000, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=2000))]
+    pub concurrency: u16,
+    /// Write every refused line into this file, one JSON object a line. Without: the first 20 are shown.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Begin at this line, counted from 1, whatever the journal says.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub from_line: Option<u64>,
+    /// Forget the journal and begin anew. Users of lines that have neither id nor external_id are created a second time.
+    #[arg(long, conflicts_with = "from_line")]
+    pub restart: bool,
+    /// Send nothing; say what is wrong with the lines. With TIDINGS_PROFILE_SCHEMA also what that schema would refuse.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Make the ids of users that bring only an external_id from this UUID and the external_id. Keep it to yourself: with it, the
+    /// external_id can be guessed from the id, which stands in every notice. Without: a random one per journal.
+    #[arg(long, value_name = "UUID")]
+    pub namespace: Option<String>,
+    /// JSON Schema file that decides what a profile may hold, for --dry-run.
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    pub profile_schema: Option<PathBuf>,
+}
+
+/// What an import needs to begin.
+pub struct ImportSettings {
+    pub input: Input,
+    /// Of the file; unknown for standard input.
+    pub size_bytes: Option<u64>,
+    pub url: String,
+    pub key: Option<SecretString>,
+    pub trust: Trust,
+    pub concurrency: usize,
+    pub namespace: Option<Uuid>,
+    /// For a dry run, if one was named.
+    pub schema: Option<Schema>,
+}
+
+pub enum Input {
+    File(PathBuf),
+    Stdin,
+}
+
+impl Import {
+    pub fn parse(&self, faults: &mut Faults) -> Option<ImportSettings> {
+        let file = self.file().map_err(|error| format!("cannot read {}: {error}", self.file.display()));
+        let file = faults.note("FILE", file);
+        let (url, key) = (self.api.address(faults), self.api.key(faults));
+        let trust = self.api.trust(faults);
+        let namespace = self.namespace.as_deref().map(Uuid::parse_str).transpose();
+        let namespace = faults.note("--namespace", namespace.map_err(|_| "expected a UUID"));
+        let schema = self.profile_schema.as_deref().filter(|_| self.dry_run);
+        let schema =
+            schema.map(|file| faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(Some(file)))).unwrap_or_default();
+        let (input, size_bytes) = file?;
+        let concurrency = self.concurrency.into();
+        let (url, trust, namespace) = (url?, trust?, namespace?);
+        Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, schema })
+    }
+
+    fn file(&self) -> std::io::Result<(Input, Option<u64>)> {
+        if self.file.as_os_str() == "-" {
+            return Ok((Input::Stdin, None));
+        }
+        let file = fs::File::open(&self.file)?.metadata()?;
+        if !file.is_file() {
+            return Err(std::io::Error::other("it is no file; give what is piped as -"));
+        }
+        Ok((Input::File(self.file.clone()), Some(file.len())))
+    }
+}
