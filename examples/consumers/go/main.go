@@ -346,13 +346,12 @@ func session(ctx context.Context) error {
 				}
 				continue
 			}
-			select {
-			case <-cancelled: // the queue was deleted
+			// Closed, with nothing in it, when the connection is lost.
+			if _, queueDeleted := <-cancelled; queueDeleted {
 				missed = true
 				return errors.New("cancelled")
-			case err := <-lost:
-				return err
 			}
+			return <-lost
 		}
 	}
 	return channel.Cancel("tidings", false)
