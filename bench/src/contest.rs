@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anyhow::ensure;
+
 use crate::{
     figures::Round,
     house::House,
@@ -51,8 +53,18 @@ impl Contest {
     pub async fn ask(&self, connections: u64, time: Duration, ask: Ask) -> anyhow::Result<Round> {
         let load = Load { addresses: vec![self.service.address], connections, users: self.users, ask, time };
         let round = load.run().await?;
+        if matches!(ask, Ask::Patch | Ask::PatchOne) {
+            self.check_changed(round.latencies_ms.count()).await?;
+        }
         self.forget().await?;
         Ok(round)
+    }
+
+    /// Fails when not every one of so many patches made an event: one that changes nothing costs less.
+    pub async fn check_changed(&self, patches: u64) -> anyhow::Result<()> {
+        let events = self.database.count_events().await?;
+        ensure!(events >= patches, "{patches} patches were answered, and changed something {events} times");
+        Ok(())
     }
 
     pub async fn warm_up(&self, connections: u64, ask: Ask, scripts: &[(Script, u32)]) -> anyhow::Result<()> {
@@ -60,7 +72,7 @@ impl Contest {
     }
 
     /// The events, which nobody takes away.
-    async fn forget(&self) -> anyhow::Result<()> {
+    pub async fn forget(&self) -> anyhow::Result<()> {
         self.database.run("truncate outbox").await
     }
 }

@@ -95,6 +95,14 @@ impl Scratch {
         self.run("vacuum analyze outbox").await
     }
 
+    /// That wait to be told.
+    pub async fn count_events(&self) -> anyhow::Result<u64> {
+        let mut connection = self.connect().await?;
+        let events: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&mut connection).await?;
+        connection.close().await?;
+        Ok(u64::try_from(events)?)
+    }
+
     /// Waits until everything is told.
     pub async fn settle(&self) -> anyhow::Result<()> {
         let mut connection = self.connect().await?;

@@ -86,13 +86,15 @@ fn parse(text: &str) -> Option<Traceparent> {
 
 /// A number of so many digits, none of them in upper case.
 fn hex(text: &str, digits: usize) -> Option<u64> {
+    if text.len() != digits {
+        return None;
+    }
     let value = |digit| match digit {
         b'0'..=b'9' => Some(digit - b'0'),
         b'a'..=b'f' => Some(digit - b'a' + 10),
         _ => None,
     };
-    let mut digits = Some(text.bytes()).filter(|found| found.len() == digits)?;
-    digits.try_fold(0, |number, digit| Some(number << 4 | u64::from(value(digit)?)))
+    text.bytes().try_fold(0, |number, digit| Some(number << 4 | u64::from(value(digit)?)))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod http;
 mod store;
 
 pub use http::routes;
-pub use store::{BUCKET, DIGEST, EPOCH, IN_ORDER, PAGE, RESTAMP, STRANGERS};
+pub use store::{BUCKET, EPOCH, IN_ORDER, LIVING, PAGE, RESTAMP, STRANGERS};
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -63,6 +63,16 @@ struct Page {
     more: bool,
 }
 
+/// What users come to, by bucket; empty buckets left out.
+struct Sum {
+    digests: BTreeMap<u32, Digest>,
+    /// The last of them, if there are others past it.
+    next: Option<Uuid>,
+}
+
+/// Users who are read and added up at once for a digest: some milliseconds.
+const CHUNK: usize = 2_000;
+
 /// A living user, by its version alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::FromRow, utoipa::ToSchema)]
 pub struct Entry {
@@ -114,21 +124,27 @@ impl Feed {
         .await?
     }
 
-    /// What the living come to, by bucket; empty buckets left out. Not one moment's picture: it takes a while, and changes go on.
-    async fn digest(&self, buckets: u32) -> Result<BTreeMap<u32, Digest>, Error> {
+    /// What up to `limit` living users past `after` come to. Not one moment's picture: it takes a while, and changes go on.
+    async fn digest(&self, buckets: u32, after: Option<Uuid>, limit: usize) -> Result<Sum, Error> {
         let _turn = self.digesting.try_acquire().map_err(|_| Error::Overloaded)?;
         let mut digests = BTreeMap::<u32, Digest>::new();
-        let mut after = Uuid::nil();
+        let (mut after, mut left) = (after.unwrap_or_default(), limit);
         loop {
-            // A task for each chunk: when the client hangs up, what is under way ends in order, and nothing follows it.
+            let size = left.min(CHUNK);
+            // A task for each chunk: when the client hangs up, what is under way ends in order, and nothing follows it. One more than
+            // asked for tells whether there are others.
             let queries = self.queries.clone();
-            let chunk = db::ask(async move { store::digest(&queries, after, buckets).await }).await?;
-            for (bucket, digest) in &chunk.digests {
-                digests.entry(*bucket).or_default().merge(*digest);
+            let mut users = db::ask(async move { store::living(&queries, after, size as i64 + 1).await }).await?;
+            let more = users.len() > size;
+            users.truncate(size);
+            for Entry { id, version } in &users {
+                digests.entry(digest::bucket(*id, buckets)).or_default().add(*id, *version);
             }
-            match chunk.next {
-                Some(next) => after = next,
-                None => return Ok(digests),
+            left -= users.len();
+            let next = users.last().filter(|_| more).map(|user| user.id);
+            match next {
+                Some(last) if left > 0 => after = last,
+                _ => return Ok(Sum { digests, next }),
             }
         }
     }

@@ -1,7 +1,6 @@
 //! The SQL of the feed, and all of it; the entries in `changes` are written together with the users (`users::store`).
 
 use sqlx::{PgConnection, PgPool};
-use tidings_sdk::digest::{Digest, MAX_BUCKETS};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -46,22 +45,14 @@ select changes.xid::text::bigint as xid,
  limit $3
 ";
 
-/// What the next users in order of id come to, by bucket.
-pub const DIGEST: &str = "
-with chunk as materialized (
-  select id, version
-    from users
-   where deleted_at is null
-     and id > $1
-   order by id
-   limit $2
-)
-select ((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)) / $3 as bucket,
-       count(*) as count,
-       bit_xor(('x' || encode(substr(sha256(uuid_send(id) || int8send(version)), 1, 8), 'hex'))::bit(64)::bigint) as hash,
-       (select id from chunk order by id desc limit 1) as last
-  from chunk
- group by bucket
+/// The next living users in order of id.
+pub const LIVING: &str = "
+select id, version
+  from users
+ where deleted_at is null
+   and id > $1
+ order by id
+ limit $2
 ";
 
 /// The users of a bucket, which is a range of the index `users_digest`.
@@ -99,9 +90,6 @@ select pg_current_xact_id(), id
   from stamped
 ";
 
-/// Users in one statement of a digest: a tenth of a second, far from any deadline.
-const CHUNK: i64 = 20_000;
-
 /// The database as it is now.
 pub struct Now {
     pub epoch: Epoch,
@@ -120,23 +108,9 @@ pub async fn page(connection: &mut PgConnection, after: Place, limit: usize) -> 
     Ok(rows.into_iter().map(ChangeRow::into_change).collect())
 }
 
-/// A part of a digest, and where the next one begins; `None` after the last.
-pub struct Chunk {
-    pub digests: Vec<(u32, Digest)>,
-    pub next: Option<Uuid>,
-}
-
-pub async fn digest(pool: &PgPool, after: Uuid, buckets: u32) -> sqlx::Result<Chunk> {
-    let width = (MAX_BUCKETS / buckets) as i32;
-    let rows: Vec<(i32, i64, i64, Uuid)> =
-        sqlx::query_as(DIGEST).bind(after).bind(CHUNK).bind(width).fetch_all(pool).await?;
-    let users: i64 = rows.iter().map(|(_, count, ..)| count).sum();
-    let next = rows.first().filter(|_| users == CHUNK).map(|(.., last)| *last);
-    // Signs are the database's way of writing the same bits.
-    let digest = |(bucket, count, hash, _): (i32, i64, i64, Uuid)| {
-        (bucket.cast_unsigned(), Digest { count: count.cast_unsigned(), hash: hash.cast_unsigned() })
-    };
-    Ok(Chunk { digests: rows.into_iter().map(digest).collect(), next })
+/// Up to `limit` living users past `after`.
+pub async fn living(pool: &PgPool, after: Uuid, limit: i64) -> sqlx::Result<Vec<Entry>> {
+    sqlx::query_as(LIVING).bind(after).bind(limit).fetch_all(pool).await
 }
 
 pub async fn bucket(pool: &PgPool, (place, id): (u32, Uuid), end: u32, limit: i64) -> sqlx::Result<Vec<Entry>> {

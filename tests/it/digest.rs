@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use tidings_sdk::digest::{self, Digest};
 use uuid::Uuid;
 
-use crate::house::{Answer, House};
+use crate::house::{Answer, House, owner_at};
 
 /// Living users with ids and versions of all kinds, and some tombstones among them.
 async fn populate(db: &PgPool, count: i32) -> BTreeMap<Uuid, i64> {
@@ -24,15 +24,30 @@ async fn populate(db: &PgPool, count: i32) -> BTreeMap<Uuid, i64> {
     sqlx::query_as(living).bind(count).fetch_all(db).await.unwrap().into_iter().collect()
 }
 
-/// What the users come to by the definition for consumers.
-fn computed(users: &BTreeMap<Uuid, i64>, buckets: u32) -> Value {
-    let mut digests = BTreeMap::<u32, Digest>::new();
-    for (id, version) in users {
-        digests.entry(digest::bucket(*id, buckets)).or_default().add(*id, *version);
-    }
-    let digest = |(bucket, digest): (u32, Digest)| json!({ "bucket": bucket, "count": digest.count, "hash": format!("{:016x}", digest.hash) });
-    let digests: Vec<Value> = digests.into_iter().map(digest).collect();
-    json!({ "buckets": buckets, "count": users.len(), "digests": digests })
+/// What the living come to by the published definition, as Postgres computes it.
+async fn computed(db: &PgPool, buckets: u32) -> BTreeMap<u32, Digest> {
+    let sql = "
+        select ((get_byte(sha256(uuid_send(id)), 0) << 8) | get_byte(sha256(uuid_send(id)), 1)) / $1 as bucket,
+               count(*),
+               bit_xor(('x' || encode(substr(sha256(uuid_send(id) || int8send(version)), 1, 8), 'hex'))::bit(64)::bigint)
+          from users
+         where deleted_at is null
+         group by bucket
+    ";
+    let width = (digest::MAX_BUCKETS / buckets).cast_signed();
+    let rows: Vec<(i32, i64, i64)> = sqlx::query_as(sql).bind(width).fetch_all(db).await.unwrap();
+    let digest = |(bucket, count, hash): (i32, i64, i64)| {
+        (bucket.cast_unsigned(), Digest { count: count.cast_unsigned(), hash: hash.cast_unsigned() })
+    };
+    rows.into_iter().map(digest).collect()
+}
+
+/// An answer with all of them.
+fn whole(digests: &BTreeMap<u32, Digest>, buckets: u32) -> Value {
+    let count: u64 = digests.values().map(|digest| digest.count).sum();
+    let digest = |(bucket, digest): (&u32, &Digest)| json!({ "bucket": bucket, "count": digest.count, "hash": format!("{:016x}", digest.hash) });
+    let digests: Vec<Value> = digests.iter().map(digest).collect();
+    json!({ "buckets": buckets, "count": count, "digests": digests, "next": null })
 }
 
 async fn answered(house: &House, buckets: u32) -> Value {
@@ -58,20 +73,49 @@ async fn listed(house: &House, bucket: u32, buckets: u32, limit: usize) -> BTree
 #[sqlx::test]
 async fn the_service_and_its_consumers_compute_the_same(db: PgPool) {
     let house = House::open(db).await;
-    // More than one statement looks at, so that the chunks have to fit together.
-    let users = populate(&house.db, 45_000).await;
+    // More than one statement looks at, and more than the SDK asks for at once, so that the parts have to fit together.
+    populate(&house.db, 100_100).await;
+    let owner = owner_at(&house.service.url);
     for buckets in [1, 2, 256, 65_536] {
+        let expected = computed(&house.db, buckets).await;
         // Not assert_eq: a failure would print it all.
-        assert!(answered(&house, buckets).await == computed(&users, buckets), "{buckets} buckets");
+        assert!(answered(&house, buckets).await == whole(&expected, buckets), "{buckets} buckets");
+        assert!(owner.digest(buckets).await.unwrap() == expected, "{buckets} buckets, in the SDK");
     }
     let usual = house.page("/v1/digest").await.ok().body;
-    assert_eq!((&usual["buckets"], &usual["count"]), (&json!(256), &json!(45_000)));
+    assert_eq!((&usual["buckets"], &usual["count"]), (&json!(256), &json!(100_100)));
+}
+
+#[sqlx::test]
+async fn pages_of_a_digest_add_up(db: PgPool) {
+    let house = House::open(db).await;
+    populate(&house.db, 5_000).await;
+    let expected = computed(&house.db, 16).await;
+    // Smaller and larger than what one statement looks at; and one that ends where the users do.
+    for (limit, counts) in
+        [(1_900, vec![1_900, 1_900, 1_200]), (2_500, vec![2_500; 2]), (4_999, vec![4_999, 1]), (5_000, vec![5_000])]
+    {
+        let (mut sum, mut pages, mut after) = (BTreeMap::<u32, Digest>::new(), vec![], String::new());
+        loop {
+            let page = house.page(&format!("/v1/digest?buckets=16&limit={limit}{after}")).await.ok().body;
+            pages.push(page["count"].as_u64().unwrap());
+            for part in page["digests"].as_array().unwrap() {
+                let hash = u64::from_str_radix(part["hash"].as_str().unwrap(), 16).unwrap();
+                let count = part["count"].as_u64().unwrap();
+                sum.entry(part["bucket"].as_u64().unwrap() as u32).or_default().merge(Digest { count, hash });
+            }
+            let Some(next) = page["next"].as_str() else { break };
+            after = format!("&after={next}");
+        }
+        assert_eq!(pages, counts, "{limit}");
+        assert_eq!(sum, expected, "{limit}");
+    }
 }
 
 #[sqlx::test]
 async fn nobody_comes_to_nothing(db: PgPool) {
     let house = House::open(db).await;
-    assert_eq!(answered(&house, 256).await, json!({ "buckets": 256, "count": 0, "digests": [] }));
+    assert_eq!(answered(&house, 256).await, json!({ "buckets": 256, "count": 0, "digests": [], "next": null }));
     assert_eq!(house.page("/v1/digest/255").await.ok().body, json!({ "users": [], "next": null }));
 }
 
@@ -145,6 +189,9 @@ async fn a_digest_that_makes_no_sense_is_refused(db: PgPool) {
         ("/v1/digest?buckets=131072", "invalid_query"),
         ("/v1/digest?buckets=-1", "invalid_query"),
         ("/v1/digest?bucket=1", "invalid_query"),
+        ("/v1/digest?limit=0", "invalid_query"),
+        ("/v1/digest?limit=1000001", "invalid_query"),
+        ("/v1/digest?after=!", "invalid_cursor"),
         ("/v1/digest/0?buckets=3", "invalid_query"),
         ("/v1/digest/0?limit=0", "invalid_query"),
         ("/v1/digest/0?limit=10001", "invalid_query"),

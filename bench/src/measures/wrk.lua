@@ -1,4 +1,8 @@
 -- What our own generator asks, for wrk.
+
+-- Unseeded, every run would ask the same of the same users, and a patch that was made before changes nothing.
+math.randomseed(tonumber(os.getenv("BENCH_SEED")))
+
 local method, users = os.getenv("BENCH_METHOD"), tonumber(os.getenv("BENCH_USERS"))
 local headers = { ["authorization"] = "Bearer " .. os.getenv("BENCH_KEY") }
 if method == "PATCH" then

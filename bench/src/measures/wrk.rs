@@ -11,7 +11,7 @@ use crate::{
     contest::Contest,
     house::House,
     http::KEY,
-    load::Ask,
+    load::{Ask, Dice},
     report::{Findings, Row},
     settings::Settings,
 };
@@ -36,7 +36,12 @@ pub async fn run(house: &House) -> anyhow::Result<Findings> {
         eprintln!("bench: wrk, round {round} of {}", settings.rounds);
         for (ask, method, row) in &mut rows {
             let own = contest.ask(CONNECTIONS, settings.time(), *ask).await?.per_second;
-            row.add(wrk.run(method).await?, own);
+            let (per_second, requests) = wrk.run(method).await?;
+            if *ask == Ask::Patch {
+                contest.check_changed(requests).await?;
+            }
+            contest.forget().await?;
+            row.add(per_second, own);
         }
     }
     Ok(Findings { rows: rows.map(|(_, _, row)| row).into(), ..Findings::default() })
@@ -49,8 +54,8 @@ struct Wrk<'a> {
 }
 
 impl Wrk<'_> {
-    /// Requests a second.
-    async fn run(&self, method: &str) -> anyhow::Result<f64> {
+    /// Requests a second, and how many they were.
+    async fn run(&self, method: &str) -> anyhow::Result<(f64, u64)> {
         let mut command = Command::new("wrk");
         command
             .args(["--threads", "1", "--connections", &CONNECTIONS.to_string()])
@@ -61,6 +66,7 @@ impl Wrk<'_> {
             .env("BENCH_METHOD", method)
             .env("BENCH_USERS", self.settings.users.to_string())
             .env("BENCH_KEY", &KEY.1)
+            .env("BENCH_SEED", Dice::new().roll().to_string())
             .stdin(Stdio::null())
             .kill_on_drop(true);
         let output = timeout(self.settings.time() + PATIENCE, command.output()).await.context("wrk does not end")?;
@@ -69,7 +75,8 @@ impl Wrk<'_> {
         ensure!(output.status.success(), "wrk failed: {}", String::from_utf8_lossy(&output.stderr));
         ensure!(!text.contains("Non-2xx"), "wrk was refused:\n{text}");
         let rate = text.lines().find_map(|line| line.strip_prefix("Requests/sec:")?.trim().parse().ok());
-        rate.context("wrk told no rate")
+        let requests = text.lines().find_map(|line| line.trim().split_once(" requests in ")?.0.parse().ok());
+        rate.zip(requests).context("wrk told no rate")
     }
 }
 

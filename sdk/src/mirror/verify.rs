@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{Mirror, MirrorError, store};
 use crate::{
     digest::{self, Digest},
-    owner::{Digests, FetchError, Held, Latest, Owner},
+    owner::{FetchError, Held, Latest, Owner},
 };
 
 /// Rows of the mirror read at a time.
@@ -41,7 +41,7 @@ impl Mirror {
     /// # Errors
     /// When the owner does not answer or the mirror's database fails.
     pub async fn verify(&self, pool: &PgPool, owner: &Owner) -> Result<Difference, MirrorError> {
-        let buckets = buckets_for(owner.digest(1).await?.count);
+        let buckets = buckets_for(owner.digest(1).await?.values().map(|digest| digest.count).sum());
         let theirs = owner.digest(buckets).await?;
         let mut ours: BTreeMap<u32, Digest> = BTreeMap::new();
         each_living(pool, |id, version| ours.entry(digest::bucket(id, buckets)).or_default().add(id, version)).await?;
@@ -118,11 +118,7 @@ async fn each_living(pool: &PgPool, mut look: impl FnMut(Uuid, i64)) -> sqlx::Re
 }
 
 /// The buckets in which the two sides are not equal.
-fn differing(theirs: &Digests, ours: &BTreeMap<u32, Digest>) -> HashSet<u32> {
-    let theirs: BTreeMap<u32, (u64, String)> =
-        theirs.digests.iter().map(|digest| (digest.bucket, (digest.count, digest.hash.clone()))).collect();
-    let ours: BTreeMap<u32, (u64, String)> =
-        ours.iter().map(|(bucket, digest)| (*bucket, (digest.count, format!("{:016x}", digest.hash)))).collect();
+fn differing(theirs: &BTreeMap<u32, Digest>, ours: &BTreeMap<u32, Digest>) -> HashSet<u32> {
     theirs.keys().chain(ours.keys()).copied().filter(|bucket| theirs.get(bucket) != ours.get(bucket)).collect()
 }
 

@@ -1,14 +1,18 @@
 //! What the owner tells to those who ask: who changed since, and whether a copy is equal.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{FetchError, Owner, http::Ask};
+use crate::digest::Digest;
 
 /// Entries in one page of changes, as many as the owner gives.
 const PAGE: u32 = 1_000;
+/// Users in one page of a digest: what the owner adds up well within a request's deadline, and more where a page is long by its buckets.
+const DIGEST_PAGE: RangeInclusive<u32> = 100_000..=500_000;
+const USERS_FOR_A_BUCKET: u32 = 8;
 
 /// A place in the owner's feed of changes. Opaque: it means something to the owner alone.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,21 +49,19 @@ pub enum State {
     Deleted,
 }
 
-/// Counts and hashes over the living users, in buckets.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Digests {
-    pub buckets: u32,
-    pub count: u64,
-    /// Without the empty ones.
-    pub digests: Vec<BucketDigest>,
+/// What living users come to in each bucket, a page of them.
+#[derive(Deserialize)]
+struct Digests {
+    digests: Vec<BucketDigest>,
+    next: Option<Cursor>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct BucketDigest {
-    pub bucket: u32,
-    pub count: u64,
+#[derive(Deserialize)]
+struct BucketDigest {
+    bucket: u32,
+    count: u64,
     /// 16 hexadecimal digits.
-    pub hash: String,
+    hash: String,
 }
 
 /// Living users of one bucket, a page of them.
@@ -88,12 +90,24 @@ impl Owner {
         self.http.ask(Ask::get(format!("/v1/changes?limit={PAGE}{after}"))).await?.ok()
     }
 
-    /// Counts and hashes of the living users in this many buckets, a power of two.
+    /// What the living users of each bucket come to, out of this many, a power of two. Without the empty ones.
     ///
     /// # Errors
     /// [`FetchError`].
-    pub async fn digest(&self, buckets: u32) -> Result<Digests, FetchError> {
-        self.http.ask(Ask::get(format!("/v1/digest?buckets={buckets}"))).await?.ok()
+    pub async fn digest(&self, buckets: u32) -> Result<BTreeMap<u32, Digest>, FetchError> {
+        let limit = buckets.saturating_mul(USERS_FOR_A_BUCKET).clamp(*DIGEST_PAGE.start(), *DIGEST_PAGE.end());
+        let (mut all, mut next) = (BTreeMap::<u32, Digest>::new(), Some(None));
+        while let Some(after) = next {
+            let after = after.map(|Cursor(after)| format!("&after={after}")).unwrap_or_default();
+            let path = format!("/v1/digest?buckets={buckets}&limit={limit}{after}");
+            let page: Digests = self.http.ask(Ask::get(path)).await?.ok()?;
+            for BucketDigest { bucket, count, hash } in page.digests {
+                let hash = u64::from_str_radix(&hash, 16).map_err(|_| FetchError::Malformed)?;
+                all.entry(bucket).or_default().merge(Digest { count, hash });
+            }
+            next = page.next.map(Some);
+        }
+        Ok(all)
     }
 
     /// The living users of one bucket out of this many.

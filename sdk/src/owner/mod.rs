@@ -7,7 +7,7 @@ mod feed;
 mod gather;
 mod http;
 
-pub use feed::{BucketDigest, Change, Changes, Cursor, Digests, Held, State};
+pub use feed::{Change, Changes, Cursor, Held, State};
 pub use http::{Connections, FetchError, InvalidKey, InvalidUrl, KeyFileError, connections};
 
 use std::{path::Path, sync::Arc, time::Duration};
