@@ -27,6 +27,9 @@ use crate::{
 pub use cursor::Cursor;
 use cursor::Place;
 
+/// Users who are read and added up at once for a digest: some milliseconds.
+const CHUNK: usize = 2_000;
+
 /// The questions that can be asked. Cheap to clone.
 #[derive(Clone)]
 pub struct Feed {
@@ -69,9 +72,6 @@ struct Sum {
     /// The last of them, if there are others past it.
     next: Option<Uuid>,
 }
-
-/// Users who are read and added up at once for a digest: some milliseconds.
-const CHUNK: usize = 2_000;
 
 /// A living user, by its version alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::FromRow, utoipa::ToSchema)]

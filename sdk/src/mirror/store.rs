@@ -73,6 +73,12 @@ select id, version
  limit $2
 ";
 
+const COUNT_LIVING: &str = "
+select count(*)
+  from tidings_users
+ where profile is not null
+";
+
 /// Only what was looked at before: news that came meanwhile is newer than whatever led here.
 const DROP: &str = "
 delete from tidings_users
@@ -130,6 +136,11 @@ pub(super) async fn held(pool: &PgPool, users: &[Uuid]) -> sqlx::Result<HashMap<
 /// Up to `limit` living users past `after`, in order of id.
 pub(super) async fn living(pool: &PgPool, after: Uuid, limit: i64) -> sqlx::Result<Vec<(Uuid, i64)>> {
     sqlx::query_as(LIVING).bind(after).bind(limit).fetch_all(pool).await
+}
+
+pub(super) async fn count_living(pool: &PgPool) -> sqlx::Result<u64> {
+    let count: i64 = sqlx::query_scalar(COUNT_LIVING).fetch_one(pool).await?;
+    Ok(count.cast_unsigned())
 }
 
 /// Drops a user at this version, tombstone or not.

@@ -41,7 +41,7 @@ impl Mirror {
     /// # Errors
     /// When the owner does not answer or the mirror's database fails.
     pub async fn verify(&self, pool: &PgPool, owner: &Owner) -> Result<Difference, MirrorError> {
-        let buckets = buckets_for(owner.digest(1).await?.values().map(|digest| digest.count).sum());
+        let buckets = buckets_for(store::count_living(pool).await?);
         let theirs = owner.digest(buckets).await?;
         let mut ours: BTreeMap<u32, Digest> = BTreeMap::new();
         each_living(pool, |id, version| ours.entry(digest::bucket(id, buckets)).or_default().add(id, version)).await?;
