@@ -351,7 +351,7 @@ async fn where_changes_have_to_say_what_they_saw_it_says_so(db: PgPool) {
     let text = std::fs::read_to_string(&lines).unwrap().replace("\"nickname\"", "\"last_name\"");
     let changed = import(&house.service.url, &[name(&file(&text))]).await;
     changed.well().says(&["50 users created, 50 brought up to date"]);
-    // How many lines are read by the time a request is made is the machine's business. Asking alone takes two for each who was there.
+    // How many lines are read by the time a request goes out is the machine's business; the fifty who were there are not asked about alone.
     let requests = traces(&house).await;
     assert!(requests < 50, "{requests} requests changed 150 users");
     assert_eq!(house.get(&ids[0]).await.ok().body["profile"], json!({ "last_name": "n1" }));
