@@ -16,7 +16,7 @@ use crate::{
     http::{Client, Request, read},
     publishers::fill_outbox,
     report::{Curve, Findings, Goal, Row},
-    scratch::{Scratch, user},
+    scratch::{Scratch, user, user_in_sql},
     service::{Relay, Service},
     settings::Settings,
 };
@@ -74,13 +74,7 @@ impl Stage {
     async fn set(house: &House, size: u64) -> anyhow::Result<Self> {
         let database = house.empty_database(&format!("growth_{size}")).await?;
         database.seed(size).await?;
-        let keys = format!(
-            "insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version, kept_at)
-             select sha256(int8send(n)), 'salt', sha256('x'), 'changed', {}, 2, now() - interval '2 days' - n * interval '1 ms'
-               from generate_series(0, {size} - 1) as n",
-            crate::scratch::user_in_sql("n::bigint")
-        );
-        database.run(&keys).await?;
+        database.run(&keys(size, "0 days")).await?;
         database.run("vacuum analyze idempotency_keys").await?;
         let service = house.serve(&database, Relay::Off).await?;
         Ok(Self { size, database, service, steps: vec![] })
@@ -125,6 +119,8 @@ impl Stage {
             .await?;
         taken.on(&mut db, "lag", async |db, _| outbox::lag_in(db).await.map(drop)).await?;
         taken.on(&mut db, "settle of 500", async |db, n| outbox::settle(db, &confirmed(n)).await).await?;
+        // Too old only now: the service purges by itself.
+        self.database.run(&keys(TIMES * PURGE.unsigned_abs(), "2 days")).await?;
         taken
             .on(&mut db, "purge of 100", async |db, _| {
                 sqlx::query(users::PURGE).bind(PURGE).execute(db).await.map(drop)
@@ -161,6 +157,16 @@ impl Stage {
         taken.0.push(("digest of all, per 1,000 users", all_ms * 1e3 / self.size as f64));
         Ok(())
     }
+}
+
+/// Makes so many idempotency keys of this age; each a millisecond older than the one before.
+fn keys(count: u64, age: &str) -> String {
+    format!(
+        "insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version, kept_at)
+         select sha256(uuid_send(gen_random_uuid())), 'salt', sha256('x'), 'changed', {}, 2, now() - interval '{age}' - n * interval '1 ms'
+           from generate_series(0, {count} - 1) as n",
+        user_in_sql("n::bigint")
+    )
 }
 
 /// Milliseconds of each step.
