@@ -134,9 +134,14 @@ async fn plan(connection: &mut PgConnection, sql: &str, arguments: &str) -> Stri
     for command in [format!("prepare asked as {sql}"), "set plan_cache_mode = force_generic_plan".to_owned()] {
         sqlx::raw_sql(AssertSqlSafe(command)).execute(&mut *connection).await.unwrap();
     }
-    let explain = AssertSqlSafe(format!("explain (costs off) execute asked{arguments}"));
-    let lines = sqlx::raw_sql(explain).fetch_all(&mut *connection).await.unwrap();
+    let plan = explain(connection, &format!("execute asked{arguments}")).await;
     sqlx::raw_sql("deallocate asked").execute(connection).await.unwrap();
+    plan
+}
+
+async fn explain(connection: &mut PgConnection, sql: &str) -> String {
+    let explain = AssertSqlSafe(format!("explain (costs off) {sql}"));
+    let lines = sqlx::raw_sql(explain).fetch_all(connection).await.unwrap();
     lines.iter().map(|line| line.get::<String, _>(0) + "\n").collect()
 }
 
@@ -229,9 +234,7 @@ async fn the_feed_is_read_off_its_indexes(db: PgPool) {
     // The same with what is known of the numbers that are asked for.
     let known = [("$1", "512"), ("$2", ID), ("$3", "1024"), ("$4", "10001")];
     let known = known.iter().fold(feed::BUCKET.to_owned(), |sql, (place, value)| sql.replace(place, value));
-    let explain = AssertSqlSafe(format!("explain (costs off) {known}"));
-    let lines = sqlx::raw_sql(explain).fetch_all(&mut *connection).await.unwrap();
-    let known: String = lines.iter().map(|line| line.get::<String, _>(0) + "\n").collect();
+    let known = explain(&mut connection, &known).await;
     for bucket in [&bucket, &known] {
         assert!(bucket.contains("users_digest") && bucket.contains("Index Cond: ((ROW("), "{bucket}");
     }
