@@ -18,7 +18,7 @@ use crate::{
 
 /// The statement that keeps and tells in one breath: the users of a batch and the events of all their changes.
 ///
-/// It is the only one that writes `users`, and the only one that adds to `outbox` and `changes`. A user is written if the version that
+/// It and [`AMEND`] are the only ones that write `users`, and that add to `outbox` and `changes`. A user is written if the version that
 /// its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced. Each user stands
 /// once in the batch, in order of id, so that two instances lock the same rows in the same order.
 ///
@@ -153,6 +153,36 @@ forgotten as (
     is_taken: "asked.user_id in (select user_id from taken)"
 );
 
+/// Keeps and tells a single amendment, under the condition of [`KEEP`], and gives back a row if it did.
+///
+/// What a batch is asked by sets for costs more than one change itself, and where few write at a time most batches are of one.
+pub const AMEND: &str = "
+with changed as (
+  update users
+     set version = $3,
+         profile = $4::json,
+         updated_at = now(),
+         changed_xid = pg_current_xact_id()
+   where id = $1
+     -- And lives, as it did when it was seen.
+     and version = $2
+  returning id
+),
+noted as (
+  insert into changes (xid, user_id)
+  select pg_current_xact_id(), id from changed
+),
+replaced as (
+  delete from changes
+   -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
+   where xid = (select changed_xid from users where id = $1)
+     and user_id = (select id from changed)
+)
+insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
+select $5, $6, id, $3, $7::jsonb, $8 from changed
+returning id, occurred_at
+";
+
 /// What a request came to that was decided before.
 pub const RECALL: &str = "
 select salt, fingerprint, outcome, user_id, version, kept_at
@@ -252,6 +282,14 @@ impl Stack {
         !self.is_deleted() && self.steps.iter().all(|step| !step.renames && step.claim.is_none())
     }
 
+    /// Its change, if [`AMEND`] suffices for it.
+    fn amendment(&self) -> Option<&Step> {
+        match &self.steps[..] {
+            [step] if step.seen > 0 && self.is_plain() => Some(step),
+            _ => None,
+        }
+    }
+
     /// The external id that is new with this stack.
     fn claim(&self) -> Option<&ExternalId> {
         self.top().external_id().filter(|_| self.renames())
@@ -295,6 +333,12 @@ pub struct Written {
 
 /// Writes a batch.
 pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::Result<Written> {
+    if let [stack] = stacks
+        && let Some(step) = stack.amendment()
+        && let Some(written) = amend(connection, step).await?
+    {
+        return Ok(written);
+    }
     stacks.sort_unstable_by_key(Stack::id);
     let column = |of: fn(&Stack) -> i64| stacks.iter().map(of).collect::<Vec<_>>();
     let steps: Vec<&Step> = stacks.iter().flat_map(|stack| &stack.steps).collect();
@@ -341,6 +385,27 @@ pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::
     let told = placed(places, told.map(|((step, row), message_id)| notice(step, message_id, row.at)).collect());
     let kept = rows.into_iter().map(KeptRow::into_kept).collect::<sqlx::Result<_>>()?;
     Ok(Written { kept, told })
+}
+
+/// `None` when the user is at another version by now, and nothing was written.
+async fn amend(connection: &mut PgConnection, step: &Step) -> sqlx::Result<Option<Written>> {
+    let message_id = Uuid::now_v7();
+    let rows: Vec<(OutboxId, OffsetDateTime)> = sqlx::query_as(AMEND)
+        .bind(step.after.id().0)
+        .bind(step.seen)
+        .bind(step.after.version())
+        .bind(step.after.profile().map(Profile::as_str))
+        .bind(message_id)
+        .bind(step.event.name())
+        .bind(names(step))
+        .bind(step.trace.to_string())
+        // As above.
+        .fetch_all(connection)
+        .await?;
+    Ok(rows.first().map(|&(id, at)| Written {
+        kept: vec![Kept::Done { at }],
+        told: vec![Entry { id, notice: notice(step, message_id, at) }],
+    }))
 }
 
 /// `places` are in order of message id.

@@ -13,6 +13,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
     let statements = [
         (users::KEEP, 11),
         (users::KEEP_CLAIMS, 11),
+        (users::AMEND, 2),
         (users::READ, 7),
         (users::PURGE, 0),
         (users::RECALL, 6),
@@ -181,9 +182,10 @@ async fn users_are_found_by_key(db: PgPool) {
         let mut connection = session_as_it_is(&db, &users::BY_KEY).await;
         let keep = plan(&mut connection, users::KEEP, &format!("({})", to_keep())).await;
         let claims = plan(&mut connection, users::KEEP_CLAIMS, &format!("({}, {})", to_keep(), to_claim())).await;
+        let amend = plan(&mut connection, users::AMEND, &format!("({ID}, 1, 2, '{{}}', {ID}, 'x', '[]', 'x')")).await;
         let read = plan(&mut connection, users::READ, &format!("(array[{ID}])")).await;
         let find = plan(&mut connection, users::FIND, "('E')").await;
-        for plan in [&keep, &claims, &read, &find] {
+        for plan in [&keep, &claims, &amend, &read, &find] {
             assert_by_key(plan);
         }
         for plan in [keep, claims] {
@@ -192,6 +194,7 @@ async fn users_are_found_by_key(db: PgPool) {
                 "{plan}"
             );
         }
+        assert!(amend.contains("Index Cond: ((xid = $4) AND (user_id = $5))"), "{amend}");
     }
 }
 
