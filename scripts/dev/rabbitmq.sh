@@ -62,6 +62,13 @@ stop_broker() {
     stop_foundling "$1"
 }
 
+# Nothing of it stays but its address, which a new one of that name may get again. The one that a cluster joined is forgotten last: the epmd is its.
+forget_broker() {
+    [[ $1 != main ]] || die "main is everybody's" "./dev down --wipe"
+    stop_broker "$1"
+    rm -rf "${DEV:?}/brokers/$1"
+}
+
 # A broker that misses its epmd starts another, which is in nobody's records but answers at the same port.
 stop_foundling() (
     port=$(port "epmd-$1")

@@ -1,4 +1,4 @@
-//! A broker to be hurt: a further RabbitMQ beside that of all tests, one test at a time.
+//! Brokers to be hurt, beside that of all tests: one that tests borrow one at a time, and a cluster.
 
 use std::path::Path;
 
@@ -22,9 +22,7 @@ impl HurtBroker {
         let turn = ONE_AT_A_TIME.lock().await;
         // A test that failed may have left it frozen.
         drop(broker(&["thaw", "hurt"]).await);
-        let started = broker(&["start", "hurt"]).await.unwrap();
-        let amqp_url = started.trim().strip_prefix("AMQP_URL=").unwrap().to_owned();
-        let broker = Self { amqp_url, _turn: turn };
+        let broker = Self { amqp_url: start(&["hurt"]).await, _turn: turn };
         // Or in an alarm.
         broker.end_alarm().await;
         rights::make_users_at("hurt").await;
@@ -67,6 +65,45 @@ impl HurtBroker {
     pub async fn try_ctl(&self, command: &[&str]) -> Result<String, String> {
         broker(&[&["ctl", "hurt"], command].concat()).await
     }
+}
+
+/// Three brokers that are one, made anew: nodes that were all stopped wait at their start for the one that was last.
+pub struct Cluster {
+    pub amqp_urls: [String; 3],
+}
+
+/// The others join the first.
+const NODES: [&str; 3] = ["north", "south", "east"];
+
+impl Cluster {
+    pub async fn set_up() -> Self {
+        forget_nodes().await;
+        let [first, second, third] = NODES;
+        let amqp_urls =
+            [start(&[first]).await, start(&[second, "--join", first]).await, start(&[third, "--join", first]).await];
+        rights::make_users_at(first).await;
+        Self { amqp_urls }
+    }
+
+    pub async fn kill_the_first(&self) {
+        broker(&["kill", NODES[0]]).await.unwrap();
+    }
+
+    pub async fn tear_down(self) {
+        forget_nodes().await;
+    }
+}
+
+async fn forget_nodes() {
+    for node in NODES.iter().rev() {
+        broker(&["forget", node]).await.unwrap();
+    }
+}
+
+/// `./dev broker start` with these arguments; its address.
+async fn start(arguments: &[&str]) -> String {
+    let started = broker(&[&["start"], arguments].concat()).await.unwrap();
+    started.trim().strip_prefix("AMQP_URL=").unwrap().to_owned()
 }
 
 /// `./dev broker` with these arguments; what it printed.

@@ -1,15 +1,20 @@
 //! Relay: any number of them, one leads; what it owes outlives it.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    house::{House, Service, eventually},
-    load::{self, Load},
-    sessions,
+    house::{self, House, Service, eventually},
+    hurt::Cluster,
+    load::{self, Change, Load},
+    rights, sessions,
+    subscribed::{Subscribed, notice, take},
 };
 
 /// A House whose service leaves the telling to these relays.
@@ -106,6 +111,44 @@ async fn another_relay_takes_over_from_one_that_is_frozen_and_the_late_one_does_
     assert!(duplicates <= 2_000, "{duplicates}");
     relays.push(late);
     leader(&relays).await;
+}
+
+/// A relay of the House's deployment at this broker.
+async fn relay_at(house: &House, amqp_url: &str) -> Service {
+    let mut settings = house.settings().to_vec();
+    settings.extend(rights::at_broker(amqp_url).map(|(name, value)| (name.to_owned(), value)));
+    Service::start(&["relay"], &settings).await
+}
+
+/// The node that is killed has the leading relay and the leader of a subscription's queue, and does not come back.
+#[sqlx::test]
+async fn a_relay_at_another_node_takes_over_when_the_leaders_broker_dies(db: PgPool) {
+    let cluster = Cluster::set_up().await;
+    let [first, second, third] = &cluster.amqp_urls;
+    let house = House::at(db, third, &[("TIDINGS_NO_RELAY", "true")]).await;
+    let orders = Subscribed::at(&house, first, "orders", &["#"], &[]).await;
+    let mut relays = vec![relay_at(&house, first).await];
+    leader(&relays).await;
+    relays.push(relay_at(&house, second).await);
+    load::watch(&house.db).await;
+    let users = load::users(&house, 8).await;
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(200).await;
+    cluster.kill_the_first().await;
+    let killed = Instant::now();
+    eventually("the other one to lead", async || if leads(&relays[1]).await { Ok(()) } else { Err(()) }).await;
+    load::heard(&house, house.audit.heard().len() + 200).await;
+    // A lead that is not given up lapses after ten.
+    assert!(killed.elapsed() < Duration::from_secs(9), "{:?}", killed.elapsed());
+    let answered = load.end_well().await;
+    let duplicates = load::all_told(&house, &answered).await;
+    assert!(duplicates <= 2_000, "{duplicates}");
+
+    let connection = house::connect(second).await.unwrap();
+    let waiting = take(&connection.create_channel().await.unwrap(), orders.name.queue()).await;
+    let waiting: BTreeSet<Change> = waiting.iter().map(notice).map(|news| (news.user_id, news.version)).collect();
+    assert_eq!(waiting, load::committed(&house.db).await);
+    cluster.tear_down().await;
 }
 
 #[sqlx::test]

@@ -108,13 +108,7 @@ impl Subscribed {
 
     /// Everything that waits in the queue, taken out.
     pub async fn take(&self) -> Vec<Delivery> {
-        let mut taken = vec![];
-        let options = BasicGetOptions { no_ack: true };
-        while let Some(message) = self.channel.basic_get(self.name.queue().into(), options).await.unwrap() {
-            check_message(&message.delivery.properties, &message.delivery.data).unwrap();
-            taken.push(message.delivery);
-        }
-        taken
+        take(&self.channel, self.name.queue()).await
     }
 
     /// Waits until so many wait in the queue.
@@ -130,6 +124,17 @@ impl Subscribed {
         self.undeclare().await;
         self.connection.close(200, "bye".into()).await.unwrap();
     }
+}
+
+/// Everything that waits in a queue, taken out.
+pub async fn take(channel: &Channel, queue: &str) -> Vec<Delivery> {
+    let mut taken = vec![];
+    let options = BasicGetOptions { no_ack: true };
+    while let Some(message) = channel.basic_get(queue.into(), options).await.unwrap() {
+        check_message(&message.delivery.properties, &message.delivery.data).unwrap();
+        taken.push(message.delivery);
+    }
+    taken
 }
 
 /// The properties of a message after three failed attempts.
