@@ -75,7 +75,7 @@ impl Answer {
     pub fn given(self, kept: Kept, renames: bool) -> Self {
         match (kept, self) {
             (Kept::Taken(_), Self::Done(_)) if renames => Self::Refused(Refusal::Taken),
-            (Kept::Repeated, _) => Self::Again,
+            (Kept::Repeated | Kept::Outdated, _) => Self::Again,
             (Kept::Moved(now) | Kept::Taken(now), _) => Self::Moved(now),
             (Kept::Done { at }, Self::Done(changed)) => {
                 Self::Done(Changed { record: changed.record.stamped(at), ..changed })

@@ -1,7 +1,14 @@
 //! The SQL of the master data, and all of it.
 
+use std::collections::HashMap;
+
 use serde_json::value::RawValue;
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{
+    FromRow, PgConnection, PgPool, Postgres,
+    postgres::{PgArguments, PgRow},
+    query::QueryAs,
+    types::Json,
+};
 use tidings_sdk::envelope::Notice;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -16,25 +23,82 @@ use crate::{
     profile::Profile,
 };
 
-/// The statement that keeps and tells in one breath: the users of a batch and the events of all their changes.
+/// The events of those users who are kept, in order. Of both statements below.
+macro_rules! tell_of_kept {
+    () => {
+        "
+  insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
+  select message_id, event, user_id, version, changed_fields::jsonb, traceparent
+    from unnest($5::uuid[], $6::text[], $7::uuid[], $8::bigint[], $9::text[], $10::text[])
+      with ordinality as event (message_id, event, user_id, version, changed_fields, traceparent, place)
+   where (user_id in (select id from kept)) is true
+   order by place
+  returning id, message_id, occurred_at
+"
+    };
+}
+
+/// Keeps and tells in one breath a batch of amendments alone, which is nearly every one: the users, and the events of all their
+/// changes.
 ///
-/// It and [`AMEND`] are the only ones that write `users`, and that add to `outbox` and `changes`. A user is written if the version that
-/// its changes were planned on still holds, and only then are its events added and its entry in `changes` replaced. Each user stands
+/// It and [`KEEP`] are the only ones that write `users`, and that add to `outbox` and `changes`. A user is written if the version that
+/// his changes were planned on still holds, and only then are his events added and his entry in `changes` replaced. Each user stands
 /// once in the batch, in order of id, so that two instances lock the same rows in the same order.
+///
+/// Gives back the events that were added: who has none was not written.
 ///
 /// Nothing in it leaves the planner a choice between reading by key and reading an index whole, which it would make by statistics
 /// that a young table does not have: a set is looked into by a hashed `in (..) is true`, not joined, and no condition invites a
 /// partial index.
-macro_rules! keep {
-    (change: $change:literal, also: $also:literal, is_taken: $is_taken:literal) => {
-        concat!(
-            "
+pub const AMEND: &str = concat!(
+    "
+with kept as (
+  update users
+     set version = asked.version,
+         profile = asked.profile::json,
+         updated_at = now(),
+         changed_xid = pg_current_xact_id()
+    from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[]) as asked (user_id, seen, version, profile)
+    -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
+    join users before on before.id = asked.user_id
+   where users.id = asked.user_id
+     -- And lives, as it did when it was seen.
+     and users.version = asked.seen
+  returning users.id, before.changed_xid as replaced_xid
+),
+noted as (
+  insert into changes (xid, user_id)
+  select pg_current_xact_id(), id from kept
+),
+replaced as (
+  delete from changes
+   using kept
+   where changes.xid = kept.replaced_xid
+     and changes.user_id = kept.id
+)",
+    tell_of_kept!()
+);
+
+/// Keeps and tells any batch, as [`AMEND`] does one of amendments: users are created and deleted too, get external ids, and their
+/// requests are remembered. What that needs would cost every amendment.
+///
+/// Whoever claims an external id that somebody has is not written. Of two who claim the same at once the index fails the batch.
+pub const KEEP: &str = concat!(
+    "
 with asked as (
-  select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::text[])
+  select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $11::text[])
     as asked (user_id, seen, version, profile, external_id)
-),",
-            $change,
-            "
+),
+-- Of those who get an external id that they did not have: who gets one that is taken.
+taken as (
+  select user_id
+    from unnest($12::uuid[], $13::text[]) as claim (user_id, external_id)
+   where user_id <> (select id from users where users.external_id = claim.external_id)
+),
+change as (
+  select * from asked
+   where user_id not in (select user_id from taken)
+),
 created as (
   insert into users (id, version, profile, external_id, created_at, updated_at, deleted_at)
   select user_id, version, profile::json, external_id,
@@ -57,10 +121,8 @@ changed as (
          deleted_at = case when change.profile is null then now() end,
          changed_xid = pg_current_xact_id()
     from change
-    -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
     join users before on before.id = change.user_id
    where users.id = change.user_id
-     -- And lives, as it did when it was seen.
      and users.version = change.seen
   returning users.id, before.changed_xid as replaced_xid
 ),
@@ -79,59 +141,9 @@ replaced as (
    where changes.xid = changed.replaced_xid
      and changes.user_id = changed.id
 ),
-told as (
-  insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
-  select message_id, event, user_id, version, changed_fields::jsonb, traceparent
-    from unnest($6::uuid[], $7::text[], $8::uuid[], $9::bigint[], $10::text[], $11::text[])
-      with ordinality as event (message_id, event, user_id, version, changed_fields, traceparent, place)
-   where (user_id in (select id from kept)) is true
-   order by place
-  returning id, message_id
-)",
-            $also,
-            "
--- For a user that was not kept: the state that is in the way.
-select asked.user_id, asked.user_id in (select id from kept) as is_kept,
-       ",
-            $is_taken,
-            " as is_taken, now() as at,
-       -- Once: where the events are, in order of message id.
-       case when asked.user_id = ($1::uuid[])[1] then array(select id from told order by message_id) end as told,
-       users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
-  from asked
-  -- A null key finds nothing and costs nothing.
-  left join users on users.id = case when not (asked.user_id in (select id from kept)) then asked.user_id end
-"
-        )
-    };
-}
-
-/// Keeps and tells a batch in which nobody [claims](KEEP_CLAIMS) anything or is deleted, which is nearly every one.
-pub const KEEP: &str = keep!(
-    change: "
-change as (
-  select * from asked
-),",
-    also: "",
-    is_taken: "false"
-);
-
-/// Keeps and tells a batch in which somebody gets an external id, is deleted, or brings an idempotency key.
-///
-/// Whoever claims an external id that somebody has is not written. Of two who claim the same at once the index fails the batch.
-pub const KEEP_CLAIMS: &str = keep!(
-    change: "
--- Of those who get an external id that they did not have: who gets one that is taken.
-taken as (
-  select user_id
-    from unnest($12::uuid[], $13::text[]) as claim (user_id, external_id)
-   where user_id <> (select id from users where users.external_id = claim.external_id)
-),
-change as (
-  select * from asked
-   where user_id not in (select user_id from taken)
-),",
-    also: ",
+told as (",
+    tell_of_kept!(),
+    "),
 -- Requests that may come again. One that did, on another instance, fails the batch by its key.
 remembered as (
   insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
@@ -149,39 +161,18 @@ forgotten as (
                                where profile is null
                                  and (user_id in (select id from kept)) is true))
      and fingerprint is not null
-)",
-    is_taken: "asked.user_id in (select user_id from taken)"
-);
-
-/// Keeps and tells a single amendment, under the condition of [`KEEP`], and gives back a row if it did.
-///
-/// What a batch is asked by sets for costs more than one change itself, and where few write at a time most batches are of one.
-pub const AMEND: &str = "
-with changed as (
-  update users
-     set version = $3,
-         profile = $4::json,
-         updated_at = now(),
-         changed_xid = pg_current_xact_id()
-   where id = $1
-     -- And lives, as it did when it was seen.
-     and version = $2
-  returning id
-),
-noted as (
-  insert into changes (xid, user_id)
-  select pg_current_xact_id(), id from changed
-),
-replaced as (
-  delete from changes
-   -- The row as it was. It is at the version seen, if the one to be written is: versions only grow.
-   where xid = (select changed_xid from users where id = $1)
-     and user_id = (select id from changed)
 )
-insert into outbox (message_id, event, user_id, version, changed_fields, traceparent)
-select $5, $6, id, $3, $7::jsonb, $8 from changed
-returning id, occurred_at
-";
+-- For a user that was not kept: the state that is in the way.
+select asked.user_id, asked.user_id in (select id from kept) as is_kept,
+       asked.user_id in (select user_id from taken) as is_taken, now() as at,
+       -- Once: where the events are, in order of message id.
+       case when asked.user_id = ($1::uuid[])[1] then array(select id from told order by message_id) end as told,
+       users.version, users.profile, users.external_id, users.created_at, users.updated_at, users.deleted_at
+  from asked
+  -- A null key finds nothing and costs nothing.
+  left join users on users.id = case when not (asked.user_id in (select id from kept)) then asked.user_id end
+"
+);
 
 /// What a request came to that was decided before.
 pub const RECALL: &str = "
@@ -238,7 +229,7 @@ select id, version, profile, external_id, created_at, updated_at, deleted_at
  where external_id = $1
 ";
 
-/// The session settings that suit [`KEEP`] and [`READ`]: both find a handful of rows by key, whatever the statistics say, and
+/// The session settings that suit [`AMEND`], [`KEEP`] and [`READ`]: they find a handful of rows by key, whatever the statistics say, and
 /// planning them anew would cost more than running them.
 pub const BY_KEY: [(&str, &str); 4] = [
     ("plan_cache_mode", "force_generic_plan"),
@@ -277,17 +268,9 @@ impl Stack {
         self.top().profile().is_none()
     }
 
-    /// Whether [`KEEP`] suffices.
-    fn is_plain(&self) -> bool {
-        !self.is_deleted() && self.steps.iter().all(|step| !step.renames && step.claim.is_none())
-    }
-
-    /// Its change, if [`AMEND`] suffices for it.
-    fn amendment(&self) -> Option<&Step> {
-        match &self.steps[..] {
-            [step] if step.seen > 0 && self.is_plain() => Some(step),
-            _ => None,
-        }
+    /// Whether [`AMEND`] suffices.
+    fn is_amendment(&self) -> bool {
+        self.seen() > 0 && !self.is_deleted() && self.steps.iter().all(|step| !step.renames && step.claim.is_none())
     }
 
     /// The external id that is new with this stack.
@@ -314,7 +297,9 @@ impl Stack {
 pub enum Kept {
     /// All its changes are committed, at this time.
     Done { at: OffsetDateTime },
-    /// Somebody else was there first, and left this; nothing of the stack was written.
+    /// Somebody else was there first; nothing of the stack was written.
+    Outdated,
+    /// The same, and this is what he left.
     Moved(Option<Record>),
     /// Somebody else has the external id that it claims; nothing of the stack was written, over this.
     Taken(Option<Record>),
@@ -333,79 +318,101 @@ pub struct Written {
 
 /// Writes a batch.
 pub async fn keep(connection: &mut PgConnection, stacks: &mut [Stack]) -> sqlx::Result<Written> {
-    if let [stack] = stacks
-        && let Some(step) = stack.amendment()
-        && let Some(written) = amend(connection, step).await?
-    {
-        return Ok(written);
-    }
     stacks.sort_unstable_by_key(Stack::id);
-    let column = |of: fn(&Stack) -> i64| stacks.iter().map(of).collect::<Vec<_>>();
-    let steps: Vec<&Step> = stacks.iter().flat_map(|stack| &stack.steps).collect();
-    let message_ids: Vec<Uuid> = steps.iter().map(|_| Uuid::now_v7()).collect();
-    let is_plain = stacks.iter().all(Stack::is_plain);
-    let mut query = sqlx::query_as(if is_plain { KEEP } else { KEEP_CLAIMS })
-        .bind(stacks.iter().map(|stack| stack.id().0).collect::<Vec<_>>())
-        .bind(column(Stack::seen))
-        .bind(column(|stack| stack.top().version()))
-        .bind(stacks.iter().map(|stack| stack.top().profile().map(Profile::as_str)).collect::<Vec<_>>())
-        .bind(stacks.iter().map(|stack| stack.top().external_id().map(ExternalId::as_str)).collect::<Vec<_>>())
-        .bind(&message_ids)
-        .bind(steps.iter().map(|step| step.event.name()).collect::<Vec<_>>())
-        .bind(steps.iter().map(|step| step.after.id().0).collect::<Vec<_>>())
-        .bind(steps.iter().map(|step| step.after.version()).collect::<Vec<_>>())
-        .bind(steps.iter().map(|step| names(step)).collect::<Vec<_>>())
-        .bind(steps.iter().map(|step| step.trace.to_string()).collect::<Vec<_>>());
-    if !is_plain {
-        let named: Vec<(Uuid, &str)> =
-            stacks.iter().filter_map(|stack| Some((stack.id().0, stack.claim()?.as_str()))).collect();
-        let keyed: Vec<(&Claim, &Step, &Stack)> = stacks
-            .iter()
-            .flat_map(|stack| stack.steps.iter().filter_map(move |step| Some((step.claim.as_ref()?, step, stack))))
-            .collect();
-        // Of a deleted user not even a hash of what was written stays.
-        let fingerprint = |claim: &Claim, stack: &Stack| (!stack.is_deleted()).then(|| claim.fingerprint.to_vec());
-        query = query
-            .bind(named.iter().map(|(user, _)| *user).collect::<Vec<_>>())
-            .bind(named.iter().map(|(_, external_id)| (*external_id).to_owned()).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(claim, ..)| claim.key.to_vec()).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(claim, ..)| claim.salt.to_vec()).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(claim, _, stack)| fingerprint(claim, stack)).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(_, step, _)| Outcome::of(step).as_str()).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(_, step, _)| step.after.id().0).collect::<Vec<_>>())
-            .bind(keyed.iter().map(|(_, step, _)| step.after.version()).collect::<Vec<_>>());
+    let batch = Batch::new(stacks);
+    if stacks.iter().all(Stack::is_amendment) {
+        amend(connection, &batch).await
+    } else {
+        keep_any(connection, &batch).await
     }
+}
+
+/// What both statements are given.
+struct Batch<'a> {
+    stacks: &'a [Stack],
+    /// With the id of each one's message.
+    steps: Vec<(&'a Step, Uuid)>,
+}
+
+type Statement<'a, Row> = QueryAs<'a, Postgres, Row, PgArguments>;
+
+impl<'a> Batch<'a> {
+    fn new(stacks: &'a [Stack]) -> Self {
+        let steps = stacks.iter().flat_map(|stack| &stack.steps).map(|step| (step, Uuid::now_v7())).collect();
+        Self { stacks, steps }
+    }
+
+    fn statement<Row: for<'r> FromRow<'r, PgRow>>(&self, sql: &'static str) -> Statement<'a, Row> {
+        sqlx::query_as(sql)
+            .bind(self.of_stacks(|stack| stack.id().0))
+            .bind(self.of_stacks(Stack::seen))
+            .bind(self.of_stacks(|stack| stack.top().version()))
+            .bind(self.of_stacks(|stack| stack.top().profile().map(Profile::as_str)))
+            .bind(self.steps.iter().map(|(_, message_id)| *message_id).collect::<Vec<_>>())
+            .bind(self.of_steps(|step| step.event.name()))
+            .bind(self.of_steps(|step| step.after.id().0))
+            .bind(self.of_steps(|step| step.after.version()))
+            .bind(self.of_steps(names))
+            .bind(self.of_steps(|step| step.trace.to_string()))
+    }
+
+    fn of_stacks<T>(&self, of: impl FnMut(&'a Stack) -> T) -> Vec<T> {
+        self.stacks.iter().map(of).collect()
+    }
+
+    fn of_steps<T>(&self, mut of: impl FnMut(&'a Step) -> T) -> Vec<T> {
+        self.steps.iter().map(|(step, _)| of(step)).collect()
+    }
+}
+
+async fn amend(connection: &mut PgConnection, batch: &Batch<'_>) -> sqlx::Result<Written> {
     // Not fetch_one or fetch_optional anywhere here: they stop at the first row, which comes before the commit.
-    let mut rows: Vec<KeptRow> = query.fetch_all(connection).await?;
-    rows.sort_unstable_by_key(|row| row.user_id);
-    assert_eq!(rows.len(), stacks.len(), "one answer per user");
-    let places = rows[0].told.take().unwrap_or_default();
-    let steps = stacks.iter().zip(&rows).flat_map(|(stack, row)| stack.steps.iter().map(move |step| (step, row)));
-    let told = steps.zip(message_ids).filter(|((_, row), _)| row.is_kept);
-    let told = placed(places, told.map(|((step, row), message_id)| notice(step, message_id, row.at)).collect());
-    let kept = rows.into_iter().map(KeptRow::into_kept).collect::<sqlx::Result<_>>()?;
+    let rows: Vec<(OutboxId, Uuid, OffsetDateTime)> = batch.statement(AMEND).fetch_all(connection).await?;
+    let rows: HashMap<Uuid, (OutboxId, OffsetDateTime)> =
+        rows.into_iter().map(|(id, message_id, at)| (message_id, (id, at))).collect();
+    let mut told = Vec::with_capacity(rows.len());
+    let mut kept = HashMap::with_capacity(batch.stacks.len());
+    for (step, message_id) in &batch.steps {
+        if let Some(&(id, at)) = rows.get(message_id) {
+            told.push(Entry { id, notice: notice(step, *message_id, at) });
+            kept.insert(step.after.id(), at);
+        }
+    }
+    told.sort_unstable_by_key(|entry| entry.id);
+    let kept = batch.of_stacks(|stack| kept.get(&stack.id()).map_or(Kept::Outdated, |&at| Kept::Done { at }));
     Ok(Written { kept, told })
 }
 
-/// `None` when the user is at another version by now, and nothing was written.
-async fn amend(connection: &mut PgConnection, step: &Step) -> sqlx::Result<Option<Written>> {
-    let message_id = Uuid::now_v7();
-    let rows: Vec<(OutboxId, OffsetDateTime)> = sqlx::query_as(AMEND)
-        .bind(step.after.id().0)
-        .bind(step.seen)
-        .bind(step.after.version())
-        .bind(step.after.profile().map(Profile::as_str))
-        .bind(message_id)
-        .bind(step.event.name())
-        .bind(names(step))
-        .bind(step.trace.to_string())
-        // As above.
-        .fetch_all(connection)
-        .await?;
-    Ok(rows.first().map(|&(id, at)| Written {
-        kept: vec![Kept::Done { at }],
-        told: vec![Entry { id, notice: notice(step, message_id, at) }],
-    }))
+async fn keep_any(connection: &mut PgConnection, batch: &Batch<'_>) -> sqlx::Result<Written> {
+    let stacks = batch.stacks;
+    let named: Vec<(Uuid, &str)> =
+        stacks.iter().filter_map(|stack| Some((stack.id().0, stack.claim()?.as_str()))).collect();
+    let keyed: Vec<(&Claim, &Step, &Stack)> = stacks
+        .iter()
+        .flat_map(|stack| stack.steps.iter().filter_map(move |step| Some((step.claim.as_ref()?, step, stack))))
+        .collect();
+    // Of a deleted user not even a hash of what was written stays.
+    let fingerprint = |claim: &Claim, stack: &Stack| (!stack.is_deleted()).then(|| claim.fingerprint.to_vec());
+    let statement: Statement<KeptRow> = batch
+        .statement(KEEP)
+        .bind(batch.of_stacks(|stack| stack.top().external_id().map(ExternalId::as_str)))
+        .bind(named.iter().map(|(user, _)| *user).collect::<Vec<_>>())
+        .bind(named.iter().map(|(_, external_id)| (*external_id).to_owned()).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(claim, ..)| claim.key.to_vec()).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(claim, ..)| claim.salt.to_vec()).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(claim, _, stack)| fingerprint(claim, stack)).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(_, step, _)| Outcome::of(step).as_str()).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(_, step, _)| step.after.id().0).collect::<Vec<_>>())
+        .bind(keyed.iter().map(|(_, step, _)| step.after.version()).collect::<Vec<_>>());
+    let mut rows = statement.fetch_all(connection).await?;
+    rows.sort_unstable_by_key(|row| row.user_id);
+    assert_eq!(rows.len(), stacks.len(), "one answer per user");
+    let places = rows[0].told.take().unwrap_or_default();
+    let of_stacks = stacks.iter().zip(&rows).flat_map(|(stack, row)| stack.steps.iter().map(move |_| row));
+    let told = batch.steps.iter().zip(of_stacks).filter(|(_, row)| row.is_kept);
+    let told = placed(places, told.map(|((step, message_id), row)| notice(step, *message_id, row.at)).collect());
+    let kept = rows.into_iter().map(KeptRow::into_kept).collect::<sqlx::Result<_>>()?;
+    Ok(Written { kept, told })
 }
 
 /// `places` are in order of message id.

@@ -8,7 +8,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool, migrate::Migrator};
-use tidings::users::KEEP;
+use tidings::users::AMEND;
 use uuid::Uuid;
 
 use crate::{
@@ -79,12 +79,11 @@ async fn table(db: &PgPool) -> Mirror {
 
 /// The service's own statement, in a transaction that is in the test's hands.
 async fn amend_within(transaction: &mut PgConnection, user: Uuid, seen: i64) {
-    let done = sqlx::query(KEEP)
+    let done = sqlx::query(AMEND)
         .bind(vec![user])
         .bind(vec![seen])
         .bind(vec![seen + 1])
         .bind(vec![r#"{"first_name":"Late"}"#])
-        .bind(vec![None::<&str>])
         .bind(vec![Uuid::new_v4()])
         .bind(vec!["profile.updated"])
         .bind(vec![user])

@@ -11,9 +11,8 @@ use crate::load;
 async fn every_statement_can_be_prepared(db: PgPool) {
     // With how many columns each gives back.
     let statements = [
+        (users::AMEND, 3),
         (users::KEEP, 11),
-        (users::KEEP_CLAIMS, 11),
-        (users::AMEND, 2),
         (users::READ, 7),
         (users::PURGE, 0),
         (users::RECALL, 6),
@@ -148,17 +147,19 @@ async fn explain(connection: &mut PgConnection, sql: &str) -> String {
 
 const ID: &str = "'00000000-0000-0000-0000-000000000001'::uuid";
 
-/// What [`users::KEEP`] is given.
-fn to_keep() -> String {
+/// What [`users::AMEND`] is given.
+fn to_amend() -> String {
     format!(
-        "array[{ID}], array[1], array[2], array['{{}}'], array['E'], array[{ID}], array['x'], array[{ID}], array[2], array['[]'], array['x']"
+        "array[{ID}], array[1], array[2], array['{{}}'], array[{ID}], array['x'], array[{ID}], array[2], array['[]'], array['x']"
     )
 }
 
-/// What [`users::KEEP_CLAIMS`] is given besides.
-fn to_claim() -> String {
+/// What [`users::KEEP`] is given.
+fn to_keep() -> String {
     format!(
-        "array[{ID}], array['E'], array['x'::bytea], array['x'::bytea], array['x'::bytea], array['changed'], array[{ID}], array[2]"
+        "({}, array['E'], array[{ID}], array['E'], array['x'::bytea], array['x'::bytea], array['x'::bytea], array['changed'], \
+          array[{ID}], array[2])",
+        to_amend()
     )
 }
 
@@ -180,21 +181,17 @@ async fn users_are_found_by_key(db: PgPool) {
             fill(&db, more).await;
         }
         let mut connection = session_as_it_is(&db, &users::BY_KEY).await;
-        let keep = plan(&mut connection, users::KEEP, &format!("({})", to_keep())).await;
-        let claims = plan(&mut connection, users::KEEP_CLAIMS, &format!("({}, {})", to_keep(), to_claim())).await;
-        let amend = plan(&mut connection, users::AMEND, &format!("({ID}, 1, 2, '{{}}', {ID}, 'x', '[]', 'x')")).await;
+        let amend = plan(&mut connection, users::AMEND, &format!("({})", to_amend())).await;
+        let keep = plan(&mut connection, users::KEEP, &to_keep()).await;
         let read = plan(&mut connection, users::READ, &format!("(array[{ID}])")).await;
         let find = plan(&mut connection, users::FIND, "('E')").await;
-        for plan in [&keep, &claims, &amend, &read, &find] {
+        for plan in [&amend, &keep, &read, &find] {
             assert_by_key(plan);
         }
-        for plan in [keep, claims] {
-            assert!(
-                plan.contains("Index Cond: ((xid = changed_1.replaced_xid) AND (user_id = changed_1.id))"),
-                "{plan}"
-            );
+        for (plan, replaced) in [(amend, "kept_1"), (keep, "changed_1")] {
+            let by_key = format!("Index Cond: ((xid = {replaced}.replaced_xid) AND (user_id = {replaced}.id))");
+            assert!(plan.contains(&by_key), "{plan}");
         }
-        assert!(amend.contains("Index Cond: ((xid = $4) AND (user_id = $5))"), "{amend}");
     }
 }
 
@@ -323,7 +320,7 @@ async fn every_index_is_used_by_a_statement(db: PgPool) {
         ("deletion_receipts_late_by_subscription", deletions::RELEASE, "(5000)"),
         ("deletion_receipts_pkey", deletions::FIND, &format!("({ID})")),
         ("idempotency_keys_by_age", users::PURGE, "(1000)"),
-        ("idempotency_keys_by_user", users::KEEP_CLAIMS, &format!("({}, {})", to_keep(), to_claim())),
+        ("idempotency_keys_by_user", users::KEEP, &to_keep()),
         ("idempotency_keys_pkey", users::RECALL, "('x'::bytea)"),
         ("outbox_pkey", outbox::CLAIM, "(7, 500, array[1])"),
         ("subscriptions_by_client", clients::ROSTER, ""),
