@@ -123,7 +123,7 @@ async fn relay_at(house: &House, amqp_url: &str) -> Service {
 /// The node that is killed has the leading relay and the leader of a subscription's queue, and does not come back.
 ///
 /// Not in every run: with all other tests beside it, 160 events were once still unconfirmed 40 s after the load had ended, which is not
-/// understood yet (a confirm is waited for for 30 s).
+/// understood yet (a session is given up when there was no confirm at all for 30 s).
 #[sqlx::test]
 #[ignore = "a fault run of its own: ./dev test --test it -- --ignored a_relay_at_another_node"]
 async fn a_relay_at_another_node_takes_over_when_the_leaders_broker_dies(db: PgPool) {
