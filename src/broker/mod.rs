@@ -14,7 +14,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, ensure};
 use lapin::{
     Channel, Connection, ConnectionProperties, ExchangeKind,
-    options::{BasicPublishOptions, ExchangeDeclareOptions},
+    options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
     uri::{AMQPScheme, AMQPUri},
@@ -227,6 +227,14 @@ impl Broker {
             .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Topic, options, FieldTable::default())
             .await
     }
+}
+
+/// Puts a channel in confirm mode.
+async fn confirm_select(channel: &Channel) -> anyhow::Result<()> {
+    request(channel.confirm_select(ConfirmSelectOptions::default())).await.context("confirms cannot be switched on")?;
+    // Without confirm mode every publish would look confirmed at once.
+    ensure!(channel.status().confirm(), "the broker did not switch confirms on");
+    Ok(())
 }
 
 fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {

@@ -5,11 +5,9 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, ensure};
 use futures_util::future::try_join_all;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection,
-    options::ConfirmSelectOptions,
     types::{AMQPValue, ShortString},
 };
 use tidings_sdk::{
@@ -19,7 +17,7 @@ use tidings_sdk::{
 };
 use uuid::Uuid;
 
-use super::{Broker, Outcome, PUBLISHED, request};
+use super::{Broker, Outcome, PUBLISHED, confirm_select, request};
 
 /// One message.
 pub struct Parcel {
@@ -46,11 +44,7 @@ pub struct Post {
 impl Post {
     pub async fn open(connection: &Connection) -> anyhow::Result<Self> {
         let channel = request(connection.create_channel()).await?;
-        request(channel.confirm_select(ConfirmSelectOptions::default()))
-            .await
-            .context("confirms cannot be switched on")?;
-        // Without confirm mode every publish would look confirmed at once.
-        ensure!(channel.status().confirm(), "the broker did not switch confirms on");
+        confirm_select(&channel).await?;
         Ok(Self { channel })
     }
 

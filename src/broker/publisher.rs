@@ -1,4 +1,4 @@
-//! A publisher: one channel in confirm mode and the messages that are under way on it.
+//! A publisher: a channel in confirm mode and the messages that are under way.
 //!
 //! Promise: every message handed over gets a verdict of its own, decided by its `message_id`, or the session is over.
 //! Not here, on purpose: resending. What has no verdict is still in the outbox.
@@ -10,14 +10,13 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, ensure};
 use futures_util::FutureExt;
-use lapin::{BasicProperties, Channel, Confirmation, Connection, options::ConfirmSelectOptions};
+use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use tidings_sdk::envelope::message_id;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Broker, FAREWELL, PUBLISHED, request};
+use super::{Broker, FAREWELL, PUBLISHED, confirm_select, request};
 use crate::outbox::{Entry, OutboxId};
 
 /// What became of one message.
@@ -72,14 +71,22 @@ enum End {
 impl Publisher {
     pub async fn connect(broker: &Broker) -> anyhow::Result<Self> {
         let connection = broker.connect("relay").await?;
-        let channel = broker.channel_with_exchange(&connection).await?;
-        request(channel.confirm_select(ConfirmSelectOptions::default()))
-            .await
-            .context("confirms cannot be switched on")?;
-        // Without confirm mode every publish would look confirmed at once.
-        ensure!(channel.status().confirm(), "the broker did not switch confirms on");
+        let channel = Arc::new(open_channel(broker, &connection).await?);
         let (window, returned) = (VecDeque::new(), HashSet::new());
-        Ok(Self { broker: broker.clone(), connection, channel: channel.into(), window, returned })
+        Ok(Self { broker: broker.clone(), connection, channel, window, returned })
+    }
+
+    /// Goes on with another channel; what is under way ends on the one it was sent on.
+    ///
+    /// A channel keeps its own idea of each queue it has sent to. RabbitMQ (3.10) looks for a quorum queue where its leader was at
+    /// the channel's first message: a leader that was lost just then, with its node, is looked for there ever after, and every
+    /// message to the queue is refused, while it has long had another leader.
+    ///
+    /// # Errors
+    /// When the exchange is another, or the broker does not answer.
+    pub async fn change_channel(&mut self) -> anyhow::Result<()> {
+        self.channel = Arc::new(open_channel(&self.broker, &self.connection).await?);
+        Ok(())
     }
 
     /// Puts a batch on its way, in order, and does not wait for it.
@@ -166,6 +173,13 @@ impl Publisher {
         let closed = timeout(FAREWELL, self.connection.close(200, "bye".into()));
         let _ = tokio::join!(closed, self.broker.hang_up());
     }
+}
+
+/// A channel in confirm mode, to an exchange that is ours.
+async fn open_channel(broker: &Broker, connection: &Connection) -> anyhow::Result<Channel> {
+    let channel = broker.channel_with_exchange(connection).await?;
+    confirm_select(&channel).await?;
+    Ok(channel)
 }
 
 async fn publish(

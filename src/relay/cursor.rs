@@ -54,6 +54,8 @@ struct Refused {
 pub struct Question {
     pub past: OutboxId,
     pub again: Vec<OutboxId>,
+    /// Whether some of these were refused.
+    pub resends: bool,
     pub read_on: bool,
 }
 
@@ -80,8 +82,9 @@ impl Cursor {
             self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
         // What a sweep that is under way may find is not asked for beside it: it would be sent twice.
         let ask_limit = if self.sweep_at.is_some() { ASK_LIMIT } else { 0 };
-        let again = self.skipped.keys().copied().chain(due).take(ask_limit).collect();
-        Question { past: self.past, again, read_on: self.refused.len() < REFUSED_LIMIT }
+        let again: Vec<OutboxId> = self.skipped.keys().copied().chain(due).take(ask_limit).collect();
+        let resends = again.iter().any(|id| self.refused.contains_key(id));
+        Question { past: self.past, again, resends, read_on: self.refused.len() < REFUSED_LIMIT }
     }
 
     /// Begins a sweep if one is due: of everything up to the place that is returned and not under way. It ends with [`Self::swept`].

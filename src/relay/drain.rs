@@ -34,6 +34,8 @@ const POLL: Duration = Duration::from_millis(500);
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
 /// Between two looks at the exchange when nothing is unroutable.
 const VOUCH_INTERVAL: Duration = Duration::from_secs(10);
+/// Between two channels at least, however much is refused.
+const CHANGE_INTERVAL: Duration = Duration::from_secs(1);
 /// For the confirms of what is under way when we leave.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -67,12 +69,14 @@ pub(super) struct Ledger {
     progress: Instant,
     /// When the exchange was last known to be ours.
     vouched: Instant,
+    /// When the channel was opened.
+    opened: Instant,
 }
 
 impl Ledger {
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Self { under_way: HashSet::new(), unconfirmed: 0, progress: now, vouched: now }
+        Self { under_way: HashSet::new(), unconfirmed: 0, progress: now, vouched: now, opened: now }
     }
 }
 
@@ -138,6 +142,9 @@ impl Drain<'_> {
     /// Claims one batch and puts it on its way. True when there may be more.
     async fn claim_and_send(&mut self) -> anyhow::Result<bool> {
         let question = self.cursor.question(Instant::now());
+        if question.resends && self.ledger.opened.elapsed() >= CHANGE_INTERVAL {
+            self.change_channel().await?;
+        }
         let limit = if question.read_on { BATCH } else { 0 };
         let claimed = self
             .lead
@@ -215,6 +222,14 @@ impl Drain<'_> {
             self.vouch().await?;
             self.take(&unroutable);
         }
+        Ok(())
+    }
+
+    /// What one channel was refused is tried on another, in case it is the channel that is at fault.
+    async fn change_channel(&mut self) -> anyhow::Result<()> {
+        self.publisher.change_channel().await?;
+        let now = Instant::now();
+        (self.ledger.opened, self.ledger.vouched) = (now, now);
         Ok(())
     }
 

@@ -61,6 +61,16 @@ impl Admin {
         self.channel.queue_declare(name.into(), durable, table).await.unwrap();
     }
 
+    /// A queue that has all it takes, one event, and refuses what comes after.
+    async fn full_queue(&self, house: &House) -> String {
+        let full = format!("{}.full", house.exchange);
+        self.queue(&full, &[("x-max-length", AMQPValue::LongInt(1)), ("x-overflow", text("reject-publish"))]).await;
+        bind(&self.channel, &full, &house.exchange, "#").await;
+        house.user(json!({ "first_name": "Ana" })).await;
+        house.settle().await;
+        full
+    }
+
     async fn delete_queue(&self, name: &str) {
         self.channel.queue_delete(name.into(), QueueDeleteOptions::default()).await.unwrap();
     }
@@ -268,11 +278,7 @@ async fn an_exchange_that_is_swapped_under_the_relay_swallows_nothing(db: PgPool
 async fn a_full_queue_is_tried_again_ever_more_rarely_and_the_others_hear_nevertheless(db: PgPool) {
     let house = House::open(db).await;
     let admin = Admin::at(&env("AMQP_URL")).await;
-    let full = format!("{}.full", house.exchange);
-    admin.queue(&full, &[("x-max-length", AMQPValue::LongInt(1)), ("x-overflow", text("reject-publish"))]).await;
-    bind(&admin.channel, &full, &house.exchange, "#").await;
-    house.user(json!({ "first_name": "Ana" })).await;
-    house.settle().await;
+    let full = admin.full_queue(&house).await;
     let began = Instant::now();
     let bea = house.user(json!({ "first_name": "Bea" })).await;
     load::heard(&house, 2).await;
@@ -287,6 +293,32 @@ async fn a_full_queue_is_tried_again_ever_more_rarely_and_the_others_hear_nevert
     admin.channel.queue_purge(full.as_str().into(), QueuePurgeOptions::default()).await.unwrap();
     let told = house.told(&bea).await;
     assert!(told.len() >= 4, "one message a try: {told:?}");
+    assert_eq!(results(&house).await[0], 2.0);
+    admin.delete_queue(&full).await;
+}
+
+/// A channel keeps what it knows of a queue: that it has no leader, say. docs/scaling.md has such a case.
+#[sqlx::test]
+async fn what_one_channel_was_refused_is_tried_on_another(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    let admin = Admin::at(&broker.amqp_url).await;
+    let full = admin.full_queue(&house).await;
+    // Nobody else asks that broker for confirms.
+    let relays = async || -> Vec<String> {
+        let channels = broker.try_ctl(&["list_channels", "pid", "confirm"]).await.unwrap();
+        channels.lines().filter(|line| line.ends_with("true")).map(str::to_owned).collect()
+    };
+    let before = relays().await;
+    assert_eq!(before.len(), 1, "{before:?}");
+    house.user(json!({ "first_name": "Bea" })).await;
+    eventually("another channel, and that alone", async || match relays().await {
+        now if now.len() == 1 && now != before => Ok(()),
+        now => Err(now),
+    })
+    .await;
+    admin.channel.queue_purge(full.as_str().into(), QueuePurgeOptions::default()).await.unwrap();
+    house.settle().await;
     assert_eq!(results(&house).await[0], 2.0);
     admin.delete_queue(&full).await;
 }

@@ -4,12 +4,14 @@ use std::path::Path;
 
 use tokio::{
     process::Command,
-    sync::{Mutex, MutexGuard},
+    sync::{Mutex, MutexGuard, OnceCell},
 };
 
 use crate::rights;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+static HURT_HAS_USERS: OnceCell<()> = OnceCell::const_new();
+static ONE_CLUSTER_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 pub struct HurtBroker {
     pub amqp_url: String,
@@ -25,7 +27,7 @@ impl HurtBroker {
         let broker = Self { amqp_url: start(&["hurt"]).await, _turn: turn };
         // Or in an alarm.
         broker.end_alarm().await;
-        rights::make_users_at("hurt").await;
+        HURT_HAS_USERS.get_or_init(|| rights::make_users_at("hurt")).await;
         broker
     }
 
@@ -70,6 +72,7 @@ impl HurtBroker {
 /// Three brokers that are one, made anew: nodes that were all stopped wait at their start for the one that was last.
 pub struct Cluster {
     pub amqp_urls: [String; 3],
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// The others join the first.
@@ -77,16 +80,22 @@ const NODES: [&str; 3] = ["north", "south", "east"];
 
 impl Cluster {
     pub async fn set_up() -> Self {
+        let turn = ONE_CLUSTER_AT_A_TIME.lock().await;
         forget_nodes().await;
         let [first, second, third] = NODES;
         let amqp_urls =
             [start(&[first]).await, start(&[second, "--join", first]).await, start(&[third, "--join", first]).await];
         rights::make_users_at(first).await;
-        Self { amqp_urls }
+        Self { amqp_urls, _turn: turn }
     }
 
-    pub async fn kill_the_first(&self) {
-        broker(&["kill", NODES[0]]).await.unwrap();
+    /// The node at this place of the addresses.
+    pub async fn kill(&self, place: usize) {
+        broker(&["kill", NODES[place]]).await.unwrap();
+    }
+
+    pub async fn start(&self, place: usize) {
+        start(&[NODES[place]]).await;
     }
 
     pub async fn tear_down(self) {

@@ -16,6 +16,7 @@ mod backfill;
 mod batch;
 mod broker;
 mod clients;
+mod cluster;
 mod command_line;
 mod consumers;
 mod contract;

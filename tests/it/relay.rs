@@ -1,20 +1,15 @@
 //! Relay: any number of them, one leads; what it owes outlives it.
 
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, Service, eventually},
-    hurt::Cluster,
-    load::{self, Change, Load},
-    rights, sessions,
-    subscribed::{Subscribed, notice, take},
+    house::{House, Service, eventually},
+    load::{self, Load},
+    sessions,
 };
 
 /// A House whose service leaves the telling to these relays.
@@ -27,13 +22,13 @@ async fn with_relays(db: PgPool, count: usize) -> (House, Vec<Service>) {
     (house, relays)
 }
 
-async fn leads(relay: &Service) -> bool {
+pub async fn leads(relay: &Service) -> bool {
     let text = reqwest::get(format!("{}/metrics", relay.url)).await.unwrap().text().await.unwrap();
     text.lines().any(|line| line == "tidings_relay_leading 1")
 }
 
 /// The relays that say they lead; only when it is exactly one, its place.
-async fn leader(relays: &[Service]) -> usize {
+pub async fn leader(relays: &[Service]) -> usize {
     eventually("one leader", async || {
         let mut leading = vec![];
         for (place, relay) in relays.iter().enumerate() {
@@ -114,47 +109,6 @@ async fn another_relay_takes_over_from_one_that_is_frozen_and_the_late_one_does_
 }
 
 /// A relay of the House's deployment at this broker.
-async fn relay_at(house: &House, amqp_url: &str) -> Service {
-    let mut settings = house.settings().to_vec();
-    settings.extend(rights::at_broker(amqp_url).map(|(name, value)| (name.to_owned(), value)));
-    Service::start(&["relay"], &settings).await
-}
-
-/// The node that is killed has the leading relay and the leader of a subscription's queue, and does not come back.
-///
-/// Not in every run: with all other tests beside it, 160 events were once still unconfirmed 40 s after the load had ended, which is not
-/// understood yet (a session is given up when there was no confirm at all for 30 s).
-#[sqlx::test]
-#[ignore = "a fault run of its own: ./dev test --test it -- --ignored a_relay_at_another_node"]
-async fn a_relay_at_another_node_takes_over_when_the_leaders_broker_dies(db: PgPool) {
-    let cluster = Cluster::set_up().await;
-    let [first, second, third] = &cluster.amqp_urls;
-    let house = House::at(db, third, &[("TIDINGS_NO_RELAY", "true")]).await;
-    let orders = Subscribed::at(&house, first, "orders", &["#"], &[]).await;
-    let mut relays = vec![relay_at(&house, first).await];
-    leader(&relays).await;
-    relays.push(relay_at(&house, second).await);
-    load::watch(&house.db).await;
-    let users = load::users(&house, 8).await;
-    let load = Load::on(&house, &users, 4);
-    load.goes_on(200).await;
-    cluster.kill_the_first().await;
-    let killed = Instant::now();
-    eventually("the other one to lead", async || if leads(&relays[1]).await { Ok(()) } else { Err(()) }).await;
-    load::heard(&house, house.audit.heard().len() + 200).await;
-    // A lead that is not given up lapses after ten.
-    assert!(killed.elapsed() < Duration::from_secs(9), "{:?}", killed.elapsed());
-    let answered = load.end_well().await;
-    let duplicates = load::all_told(&house, &answered).await;
-    assert!(duplicates <= 2_000, "{duplicates}");
-
-    let connection = house::connect(second).await.unwrap();
-    let waiting = take(&connection.create_channel().await.unwrap(), orders.name.queue()).await;
-    let waiting: BTreeSet<Change> = waiting.iter().map(notice).map(|news| (news.user_id, news.version)).collect();
-    assert_eq!(waiting, load::committed(&house.db).await);
-    cluster.tear_down().await;
-}
-
 #[sqlx::test]
 async fn a_relay_that_lost_its_lead_claims_nothing_more(db: PgPool) {
     let (house, relays) = with_relays(db, 2).await;

@@ -140,15 +140,9 @@ async fn unmake_user(name: &str) {
 
 /// Makes them at a broker of ours, by the commands of a deployment.
 pub async fn make_users_at(name: &str) {
-    static MADE: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
-    let mut made = MADE.lock().await;
-    if made.contains(name) {
-        return;
-    }
     for role in ["relay", "registry"] {
         user_of(name, &[role, &format!("tidings-test-{role}")]).await;
     }
-    made.insert(name.to_owned());
 }
 
 /// Makes one user there.
