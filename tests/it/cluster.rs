@@ -1,12 +1,14 @@
 //! A cluster of brokers that loses nodes: fault runs of their own, three brokers being much beside all other tests.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use serde_json::json;
 use sqlx::PgPool;
+use tidings_sdk::topology::{self, Source};
+use uuid::Uuid;
 
 use crate::{
     house::{self, House, Service, eventually},
@@ -14,6 +16,7 @@ use crate::{
     load::{self, Change, Load},
     relay::{leader, leads},
     rights,
+    sdk::{self, Curse, Listener, SOON},
     subscribed::{Subscribed, notice, take},
 };
 
@@ -74,6 +77,46 @@ async fn a_queue_that_finds_another_leader_is_told_what_it_refused(db: PgPool) {
     cluster.start(1).await;
     house.settle().await;
     assert_eq!(waiting_at(third, &orders).await, load::committed(&house.db).await);
+    cluster.tear_down().await;
+}
+
+/// The node that is killed has the leaders of all the queues of a consumer who is at another one, and does not come back.
+#[sqlx::test]
+#[ignore = "a fault run of its own: ./dev test --test it -- --ignored cluster"]
+async fn a_consumer_goes_on_when_the_leaders_of_his_queues_die(db: PgPool) {
+    let cluster = Cluster::set_up().await;
+    let [first, second, third] = &cluster.amqp_urls;
+    let house = House::at(db, third, &[]).await;
+    // A queue is led where it was declared.
+    let connection = house::connect(first).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    topology::declare(&channel, &source, &sdk::subscription(&house), &SOON).await.unwrap();
+    let listener = Listener::with(&house, second, |consumer| consumer).await;
+    let users = load::users(&house, 8).await;
+    let cursed = house.user(json!({ "first_name": "Bea" })).await;
+    listener.called(9).await;
+    let load = Load::on(&house, &users, 4);
+    load.goes_on(200).await;
+    cluster.kill(0).await;
+    listener.diary.curse(cursed, Curse::Fails);
+    house.amend(&cursed, json!({ "city": "Riga" })).await.ok();
+    load.goes_on(200).await;
+    load.end_well().await;
+    let mut owed = load::versions(&house.db).await;
+    owed.insert(cursed, 1);
+    eventually("everybody's latest to be handled", async || {
+        let mut handled: BTreeMap<Uuid, i64> = BTreeMap::new();
+        for call in listener.diary.calls() {
+            // What was fetched may be newer than the news, which is then dropped when it comes.
+            let latest = handled.entry(call.user).or_default();
+            *latest = call.latest.unwrap_or_default().max(*latest);
+        }
+        if handled == owed { Ok(()) } else { Err(handled) }
+    })
+    .await;
+    let dead = notice(&listener.dead_letter().await.delivery);
+    assert_eq!((dead.user_id, dead.version), (cursed, 2));
     cluster.tear_down().await;
 }
 
