@@ -141,6 +141,7 @@ async fn another_request_under_the_same_key_is_refused_and_another_clients_key_i
 async fn killed_between_commit_and_answer_the_repetition_hears_what_came_of_it(db: PgPool) {
     let mut house = House::open(db).await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
+    house.settle().await;
     let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
     sqlx::query("begin").execute(&mut holder).await.unwrap();
     sqlx::query("select from users for update").execute(&mut holder).await.unwrap();
