@@ -124,7 +124,7 @@ impl Publisher {
     /// every return up to here has been handed to some confirm that has resolved too. A look at all of them finds it.
     ///
     /// The same look, which goes from the oldest to the youngest, is good for every batch up to the first that it finds incomplete:
-    /// what resolved behind its back would be part of that one or of a later one.
+    /// what resolved behind its back would be part of that one or of a later one. All of it holds for each channel by itself.
     fn decide(&mut self) -> Vec<Verdict> {
         self.look_at_all();
         let complete = self.window.iter().take_while(|batch| batch.iter().all(Parcel::is_heard)).count();

@@ -20,6 +20,7 @@ use crate::{
     subscribed::{Subscribed, notice, take},
 };
 
+/// A relay of the House's deployment at this broker.
 async fn relay_at(house: &House, amqp_url: &str) -> Service {
     let mut settings = house.settings().to_vec();
     settings.extend(rights::at_broker(amqp_url).map(|(name, value)| (name.to_owned(), value)));

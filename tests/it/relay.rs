@@ -108,7 +108,6 @@ async fn another_relay_takes_over_from_one_that_is_frozen_and_the_late_one_does_
     leader(&relays).await;
 }
 
-/// A relay of the House's deployment at this broker.
 #[sqlx::test]
 async fn a_relay_that_lost_its_lead_claims_nothing_more(db: PgPool) {
     let (house, relays) = with_relays(db, 2).await;
