@@ -42,6 +42,7 @@ async fn a_relay_at_another_node_takes_over_when_the_leaders_broker_dies(db: PgP
     let users = load::users(&house, 8).await;
     let load = Load::on(&house, &users, 4);
     load.goes_on(200).await;
+    assert!(cluster.leads(0, orders.name.queue()).await);
     cluster.kill(0).await;
     let killed = Instant::now();
     eventually("the other one to lead", async || if leads(&relays[1]).await { Ok(()) } else { Err(()) }).await;
@@ -99,6 +100,7 @@ async fn a_consumer_goes_on_when_the_leaders_of_his_queues_die(db: PgPool) {
     listener.called(9).await;
     let load = Load::on(&house, &users, 4);
     load.goes_on(200).await;
+    assert!(cluster.leads(0, listener.subscription.name.queue()).await);
     cluster.kill(0).await;
     listener.diary.curse(cursed, Curse::Fails);
     house.amend(&cursed, json!({ "city": "Riga" })).await.ok();

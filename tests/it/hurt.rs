@@ -98,6 +98,12 @@ impl Cluster {
         start(&[NODES[place]]).await;
     }
 
+    /// Whether the node at this place has the leader of a queue.
+    pub async fn leads(&self, place: usize, queue: &str) -> bool {
+        let queues = broker(&["ctl", NODES[place], "list_queues", "name", "leader"]).await.unwrap();
+        queues.lines().any(|line| line == format!("{queue}\t{}@localhost", NODES[place]))
+    }
+
     pub async fn tear_down(self) {
         forget_nodes().await;
     }
