@@ -50,7 +50,7 @@ struct Keys;
 
 impl Modify for Keys {
     fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
-        const DESCRIPTION: &str = "A key that `tidings client create` made. Each route names the scope that it demands; `admin` may everything. \
+        const DESCRIPTION: &str = "A key that `tidings client create` made. Each route names the scope that it demands; `admin` may do everything. \
                                    A client with a list of fields sees and writes these alone.";
         let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(DESCRIPTION)).build();
         openapi.components.get_or_insert_default().add_security_scheme("key", SecurityScheme::Http(scheme));

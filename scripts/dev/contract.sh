@@ -7,7 +7,7 @@ SCHEMATHESIS_VERSION=4.32.5
 EXAMPLE_USER=0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a
 EXAMPLE_SUBSCRIPTION=orders
 
-# schemathesis [ARGS]: with a key that may everything, then with one that may nothing. ARGS go to both runs.
+# schemathesis [ARGS]: with a key that may do everything, then with one that may do nothing. ARGS go to both runs.
 schemathesis() {
     local tools=$DEV/schemathesis status=0
     take_lock

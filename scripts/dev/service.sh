@@ -32,7 +32,7 @@ start_service() {
 # The service itself allows its requests 20 seconds to end.
 stop_service() { stop_process tidings TERM 25; }
 
-# The key of this checkout's own client, which may everything. Made anew when the database does not know it any more.
+# The key of this checkout's own client, which may do everything. Made anew when the database does not know it any more.
 key() {
     local file=$DEV/key
     if [[ ! -s $file ]] || ! key_opens "$(<"$file")"; then make_key "$file"; fi
@@ -122,7 +122,7 @@ Watch the news, in a second terminal:
 Amend the user, and see the news arrive there:
   $curl -sS -X PATCH $url/v1/users/$user -H 'authorization: Bearer $key' -H 'content-type: application/merge-patch+json' -d '{"profile":{"job_title":"Editor"}}'
 
-The key may everything; \`$dev key\` prints it again. To stop everything: $dev down
+The key may do everything; \`$dev key\` prints it again. To stop everything: $dev down
 END
 }
 

@@ -104,7 +104,7 @@ pub struct House {
     http: Client,
 }
 
-/// The key of all tests, which may everything.
+/// The key of all tests, which may do everything.
 pub fn key() -> &'static str {
     ADMIN.1.as_str()
 }
@@ -120,7 +120,7 @@ pub fn http_with(key: &str) -> Client {
     Client::builder().timeout(PATIENCE).default_headers(headers).build().unwrap()
 }
 
-/// A client that may everything.
+/// A client that may do everything.
 pub fn http() -> Client {
     http_with(key())
 }
