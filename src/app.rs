@@ -99,8 +99,9 @@ pub struct Desks {
 /// When a document cannot be written.
 pub fn full(clients: &Clients, desks: Desks, ops: Ops, limits: Limits, telling: &Source) -> anyhow::Result<Router> {
     let files = Docs::new(openapi()?, docs::asyncapi(telling)?);
+    let observing = deletions::observing(&desks.deletions);
     let app = Router::new()
-        .merge(guarded(users::routes(), clients, desks.users).layer(deletions::observing(&desks.deletions)))
+        .merge(guarded(users::routes(), clients, desks.users))
         .merge(guarded(feed::routes(), clients, desks.feed))
         .merge(guarded(subscriptions::routes(), clients, desks.subscriptions))
         .merge(guarded(dead_letters::routes(), clients, desks.dead_letters))
@@ -110,7 +111,8 @@ pub fn full(clients: &Clients, desks: Desks, ops: Ops, limits: Limits, telling: 
         .merge(Router::from(ops::routes()).with_state(ops))
         .merge(Router::from(docs::routes()).with_state(files))
         .merge(docs::pages());
-    Ok(with_manners(app, limits))
+    // Outermost: who was refused for want of room, or was too late, was told of nobody.
+    Ok(with_manners(app, limits).layer(observing))
 }
 
 /// The routes of a feature, behind the door.

@@ -97,7 +97,7 @@ async fn list(
 
 type Observing = fn(Of<Recorder>, Request, Next) -> BoxFuture<'static, Response>;
 
-/// Around the routes that tell of users: notes who was told that one is gone. A client that stands for one subscription has then asked
+/// Around everything that an answer may turn into: notes who was told that one is gone. A client that stands for one subscription has then asked
 /// for it; of one that stands for several nobody could say for which.
 pub fn observing(deletions: &Deletions) -> FromFnLayer<Observing, Recorder, (Of<Recorder>, Request)> {
     from_fn_with_state(deletions.recorder().clone(), observe as Observing)

@@ -64,7 +64,7 @@ const KEY: &str = "1 to 255 visible ASCII characters, the same however often the
 
 /// The verbs' errors.
 pub struct Reading;
-struct Writing;
+pub struct Writing;
 struct Listing;
 struct Admitting;
 struct Claiming;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Change, Changed, Record, Tombstone, User, UserId, Users, Version,
     body::{Document, Documents, Entry, MAX_ENTRIES},
-    http::{Reading, SeenGone, check_fields, replacement},
+    http::{Reading, SeenGone, Writing, check_fields, replacement},
     writer,
 };
 use crate::{
@@ -131,7 +131,7 @@ impl Lookup {
 #[utoipa::path(post, path = "/v1/users:batchReplace", tag = "users", operation_id = "batchReplaceUsers", security(("key" = ["users:write"])),
     request_body = ProfileDocuments,
     responses((status = 200, description = "What became of each user", body = Outcomes),
-              Refusals<(WriteUsers, Params<NoParams>, Documents, Reading)>))]
+              Refusals<(WriteUsers, Params<NoParams>, Documents, Writing)>))]
 async fn replace_many(
     Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
     Params(NoParams {}): Params<NoParams>,

@@ -36,6 +36,7 @@ use crate::{
     lifecycle::Roles,
     outbox::Bell,
     profile::{Fields, Profile, Schema},
+    web::may_be_done,
 };
 use batch::Answer;
 use reader::{ReadError, Reader};
@@ -254,6 +255,7 @@ impl Users {
                 Ok(Plan::Write(step)) => step,
                 Err(refusal) => return Ok(Some(Err(refusal))),
             };
+            may_be_done();
             match writer.write(Arc::clone(change), step, on_its_way.take()).await? {
                 Answer::Done(changed) => return Ok(Some(Ok(changed))),
                 Answer::Refused(refusal) => return Ok(Some(Err(refusal))),

@@ -1,6 +1,7 @@
 //! Group commit: one task writes for many callers: one for those who change a user, others for requests that change many.
 //!
-//! Promise: each caller hears of his own change; one that fails does not fail its neighbours.
+//! Promise: each caller hears of his own change; one that fails does not fail its neighbours; and who has left before his change was
+//! begun has changed nothing.
 //! A batch is what came in while the last one was under way. A small one waits for those who still read what their change will be
 //! planned on: two batches of half the size cost more, and what the second one read of a user in the first would be out of date.
 
@@ -15,7 +16,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc, oneshot},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -39,6 +40,9 @@ const QUEUE: usize = 1024;
 const ENOUGH: usize = 16;
 /// How long a smaller one waits at most for who is on his way. A read takes a fraction of it; one that does not must hold up nobody.
 const PATIENCE: Duration = Duration::from_millis(2);
+/// How long the users of a batch that was refused are tried one by one. Where many of them wait for a lock, each takes a second, and
+/// others stand behind them.
+const SORTING_OUT: Duration = Duration::from_secs(3);
 
 /// Why a change has no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -147,6 +151,11 @@ impl Task {
         let mut orders = Vec::with_capacity(BATCH);
         while queue.recv_many(&mut orders, BATCH).await > 0 {
             self.coming.join(&mut queue, &mut orders).await;
+            // Who has left, or was told that there is no answer in time, does not expect to be written any more.
+            orders.retain(|order| !order.caller.is_closed());
+            if orders.is_empty() {
+                continue;
+            }
             let (mut stacks, promises) = pile_up(orders.drain(..), &self.schema);
             let outcome = self.keep(&mut stacks).await;
             for promise in promises {
@@ -158,23 +167,32 @@ impl Task {
         self.line.hang_up().await;
     }
 
-    /// Writes the whole batch, or else each user on its own: what the database refuses in one must not cost the others.
+    /// Writes the whole batch, or else each user on its own: what the database refuses in one must not cost the others. What it
+    /// refuses to everybody costs all of them, at once.
     async fn keep(&mut self, stacks: &mut [Stack]) -> HashMap<UserId, Result<Kept, WriteError>> {
         if stacks.len() == 1 {
             let alone = self.keep_alone(stacks).await;
             return with_ids(stacks, alone);
         }
         match self.keep_at_once(stacks).await {
-            Err(Trouble::Refused { .. }) => {
-                let mut outcome = HashMap::with_capacity(stacks.len());
-                for stack in stacks.chunks_mut(1) {
-                    let alone = self.keep_alone(stack).await;
-                    outcome.extend(with_ids(stack, alone));
-                }
-                outcome
-            }
+            Err(trouble) if may_be_of_one(&trouble) => self.keep_one_by_one(stacks, trouble).await,
             whole => with_ids(stacks, whole.map_err(WriteError::from)),
         }
+    }
+
+    /// Of `stacks`, which were refused together, nothing is written. Nor is it of those whose turn does not come in time.
+    async fn keep_one_by_one(
+        &mut self,
+        stacks: &mut [Stack],
+        together: Trouble,
+    ) -> HashMap<UserId, Result<Kept, WriteError>> {
+        let (until, together) = (Instant::now() + SORTING_OUT, WriteError::from(together));
+        let mut outcome = HashMap::with_capacity(stacks.len());
+        for stack in stacks.chunks_mut(1) {
+            let alone = if Instant::now() < until { self.keep_alone(stack).await } else { Err(together.clone()) };
+            outcome.extend(with_ids(stack, alone));
+        }
+        outcome
     }
 
     /// Who lost a race for something unique finds, a moment later, that it is taken.
@@ -210,6 +228,12 @@ impl Task {
 /// Somebody else committed, or is in the same batch with, what may be there once.
 fn lost_a_race(trouble: &Trouble) -> bool {
     trouble.broke(store::EXTERNAL_IDS) || trouble.broke(store::IDEMPOTENCY_KEYS)
+}
+
+/// Whether one user of a batch can be to blame for its refusal: not for what holds for all of them, which is a database that is read-only
+/// (class 25), has no room (53), is stopped or too slow (57, which has the statement's timeout), or is broken (58).
+fn may_be_of_one(trouble: &Trouble) -> bool {
+    matches!(trouble, Trouble::Refused { code, .. } if !["25", "53", "57", "58"].iter().any(|class| code.starts_with(class)))
 }
 
 impl From<Trouble> for WriteError {

@@ -167,13 +167,14 @@ codes! {
 
     /// The service failed; its log has the cause under the request's id.
     Internal INTERNAL_SERVER_ERROR "internal" "the service failed; its log has the cause under this request id";
-    /// No answer was ready in time.
+    /// No answer was ready in time; no user was changed.
     DeadlineExceeded SERVICE_UNAVAILABLE "deadline_exceeded" "no answer within 30s";
     /// More is waiting than can be done in good time.
     Overloaded SERVICE_UNAVAILABLE "overloaded" "more is waiting than can be done in good time";
     /// The database does not answer; nothing was changed.
     DatabaseUnavailable SERVICE_UNAVAILABLE "database_unavailable" "the database does not answer; nothing was changed";
-    /// The connection to the database broke under way: the change may have been made. Repeat it with the same `Idempotency-Key`.
+    /// The connection to the database broke under way, or there was no answer in time: the change may have been made. Repeat it with the
+    /// same `Idempotency-Key`.
     OutcomeUnknown SERVICE_UNAVAILABLE "outcome_unknown"
         "the connection to the database broke while the change was under way: it may have been made; with an Idempotency-Key repeat it";
     /// A state this new cannot be seen here yet; `version` is the one that can.

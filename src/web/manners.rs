@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    cell::Cell,
     convert::Infallible,
     time::{Duration, Instant},
 };
@@ -34,11 +35,23 @@ const DELIBERATE: [Code; 2] = [Code::Overloaded, Code::NotYetVisible];
 
 tokio::task_local! {
     static REQUEST_ID: String;
+    /// Whether what the request asks for may be done, whatever becomes of its handler.
+    static MAY_BE_DONE: Cell<bool>;
 }
 
 /// The id of the request that is being answered.
 pub(super) fn request_id() -> String {
     REQUEST_ID.try_with(Clone::clone).unwrap_or_default()
+}
+
+/// From here on what the request asks for may be done: if there is no answer in time, its client hears that the outcome is unknown.
+pub fn may_be_done() {
+    // There is no request where a command changes users.
+    let _ = MAY_BE_DONE.try_with(|may_be| may_be.set(true));
+}
+
+fn is_perhaps_done() -> bool {
+    MAY_BE_DONE.with(Cell::get)
 }
 
 /// The innermost layer around every route.
@@ -50,7 +63,7 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
     // The template, not the path: ids are for the log's other fields, and metrics need few names.
     let route = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
     let began = Instant::now();
-    let answer = REQUEST_ID.scope(id.clone(), async {
+    let answer = async {
         let admitted = match limits.admit(&mut request, &route) {
             Ok(admitted) => admitted,
             Err(problem) => return problem.into_response(),
@@ -59,16 +72,17 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
         let mut response = match timeout(DEADLINE, guarded).await {
             Ok(Ok(response)) => response,
             Ok(Err(panic)) => panicked(&*panic),
-            Err(_) => Problem::new(Code::DeadlineExceeded, format!("no answer within {DEADLINE:?}")).into_response(),
+            Err(_) => too_late().into_response(),
         };
         if let Some((place, meter)) = admitted {
             drop(place);
-            response = limits.answers.hold(response).await;
+            response = limits.answers.hold(response, is_perhaps_done()).await;
             let also = response.extensions().get().copied().unwrap_or_default();
             meter.settle(response.body().size_hint().lower(), also, response.headers_mut());
         }
         response
-    });
+    };
+    let answer = MAY_BE_DONE.scope(Cell::new(false), REQUEST_ID.scope(id.clone(), answer));
     let mut response = answer.await;
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(X_REQUEST_ID, id);
@@ -92,6 +106,15 @@ fn callers_id(headers: &HeaderMap) -> Option<String> {
 
 fn callers_trace(headers: &HeaderMap) -> Option<Traceparent> {
     headers.get("traceparent")?.to_str().ok()?.parse().ok()
+}
+
+fn too_late() -> Problem {
+    let late = format!("no answer within {DEADLINE:?}");
+    if is_perhaps_done() {
+        Problem::new(Code::OutcomeUnknown, format!("{late}: the change may have been made; with an Idempotency-Key repeat it"))
+    } else {
+        Problem::new(Code::DeadlineExceeded, late)
+    }
 }
 
 /// The panic's message may quote a value: the log gets the place, from the panic hook, and not the words.
@@ -118,4 +141,69 @@ pub async fn route_not_found() -> Problem {
 
 pub async fn method_not_allowed() -> Problem {
     Code::MethodNotAllowed.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        Router,
+        body::Body,
+        http::{Method, StatusCode},
+        middleware::from_fn_with_state,
+        routing::{get, post},
+    };
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+
+    use super::*;
+    use crate::web::{LimitSettings, Proxies};
+
+    /// More than the room for long answers.
+    const HUGE_BYTES: usize = 300 * 1024 * 1024;
+
+    async fn ask(limits: &Limits, method: Method, path: &str) -> Response {
+        let huge = || Body::from(vec![0; HUGE_BYTES]);
+        let routes = Router::new()
+            .route("/v1/slow", get(std::future::pending::<()>))
+            .route(
+                "/v1/slow",
+                post(async || {
+                    may_be_done();
+                    std::future::pending::<()>().await;
+                }),
+            )
+            .route("/v1/huge", get(async move || huge()))
+            .route(
+                "/v1/huge",
+                post(async move || {
+                    may_be_done();
+                    huge()
+                }),
+            )
+            .layer(from_fn_with_state(limits.clone(), manners));
+        let request = Request::builder().method(method).uri(path).header("host", "x").body(Body::empty()).unwrap();
+        TowerToHyperService::new(routes).call(request).await.unwrap()
+    }
+
+    fn limits() -> Limits {
+        Limits::new(LimitSettings { connections: 1, requests: 2, rate: None, proxies: Proxies::default() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_answer_in_time_hears_whether_something_may_be_done() {
+        let limits = limits();
+        for (method, code) in [(Method::GET, Code::DeadlineExceeded), (Method::POST, Code::OutcomeUnknown)] {
+            let answer = ask(&limits, method, "/v1/slow").await;
+            assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+            assert_eq!(answer.extensions().get(), Some(&code));
+        }
+    }
+
+    #[tokio::test]
+    async fn the_answer_to_a_change_is_given_though_there_is_no_room() {
+        let limits = limits();
+        assert_eq!(ask(&limits, Method::GET, "/v1/huge").await.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let answer = ask(&limits, Method::POST, "/v1/huge").await;
+        assert_eq!((answer.status(), answer.body().size_hint().exact()), (StatusCode::OK, Some(HUGE_BYTES as u64)));
+    }
 }

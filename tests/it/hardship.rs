@@ -9,18 +9,19 @@ use futures_util::{
     stream,
 };
 use serde_json::json;
-use sqlx::{Connection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 use tidings::clients::{NewClient, Scope};
 use tidings_sdk::envelope::Event;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::sleep,
+    time::{Instant, sleep},
 };
 use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, eventually, http_with, new_client},
+    limits::under_way,
     sessions,
 };
 
@@ -89,6 +90,56 @@ async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
     house.amend(&users[7], json!({ "nickname": "A" })).await.ok();
     assert_eq!(house.told(&users[7]).await, ["user.created", "profile.updated[nickname]"]);
     assert_eq!(house.told(&users[6]).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// A session that lets nobody change a user, whichever, until it is closed.
+async fn hold_all(db: &PgPool) -> PgConnection {
+    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    sqlx::raw_sql("begin; lock table users in share mode").execute(&mut session).await.unwrap();
+    session
+}
+
+/// What everybody waits for is not waited for by one after the other, and who was told that nothing was changed finds it so.
+#[sqlx::test]
+async fn where_nobody_can_be_changed_everybody_hears_so_in_good_time(db: PgPool) {
+    let house = House::open(db).await;
+    let holder = hold_all(&house.db).await;
+    let began = Instant::now();
+    let answers = join_all((0..40).map(|_| house.create(json!({ "city": "Riga" })))).await;
+    let took = began.elapsed();
+    assert!(answers.iter().all(|answer| not_now(answer) == "database_unavailable"), "{answers:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    holder.close().await.unwrap();
+    // Behind everything that may still be written.
+    house.user(json!({ "city": "Oslo" })).await;
+    let users = house.page("/v1/users").await.ok();
+    assert_eq!(users.body["users"].as_array().unwrap().len(), 1, "{users:?}");
+}
+
+#[sqlx::test]
+async fn who_leaves_before_his_turn_has_changed_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let holder = hold_all(&house.db).await;
+    // Together, and then each for itself, they hold up the writer for seconds.
+    let first = join_all((0..3).map(|_| house.create(json!({ "city": "Riga" }))));
+    let second = async {
+        under_way(&house, 3.0).await;
+        sessions::blocked(&house.db, "tidings writer").await;
+        let mut line = TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap();
+        let body = r#"{"profile":{"city":"Oslo"}}"#;
+        let headers = format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
+        line.write_all((house.head("POST /v1/users", &headers) + body).as_bytes()).await.unwrap();
+        under_way(&house, 4.0).await;
+        drop(line);
+        under_way(&house, 3.0).await;
+        holder.close().await.unwrap();
+    };
+    join(first, second).await;
+    // Behind him in the line.
+    house.user(json!({ "city": "Bern" })).await;
+    let users = house.page("/v1/users").await.ok();
+    let cities: Vec<_> = users.body["users"].as_array().unwrap().iter().map(|user| &user["profile"]["city"]).collect();
+    assert!(cities.contains(&&json!("Bern")) && !cities.contains(&&json!("Oslo")), "{cities:?}");
 }
 
 /// Waits until a session of the service waits for a lock.

@@ -168,7 +168,8 @@ async fn connections_that_only_wait_keep_nobody_out(db: PgPool) {
     assert!((1.0..=21.0).contains(&open), "{open} of {} are open", held.len());
 }
 
-async fn under_way(house: &House, count: f64) {
+/// Waits until so many requests have a place.
+pub async fn under_way(house: &House, count: f64) {
     eventually("requests under way", async || match house.metric("tidings_requests_under_way").await {
         seen if seen == count => Ok(()),
         other => Err(other),
