@@ -1,6 +1,6 @@
 //! JSON at the door: RFC 8259 text that is also I-JSON (RFC 7493), so that every reader of it sees the same document.
 //!
-//! Promise: what passes has unique names, no NUL, numbers that a double holds exactly enough, and at most [`MAX_DEPTH`] levels;
+//! Promise: what passes has unique names, no NUL, numbers that a double holds exactly enough, and at most so many levels, usually [`MAX_DEPTH`];
 //! what does not pass is named by JSON pointer (RFC 6901), all faults at once, and no value is repeated.
 //! Not here, on purpose: what a document must contain. That is the profile schema's business.
 
@@ -54,14 +54,22 @@ pub enum Rejected {
     Faulty(Vec<Fault>),
 }
 
-/// Reads a document.
+/// Reads a document of at most [`MAX_DEPTH`] levels.
 ///
 /// # Errors
 /// [`Rejected`] when it is not JSON, or not I-JSON.
 pub fn parse(text: &[u8]) -> Result<Value, Rejected> {
+    parse_to(MAX_DEPTH, text)
+}
+
+/// Reads a document of at most `max_depth` levels.
+///
+/// # Errors
+/// [`Rejected`] when it is not JSON, or not I-JSON.
+pub fn parse_to(max_depth: usize, text: &[u8]) -> Result<Value, Rejected> {
     let faults = RefCell::new(Vec::new());
     let mut reader = serde_json::Deserializer::from_slice(text);
-    let document = Node { faults: &faults, place: Place::Root, depth: 1 }
+    let document = Node { faults: &faults, place: Place::Root, levels: max_depth }
         .deserialize(&mut reader)
         .and_then(|document| reader.end().map(|()| document))
         .map_err(|error| Rejected::Malformed { line: error.line(), column: error.column() })?;
@@ -96,7 +104,8 @@ impl Place<'_> {
 struct Node<'a> {
     faults: &'a RefCell<Vec<Fault>>,
     place: Place<'a>,
-    depth: usize,
+    /// How many there may be, this one included.
+    levels: usize,
 }
 
 impl Node<'_> {
@@ -108,11 +117,11 @@ impl Node<'_> {
     }
 
     fn child<'a>(&'a self, place: Place<'a>) -> Node<'a> {
-        Node { faults: self.faults, place, depth: self.depth + 1 }
+        Node { faults: self.faults, place, levels: self.levels.saturating_sub(1) }
     }
 
     fn too_deep(&self) -> bool {
-        let too_deep = self.depth > MAX_DEPTH;
+        let too_deep = self.levels == 0;
         if too_deep {
             self.fault("too_deep", "nested deeper than 32 levels");
         }

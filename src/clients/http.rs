@@ -14,7 +14,7 @@ use tidings_sdk::subscription::SubscriptionName;
 use super::{Caller, Clients, Scope, roster::Unknowable};
 use crate::{
     json::{Fault, step},
-    web::{Code, Meter, Name, Problem, refuses},
+    web::{Code, Meter, Name, Place, Problem, refuses},
 };
 
 /// A feature behind the door: the state of its routes. Cheap to clone, whatever the feature is.
@@ -86,6 +86,9 @@ impl<P: Permission, T: Clone + Send + Sync> FromRequestParts<Guarded<T>> for All
         let caller = authenticate(parts, &state.0.clients).await?;
         if !caller.may(P::SCOPE) {
             return Err(forbidden(P::SCOPE));
+        }
+        if let Some(place) = parts.extensions.get::<Place>() {
+            place.is_of(&caller.client);
         }
         parts.extensions.insert(caller.clone());
         Ok(Self { caller, desk: state.0.desk.clone(), permission: PhantomData })

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 
+use sha2::{Digest, Sha256};
 use tidings_sdk::{
     envelope::{Event, FieldName},
     subscription::{BindingKey, SubscriptionName},
@@ -11,7 +12,7 @@ use time::OffsetDateTime;
 use super::KeyId;
 use crate::{
     profile::{FieldSet, Profile},
-    web::Rate,
+    web::{Rate, View},
 };
 
 /// What a client may do.
@@ -138,7 +139,20 @@ impl Caller {
     /// What it may see of a profile: of its own change too, nothing without the right to read.
     #[must_use]
     pub fn sees(&self, profile: Profile) -> Profile {
-        if self.may(Scope::ReadUsers) { self.reads.part_of(profile) } else { FieldSet::none().part_of(profile) }
+        self.seen().part_of(profile)
+    }
+
+    /// Names what it may see of a user, if that is not everything.
+    pub fn view(&self) -> Option<View> {
+        let FieldSet::Only(fields) = self.seen() else { return None };
+        // No name has a space.
+        let names = fields.iter().map(FieldName::as_str).collect::<Vec<_>>().join(" ");
+        let [a, b, c, d, ..] = <[u8; 32]>::from(Sha256::digest(names));
+        Some(View(u32::from_be_bytes([a, b, c, d])))
+    }
+
+    fn seen(&self) -> FieldSet {
+        if self.may(Scope::ReadUsers) { self.reads.clone() } else { FieldSet::none() }
     }
 }
 

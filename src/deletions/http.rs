@@ -129,7 +129,9 @@ fn read_place(text: &str) -> Result<Place, Problem> {
     let bytes = bytes.ok_or_else(invalid_cursor)?;
     let (micros, id) = bytes.split_first_chunk::<8>().ok_or_else(invalid_cursor)?;
     let nanos = i128::from(i64::from_be_bytes(*micros)) * 1_000;
-    let deleted_at = OffsetDateTime::from_unix_timestamp_nanos(nanos).map_err(|_| invalid_cursor())?;
+    let deleted_at = OffsetDateTime::from_unix_timestamp_nanos(nanos).ok();
+    // Nobody was deleted before, and of times far before the database knows nothing.
+    let deleted_at = deleted_at.filter(|at| *at >= Place::START.deleted_at).ok_or_else(invalid_cursor)?;
     Ok(Place { deleted_at, user_id: Uuid::from_slice(id).map_err(|_| invalid_cursor())? })
 }
 
@@ -287,7 +289,12 @@ mod tests {
         for wrong in ["", "x", "AAAA", &URL_SAFE_NO_PAD.encode([0xff; 25])] {
             assert!(read_place(wrong).is_err(), "{wrong}");
         }
-        // Far from any time.
-        assert!(read_place(&URL_SAFE_NO_PAD.encode([0x7f; 24])).is_err());
+        // Far from any time, or from any that the database knows.
+        let at = |micros: i64| URL_SAFE_NO_PAD.encode([&micros.to_be_bytes()[..], &[0; 16]].concat());
+        let years = |count: i64| count * 365 * 24 * 3600 * 1_000_000;
+        for wrong in [i64::MAX, years(9000), years(-9000), -1] {
+            assert!(read_place(&at(wrong)).is_err(), "{wrong}");
+        }
+        assert!(read_place(&at(years(50))).is_ok());
     }
 }

@@ -24,6 +24,9 @@ const IF_VERSION: &str = "if_version";
 pub const MAX_ENTRIES: usize = 500;
 /// For all of them: a thousand bytes each, and room for the largest there is.
 pub const ENTRIES_LIMIT_BYTES: usize = 512 * 1024;
+/// The body and its list, in which an entry is what alone would be a body.
+const LEVELS_AROUND_ENTRY: usize = 2;
+type Entries = web::Document<ENTRIES_LIMIT_BYTES, LEVELS_AROUND_ENTRY>;
 
 // None of these has a Debug: what holds values must not find its way into a log.
 
@@ -63,7 +66,7 @@ impl web::Refuses for Patch {
 
 impl web::Refuses for Documents {
     fn codes() -> Vec<web::Code> {
-        web::Document::<ENTRIES_LIMIT_BYTES>::codes()
+        Entries::codes()
     }
 }
 
@@ -90,7 +93,7 @@ impl<S: Send + Sync> FromRequest<S> for Documents {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let web::Document(members) = web::Document::<ENTRIES_LIMIT_BYTES>::from_request(request, state).await?;
+        let web::Document(members) = Entries::from_request(request, state).await?;
         Ok(Self(entries(members).map_err(body_invalid)?))
     }
 }

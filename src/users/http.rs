@@ -23,8 +23,8 @@ use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers, field_forbidden},
     profile::{EXTERNAL_ID, Fields},
     web::{
-        Code, Cursor, Id, IdempotencyKey, IfNoneMatch, NoParams, Params, Place, Precondition, Problem, Refusals, Trace,
-        cursor, etag, read_cursor, refuses,
+        Code, Cursor, Id, IdempotencyKey, NoParams, NoPrecondition, Params, Place, Precondition, Problem,
+        ReadCondition, Refusals, Trace, View, cursor, etag_of_view, read_cursor, refuses,
     },
 };
 
@@ -96,16 +96,17 @@ refuses!(
     params(("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1")),
     responses(
         (status = 201, description = "The new user", body = User,
-         headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted"))),
-        Refusals<(WriteUsers, Repeating, Params<NoParams>, Document, Narrow, Gone, (Admitting, Claiming), Writing)>,
+         headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
+        Refusals<(WriteUsers, NoPrecondition, Repeating, Params<NoParams>, Document, Narrow, Gone, (Admitting, Claiming), Writing)>,
     ))]
 async fn create(
     Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
+    NoPrecondition: NoPrecondition,
     key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Document { profile, external_id }: Document,
-) -> Result<Done, Problem> {
+) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
     let verb = Verb::Create(users.admit(profile).map_err(Refusal::Invalid)?);
     let change = Change { external_id, ..Change::new(UserId::new(), verb, trace) };
@@ -115,17 +116,18 @@ async fn create(
 /// One user, as of now.
 #[utoipa::path(get, path = "/v1/users/{id}", tag = "users", operation_id = "getUser", security(("key" = ["users:read"])),
     params(("id" = UserId, Path, description = "The user"), AtLeast,
+           ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags"),
            ("If-None-Match" = Option<crate::web::EntityTags>, Header, description = "ETags that the client holds")),
     responses(
-        (status = 200, description = "The user", body = User, headers(("ETag" = String, description = "The version, quoted"))),
+        (status = 200, description = "The user", body = User, headers(("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
         (status = 304, description = "The client holds this version already"),
-        Refusals<(ReadUsers, Id, Params<AtLeast>, IfNoneMatch, Missing, Gone, Reading, TooNew)>,
+        Refusals<(ReadUsers, Id, Params<AtLeast>, ReadCondition, Missing, Gone, Reading, TooNew)>,
     ))]
 async fn get(
     Allowed { caller, desk: users, .. }: Allowed<ReadUsers, Users>,
     Id(id): Id,
     Params(at_least): Params<AtLeast>,
-    held: IfNoneMatch,
+    condition: ReadCondition,
 ) -> Result<Response, Problem> {
     if at_least.min_version.is_some_and(|version| version < 1) {
         return Err(Problem::new(Code::InvalidQuery, "min_version is a number from 1"));
@@ -141,8 +143,11 @@ async fn get(
             let seen = SeenGone { caller, users: vec![id] };
             Ok((Extension(seen), Problem::from(Refusal::Gone(tombstone))).into_response())
         }
-        Some(Record::Living(user)) if held.holds(user.version) => Ok(not_modified(user.version)),
-        Some(Record::Living(user)) => Ok(Versioned(user.seen_by(&caller)).into_response()),
+        Some(Record::Living(user)) if !condition.allows(user.version) => Err(Refusal::Stale(Some(user.version)).into()),
+        Some(Record::Living(user)) if condition.holds(user.version, caller.view()) => {
+            Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag_of_view(user.version, caller.view()))]).into_response())
+        }
+        Some(Record::Living(user)) => Ok(versioned(user.seen_by(&caller), caller.view())),
     }
 }
 
@@ -155,7 +160,7 @@ async fn get(
            ("Idempotency-Key" = Option<crate::web::KeyOfRequest>, Header, description = KEY, example = "0f6e9c0a-1"),
            ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags")),
     responses(
-        (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted"))),
+        (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
         Refusals<(WriteUsers, Id, (Precondition, Unconditional), Repeating, Params<NoParams>, Patch, Narrow, (Missing, Gone), (Admitting, Claiming), Writing)>,
     ))]
 async fn amend(
@@ -166,7 +171,7 @@ async fn amend(
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Patch { profile, external_id }: Patch,
-) -> Result<Done, Problem> {
+) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
     let change = Change { external_id, condition, ..Change::new(UserId(id), Verb::Amend(profile), trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
@@ -181,9 +186,9 @@ async fn amend(
            ("If-Match" = Option<crate::web::EntityTags>, Header, description = "Only if the user has one of these ETags"),
            ("If-None-Match" = Option<crate::web::AnyTag>, Header, description = "`*`: only if there is no such user")),
     responses(
-        (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted"))),
+        (status = 200, description = "The user as it is now", body = User, headers(("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
         (status = 201, description = "The new user", body = User,
-         headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted"))),
+         headers(("Location" = String, description = "Path of the user"), ("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
         Refusals<(WriteUsers, Id, (Precondition, Unconditional), Repeating, Params<NoParams>, Document, Narrow, Gone, (Admitting, Claiming), Writing)>,
     ))]
 async fn replace(
@@ -194,7 +199,7 @@ async fn replace(
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     Document { profile, external_id }: Document,
-) -> Result<Done, Problem> {
+) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
     let verb = replacement(&users, &caller, profile)?;
     let change = Change { external_id, condition, ..Change::new(UserId(id), verb, trace) };
@@ -219,7 +224,7 @@ async fn delete(
     key: IdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
-) -> Result<Done, Problem> {
+) -> Result<Seen, Problem> {
     if !caller.writes.is_all() {
         return Err(Problem::new(
             Code::FieldForbidden,
@@ -352,22 +357,29 @@ impl IdempotencyKey {
 }
 
 impl Done {
-    fn seen_by(self, caller: &Caller) -> Self {
-        Self { decided: self.decided.map(|changed| changed.seen_by(caller)), ..self }
+    fn seen_by(self, caller: &Caller) -> Seen {
+        let done = Self { decided: self.decided.map(|changed| changed.seen_by(caller)), ..self };
+        Seen { done, view: caller.view() }
     }
+}
+
+/// What a change came to, as its client sees it.
+struct Seen {
+    done: Done,
+    view: Option<View>,
 }
 
 /// That an answer is to a repetition, and the version that the request made when it was new.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const MADE_VERSION: HeaderName = HeaderName::from_static("idempotency-version");
 
-impl IntoResponse for Done {
+impl IntoResponse for Seen {
     fn into_response(self) -> Response {
-        let mut response = match self.decided {
-            Ok(changed) => changed.into_response(),
+        let mut response = match self.done.decided {
+            Ok(changed) => changed.answered(self.view),
             Err(refusal) => Problem::from(refusal).into_response(),
         };
-        if let Some(version) = self.replayed {
+        if let Some(version) = self.done.replayed {
             let headers = response.headers_mut();
             headers.insert(REPLAYED, HeaderValue::from_static("true"));
             headers.insert(MADE_VERSION, HeaderValue::from(version));
@@ -385,30 +397,19 @@ impl Changed {
     }
 }
 
-/// A user with its version as the entity tag.
-struct Versioned(User);
-
-impl IntoResponse for Versioned {
-    fn into_response(self) -> Response {
-        ([(header::ETAG, etag(self.0.version)), (header::CACHE_CONTROL, NO_CACHE)], Json(self.0)).into_response()
-    }
+/// A user, or what is seen of it, with the entity tag of that.
+fn versioned(user: User, view: Option<View>) -> Response {
+    ([(header::ETAG, etag_of_view(user.version, view))], Json(user)).into_response()
 }
 
-/// A client may keep a copy, and has to ask each time whether it is still the latest.
-const NO_CACHE: HeaderValue = HeaderValue::from_static("private, no-cache");
-
-fn not_modified(version: i64) -> Response {
-    (StatusCode::NOT_MODIFIED, [(header::ETAG, etag(version)), (header::CACHE_CONTROL, NO_CACHE)]).into_response()
-}
-
-impl IntoResponse for Changed {
-    fn into_response(self) -> Response {
+impl Changed {
+    fn answered(self, view: Option<View>) -> Response {
         match self.record {
             Record::Living(user) if self.created => {
                 let location = [(header::LOCATION, format!("/v1/users/{}", user.id))];
-                (StatusCode::CREATED, location, Versioned(user)).into_response()
+                (StatusCode::CREATED, location, versioned(user, view)).into_response()
             }
-            Record::Living(user) => Versioned(user).into_response(),
+            Record::Living(user) => versioned(user, view),
             Record::Deleted(_) => StatusCode::NO_CONTENT.into_response(),
         }
     }

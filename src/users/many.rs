@@ -21,7 +21,10 @@ use super::{
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers},
     json::Fault,
-    web::{Body, Id, NoParams, Params, Place, Price, Problem, ProblemBody, Refusals, Trace, body_invalid},
+    web::{
+        Body, Id, NoIdempotencyKey, NoParams, NoPrecondition, Params, Place, Price, Problem, ProblemBody, Refusals,
+        Trace, body_invalid,
+    },
 };
 
 /// Users of one request who are planned or written at the same time: as many as go in one statement.
@@ -131,9 +134,11 @@ impl Lookup {
 #[utoipa::path(post, path = "/v1/users:batchReplace", tag = "users", operation_id = "batchReplaceUsers", security(("key" = ["users:write"])),
     request_body = ProfileDocuments,
     responses((status = 200, description = "What became of each user", body = Outcomes),
-              Refusals<(WriteUsers, Params<NoParams>, Documents, Writing)>))]
+              Refusals<(WriteUsers, NoPrecondition, NoIdempotencyKey, Params<NoParams>, Documents, Writing)>))]
 async fn replace_many(
     Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
+    NoPrecondition: NoPrecondition,
+    NoIdempotencyKey: NoIdempotencyKey,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     place: Place,

@@ -21,7 +21,7 @@ pub use change::{Change, Changed, Naming, Plan, Refusal, Step, Verb};
 pub use http::{SeenGone, routes};
 pub use model::{ExternalId, Record, Tombstone, User, UserId, Version};
 pub use repeat::purge;
-pub use store::{AMEND, BY_KEY, FIND, KEEP, LIST, PURGE, READ, RECALL, REMEMBER};
+pub use store::{AMEND, BY_KEY, FIND, FORGET, KEEP, LIST, PURGE, READ, RECALL, REMEMBER};
 
 use std::sync::{
     Arc,

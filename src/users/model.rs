@@ -85,10 +85,15 @@ impl FromStr for ExternalId {
     }
 }
 
-/// Control characters, and those that only steer how others are set: line separators, zero-width and bidirectional marks.
+/// Control characters, separators of lines, and what is not shown: `Default_Ignorable_Code_Point` of Unicode 17.0
+/// (DerivedCoreProperties.txt), which has all of `Bidi_Control` in it, and the marks around annotations between lines.
 fn is_invisible(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        || matches!(c,
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
+            | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
 }
 
 /// Says nothing: it is a user's value.
@@ -185,6 +190,10 @@ mod tests {
             [" ", " E", "E ", "E\u{a0}", "E\n1", "E\u{7f}", "E\u{85}1", "E\u{200b}1", "\u{202e}E", "\u{feff}E", "E\0"]
         {
             assert_eq!(parse(wrong), Err(InvalidExternalId::Unprintable), "{wrong:?}");
+        }
+        let unseen = "\u{34f}\u{61c}\u{115f}\u{1160}\u{17b4}\u{180b}\u{180e}\u{2066}\u{3164}\u{fe00}\u{fe0f}\u{ffa0}\u{fff9}\u{fffb}\u{1bca0}\u{1d173}\u{e0001}\u{e007f}\u{e0100}\u{e0fff}";
+        for c in unseen.chars() {
+            assert_eq!(parse(&format!("E{c}1")), Err(InvalidExternalId::Unprintable), "{c:?}");
         }
         assert_eq!(format!("{:?}", "E-123".parse::<ExternalId>()), "Ok(ExternalId(..))");
     }

@@ -1,10 +1,10 @@
 //! The SQL of the master data, and all of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::value::RawValue;
 use sqlx::{
-    FromRow, PgConnection, PgPool, Postgres,
+    Connection, FromRow, PgConnection, PgPool, Postgres,
     postgres::{PgArguments, PgRow},
     query::QueryAs,
     types::Json,
@@ -151,16 +151,6 @@ remembered as (
     from unnest($14::bytea[], $15::bytea[], $16::bytea[], $17::text[], $18::uuid[], $19::bigint[])
       as claim (key, salt, fingerprint, outcome, user_id, version)
    where (user_id in (select id from kept)) is true
-),
--- Of a deleted user not even a hash of what was written stays.
-forgotten as (
-  update idempotency_keys
-     set fingerprint = null
-   where user_id = any (array(select user_id
-                                from change
-                               where profile is null
-                                 and (user_id in (select id from kept)) is true))
-     and fingerprint is not null
 )
 -- For a user that was not kept: the state that is in the way.
 select asked.user_id, asked.user_id in (select id from kept) as is_kept,
@@ -174,6 +164,15 @@ select asked.user_id, asked.user_id in (select id from kept) as is_kept,
 "
 );
 
+/// Takes the hashes of requests about these users away, who are deleted: not even that of what was written stays. After [`KEEP`], in its
+/// transaction: it sees what was remembered while [`KEEP`] waited for the users' rows.
+pub const FORGET: &str = "
+update idempotency_keys
+   set fingerprint = null
+ where user_id = any($1)
+   and fingerprint is not null
+";
+
 /// What a request came to that was decided before.
 pub const RECALL: &str = "
 select salt, fingerprint, outcome, user_id, version, kept_at
@@ -181,10 +180,14 @@ select salt, fingerprint, outcome, user_id, version, kept_at
  where key = $1
 ";
 
-/// Remembers a request that came to nothing. The first one counts. Of a deleted user not even a hash of what was written stays.
+/// Remembers a request that came to nothing. The first one counts. Of a deleted user not even a hash of what was written stays: a deletion
+/// that is under way is waited for, and one that comes waits, and finds what is remembered here.
 pub const REMEMBER: &str = "
+with person as (
+  select deleted_at from users where id = $5 for share
+)
 insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
-values ($1, $2, case when not exists (select from users where id = $5 and deleted_at is not null) then $3::bytea end, $4, $5, $6)
+values ($1, $2, case when not exists (select from person where deleted_at is not null) then $3::bytea end, $4, $5, $6)
 on conflict (key) do nothing
 ";
 
@@ -404,7 +407,18 @@ async fn keep_any(connection: &mut PgConnection, batch: &Batch<'_>) -> sqlx::Res
         .bind(keyed.iter().map(|(_, step, _)| Outcome::of(step).as_str()).collect::<Vec<_>>())
         .bind(keyed.iter().map(|(_, step, _)| step.after.id().0).collect::<Vec<_>>())
         .bind(keyed.iter().map(|(_, step, _)| step.after.version()).collect::<Vec<_>>());
-    let mut rows = statement.fetch_all(connection).await?;
+    let mut rows = if stacks.iter().any(Stack::is_deleted) {
+        let mut transaction = connection.begin().await?;
+        let rows = statement.fetch_all(&mut *transaction).await?;
+        let kept: HashSet<Uuid> = rows.iter().filter(|row| row.is_kept).map(|row| row.user_id).collect();
+        let gone: Vec<Uuid> = stacks.iter().filter(|stack| stack.is_deleted()).map(|stack| stack.id().0).collect();
+        let gone: Vec<Uuid> = gone.into_iter().filter(|user| kept.contains(user)).collect();
+        sqlx::query(FORGET).bind(gone).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        rows
+    } else {
+        statement.fetch_all(connection).await?
+    };
     rows.sort_unstable_by_key(|row| row.user_id);
     assert_eq!(rows.len(), stacks.len(), "one answer per user");
     let places = rows[0].told.take().unwrap_or_default();

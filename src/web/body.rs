@@ -18,7 +18,7 @@ use super::{
     refuses,
     typed::typed,
 };
-use crate::json::{self, Fault, Rejected};
+use crate::json::{self, Fault, MAX_DEPTH, Rejected};
 
 pub const LIMIT_BYTES: usize = 64 * 1024;
 /// A body that is too large is thrown away up to here, so that its client hears the refusal.
@@ -34,8 +34,8 @@ const MERGE_PATCH: &str = "application/merge-patch+json";
 /// Bodies that are long lists may set a limit of their own.
 pub struct Body<T, const LIMIT: usize = LIMIT_BYTES>(pub T);
 
-/// The members of an `application/json` body.
-pub struct Document<const LIMIT: usize = LIMIT_BYTES>(pub Map<String, Value>);
+/// The members of an `application/json` body. One that holds documents may be deeper by the levels around them.
+pub struct Document<const LIMIT: usize = LIMIT_BYTES, const LEVELS_AROUND: usize = 0>(pub Map<String, Value>);
 
 /// The members of an `application/merge-patch+json` body (RFC 7396).
 pub struct MergePatch(pub Map<String, Value>);
@@ -45,17 +45,17 @@ impl<S: Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        let members = object(&read(request, LIMIT).await?)?;
+        let members = object(&read(request, LIMIT).await?, MAX_DEPTH)?;
         typed(Value::Object(members)).map(Self).map_err(|fault| body_invalid(vec![fault]))
     }
 }
 
-impl<S: Sync, const LIMIT: usize> FromRequest<S> for Document<LIMIT> {
+impl<S: Sync, const LIMIT: usize, const LEVELS_AROUND: usize> FromRequest<S> for Document<LIMIT, LEVELS_AROUND> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
-        Ok(Self(object(&read(request, LIMIT).await?)?))
+        Ok(Self(object(&read(request, LIMIT).await?, MAX_DEPTH + LEVELS_AROUND)?))
     }
 }
 
@@ -64,7 +64,7 @@ impl<S: Sync> FromRequest<S> for MergePatch {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), MERGE_PATCH, HeaderName::from_static("accept-patch"))?;
-        Ok(Self(object(&read(request, LIMIT_BYTES).await?)?))
+        Ok(Self(object(&read(request, LIMIT_BYTES).await?, MAX_DEPTH)?))
     }
 }
 
@@ -81,7 +81,7 @@ impl<T, const LIMIT: usize> Refuses for Body<T, LIMIT> {
     }
 }
 
-impl<const LIMIT: usize> Refuses for Document<LIMIT> {
+impl<const LIMIT: usize, const LEVELS_AROUND: usize> Refuses for Document<LIMIT, LEVELS_AROUND> {
     fn codes() -> Vec<Code> {
         Bytewise::codes()
     }
@@ -120,9 +120,8 @@ async fn read(request: Request, limit_bytes: usize) -> Result<Bytes, Problem> {
     if announced.lower() > if waits { limit_bytes } else { DRAIN_BYTES } as u64 {
         return Err(too_large());
     }
-    if limit_bytes > LIMIT_BYTES
-        && let Some(place) = request.extensions().get::<Place>()
-    {
+    let is_large = limit_bytes > LIMIT_BYTES && announced.upper().is_none_or(|bytes| bytes > LIMIT_BYTES as u64);
+    if is_large && let Some(place) = request.extensions().get::<Place>() {
         place.large_body()?;
     }
     let clients_turn = ClientsTurn::of(request.extensions());
@@ -156,8 +155,8 @@ async fn whole(body: axum::body::Body, limit_bytes: usize) -> Result<Option<Byte
 }
 
 /// The object that a body is.
-fn object(body: &[u8]) -> Result<Map<String, Value>, Problem> {
-    match json::parse(body) {
+fn object(body: &[u8], max_depth: usize) -> Result<Map<String, Value>, Problem> {
+    match json::parse_to(max_depth, body) {
         Ok(Value::Object(members)) => Ok(members),
         Ok(_) => Err(body_invalid(vec![Fault::new("", "type", "must be an object")])),
         Err(Rejected::Malformed { line, column }) => {

@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_millis(1);
 const GRACE: Duration = Duration::from_millis(250);
 /// In place of a time: it is the client who waits.
 const AT_WORK: u64 = u64::MAX;
+/// In place of a time: the connection is cut.
+const CUT: u64 = u64::MAX - 1;
 
 /// All connections of the process.
 pub struct Connections {
@@ -131,8 +133,7 @@ impl Open {
 
     fn cut_next(&mut self) -> bool {
         while let Some((since_ms, number)) = self.next_to_go.pop_front() {
-            let is_waiting = |seat: &&Arc<Seat>| seat.waiting_since_ms.load(Ordering::Relaxed) == since_ms;
-            if let Some(seat) = self.seats.get(&number).filter(is_waiting) {
+            if let Some(seat) = self.seats.get(&number).filter(|seat| seat.is_cut_if_waiting_since(since_ms)) {
                 seat.cut.cancel();
                 self.seats.remove(&number);
                 return true;
@@ -147,7 +148,7 @@ impl Open {
             .seats
             .iter()
             .map(|(number, seat)| (seat.waiting_since_ms.load(Ordering::Relaxed), *number))
-            .filter(|(since_ms, _)| *since_ms != AT_WORK)
+            .filter(|(since_ms, _)| !matches!(*since_ms, AT_WORK | CUT))
             .collect();
         if waiting.len() > share {
             waiting.select_nth_unstable(share);
@@ -163,16 +164,27 @@ impl Open {
 }
 
 impl Seat {
-    /// From now on the client waits for us, until what is returned is dropped.
-    pub fn at_work(self: &Arc<Self>) -> AtWork {
-        self.waiting_since_ms.store(AT_WORK, Ordering::Relaxed);
-        AtWork(self.clone())
+    /// From now on the client waits for us, until what is returned is dropped. `None` when its connection was cut at this moment, and
+    /// whatever it asks for must not be begun.
+    pub fn at_work(self: &Arc<Self>) -> Option<AtWork> {
+        self.turns_to(AT_WORK).then(|| AtWork(self.clone()))
     }
 
     /// From now on we wait for the client, who has more to send, until what is returned is dropped.
     pub fn waiting(self: &Arc<Self>) -> Waiting {
-        self.waiting_since_ms.store(since(self.began), Ordering::Relaxed);
+        self.turns_to(since(self.began));
         Waiting(self.clone())
+    }
+
+    /// False when it is cut, which it stays.
+    fn turns_to(&self, now: u64) -> bool {
+        let unless_cut = |before| (before != CUT).then_some(now);
+        self.waiting_since_ms.fetch_update(Ordering::Relaxed, Ordering::Relaxed, unless_cut).is_ok()
+    }
+
+    /// A request that begins at the same moment comes before this, and is served, or after it, and is not begun.
+    fn is_cut_if_waiting_since(&self, since_ms: u64) -> bool {
+        self.waiting_since_ms.compare_exchange(since_ms, CUT, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Waits until the connection is to end, for the sake of another.
@@ -186,7 +198,7 @@ pub struct AtWork(Arc<Seat>);
 
 impl Drop for AtWork {
     fn drop(&mut self) {
-        self.0.waiting_since_ms.store(since(self.0.began), Ordering::Relaxed);
+        self.0.turns_to(since(self.0.began));
     }
 }
 
@@ -195,7 +207,7 @@ pub struct Waiting(Arc<Seat>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.0.waiting_since_ms.store(AT_WORK, Ordering::Relaxed);
+        self.0.turns_to(AT_WORK);
     }
 }
 
@@ -251,6 +263,16 @@ mod tests {
     }
 
     #[test]
+    fn who_is_cut_is_at_work_no_more() {
+        let connections = Connections::new(1);
+        let seated = seated(&connections, 100);
+        assert!(connections.open.lock().unwrap().cut_oldest(1000, 1));
+        assert!(seated.seat.at_work().is_none());
+        drop(seated.seat.waiting());
+        assert!(seated.seat.at_work().is_none(), "it stays so");
+    }
+
+    #[test]
     fn nobody_is_let_in_over_the_cap() {
         let connections = Connections::new(2);
         let held = [seated(&connections, AT_WORK), seated(&connections, AT_WORK)];
@@ -289,7 +311,7 @@ mod tests {
         let seated = connections.admit().unwrap();
         let waits = || seated.seat.waiting_since_ms.load(Ordering::Relaxed) != AT_WORK;
         assert!(waits(), "for the first request");
-        let at_work = seated.seat.at_work();
+        let at_work = seated.seat.at_work().unwrap();
         assert!(!waits());
         let waiting = seated.seat.waiting();
         assert!(waits(), "for a body");

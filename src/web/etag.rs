@@ -7,9 +7,23 @@ use axum::{
 
 use super::{Code, Problem, refuses};
 
-/// The entity tag of a version.
+/// The entity tag of a version, for who sees all of the record.
 pub fn etag(version: i64) -> HeaderValue {
-    HeaderValue::from_str(&format!("\"{version}\"")).expect("digits and quotes are a valid header")
+    etag_of_view(version, None)
+}
+
+/// The entity tag of what a client sees of a version. Parts of it are representations of their own (RFC 9110, section 8.8.1): when a client
+/// comes to see more, its copy is no longer the latest.
+pub fn etag_of_view(version: i64, view: Option<View>) -> HeaderValue {
+    HeaderValue::from_str(&format!("\"{}\"", opaque(version, view))).expect("digits and quotes are a valid header")
+}
+
+/// Names a part of every record: a hash of its fields' names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View(pub u32);
+
+fn opaque(version: i64, view: Option<View>) -> String {
+    view.map_or_else(|| version.to_string(), |View(hash)| format!("{version}-{hash:08x}"))
 }
 
 /// `*`, or entity tags with commas between them. An `ETag` that was answered is one.
@@ -47,22 +61,21 @@ impl Precondition {
     }
 }
 
-refuses!(Precondition => [InvalidHeader, VersionMismatch]; IfNoneMatch => [InvalidHeader]);
+refuses!(
+    Precondition => [InvalidHeader, VersionMismatch];
+    ReadCondition => [InvalidHeader, VersionMismatch];
+    NoPrecondition => [InvalidHeader];
+);
 
 impl<S: Sync> FromRequestParts<S> for Precondition {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        match (tags(&parts.headers, header::IF_MATCH)?, tags(&parts.headers, header::IF_NONE_MATCH)?) {
-            (None, None) => Ok(Self::None),
-            (Some(Tags::Any), None) => Ok(Self::Exists),
-            // Strong comparison: a weak tag never matches.
-            (Some(Tags::These(tags)), None) => {
-                Ok(Self::VersionIn(tags.iter().filter(|tag| !tag.weak).filter_map(Tag::version).collect()))
-            }
-            (None, Some(Tags::Any)) => Ok(Self::Absent),
+        match (if_match(&parts.headers)?, tags(&parts.headers, header::IF_NONE_MATCH)?) {
+            (wanted, None) => Ok(wanted),
+            (Self::None, Some(Tags::Any)) => Ok(Self::Absent),
             // That there is a user, and that there is none: nobody meets both.
-            (Some(_), Some(Tags::Any)) => Ok(Self::VersionIn(vec![])),
+            (_, Some(Tags::Any)) => Ok(Self::VersionIn(vec![])),
             (_, Some(Tags::These(_))) => {
                 Err(invalid(&header::IF_NONE_MATCH, "a request that changes something takes only *"))
             }
@@ -70,26 +83,59 @@ impl<S: Sync> FromRequestParts<S> for Precondition {
     }
 }
 
-/// `If-None-Match` of a GET: the versions that the client holds already.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IfNoneMatch(Option<Tags>);
+fn if_match(headers: &HeaderMap) -> Result<Precondition, Problem> {
+    Ok(match tags(headers, header::IF_MATCH)? {
+        None => Precondition::None,
+        Some(Tags::Any) => Precondition::Exists,
+        // Strong comparison: a weak tag never matches.
+        Some(Tags::These(tags)) => {
+            Precondition::VersionIn(tags.iter().filter(|tag| !tag.weak).filter_map(Tag::version).collect())
+        }
+    })
+}
 
-impl IfNoneMatch {
-    /// Whether the client holds this version. Weak comparison.
-    pub fn holds(&self, version: i64) -> bool {
-        match &self.0 {
+/// `If-Match` and `If-None-Match` of a GET: what the client wants to meet, and what it holds already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadCondition {
+    wanted: Precondition,
+    held: Option<Tags>,
+}
+
+impl ReadCondition {
+    /// Whether this version is what the client wants to meet.
+    pub fn allows(&self, version: i64) -> bool {
+        self.wanted.allows(Some(version))
+    }
+
+    /// Whether the client holds what it sees of this version. Weak comparison.
+    pub fn holds(&self, version: i64, view: Option<View>) -> bool {
+        match &self.held {
             None => false,
             Some(Tags::Any) => true,
-            Some(Tags::These(tags)) => tags.iter().any(|tag| tag.version() == Some(version)),
+            Some(Tags::These(tags)) => tags.iter().any(|tag| tag.opaque == opaque(version, view)),
         }
     }
 }
 
-impl<S: Sync> FromRequestParts<S> for IfNoneMatch {
+impl<S: Sync> FromRequestParts<S> for ReadCondition {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        Ok(Self(tags(&parts.headers, header::IF_NONE_MATCH)?))
+        Ok(Self { wanted: if_match(&parts.headers)?, held: tags(&parts.headers, header::IF_NONE_MATCH)? })
+    }
+}
+
+/// A change that knows no condition in its headers: one put there by mistake must not be silently without effect.
+pub struct NoPrecondition;
+
+impl<S: Sync> FromRequestParts<S> for NoPrecondition {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        match [header::IF_MATCH, header::IF_NONE_MATCH].iter().find(|name| parts.headers.contains_key(*name)) {
+            Some(name) => Err(invalid(name, "this request takes no condition here")),
+            None => Ok(Self),
+        }
     }
 }
 
@@ -106,10 +152,12 @@ struct Tag {
 }
 
 impl Tag {
-    /// The version, if this tag is one that we could have given.
+    /// The version, if this tag is one that we could have given, whatever its client sees.
     fn version(&self) -> Option<i64> {
-        let canonical = !self.opaque.starts_with(['0', '+', '-']);
-        self.opaque.parse().ok().filter(|_| canonical)
+        let (version, view) =
+            self.opaque.split_once('-').map_or((&*self.opaque, None), |(version, view)| (version, Some(view)));
+        let view = view.map(|view| u32::from_str_radix(view, 16).map(View)).transpose().ok()?;
+        version.parse().ok().filter(|version| opaque(*version, view) == self.opaque)
     }
 }
 
@@ -118,6 +166,7 @@ fn invalid(name: &HeaderName, reason: &str) -> Problem {
 }
 
 fn tags(headers: &HeaderMap, name: HeaderName) -> Result<Option<Tags>, Problem> {
+    let expected = || invalid(&name, "expected * or a list of entity tags such as \"7\"");
     let mut tags = vec![];
     let mut present = false;
     for value in headers.get_all(&name) {
@@ -126,23 +175,31 @@ fn tags(headers: &HeaderMap, name: HeaderName) -> Result<Option<Tags>, Problem> 
         if value == "*" {
             return Ok(Some(Tags::Any));
         }
-        tags.extend(parse(value).ok_or_else(|| invalid(&name, "expected * or a list of entity tags such as \"7\""))?);
+        tags.extend(parse(value).ok_or_else(expected)?);
+    }
+    if present && tags.is_empty() {
+        return Err(expected());
     }
     Ok(present.then_some(Tags::These(tags)))
 }
 
-/// `#entity-tag`: one or more, commas between them; a comma inside the quotes belongs to the tag.
+/// `#entity-tag`: any number, commas between them; a comma inside the quotes belongs to the tag. Elements that are empty are none (RFC 9110,
+/// section 5.6.1.2).
 fn parse(mut list: &str) -> Option<Vec<Tag>> {
     let mut tags = vec![];
     loop {
+        list = list.trim_start_matches([',', ' ', '\t']);
+        if list.is_empty() {
+            return Some(tags);
+        }
         let weak = list.starts_with("W/");
         let quoted = list.strip_prefix("W/").unwrap_or(list).strip_prefix('"')?;
         let (opaque, rest) = quoted.split_once('"')?;
         tags.push(Tag { weak, opaque: opaque.to_owned() });
-        list = match rest.trim_start() {
-            "" => return Some(tags),
-            rest => rest.strip_prefix(',')?.trim_start(),
-        };
+        list = rest.trim_start();
+        if !list.is_empty() && !list.starts_with(',') {
+            return None;
+        }
     }
 }
 
@@ -159,8 +216,23 @@ mod tests {
         assert_eq!(versions("\"7\""), Some(vec![Some(7)]));
         assert_eq!(versions("\"7\" , W/\"8\",\"a,b\""), Some(vec![Some(7), Some(8), None]));
         assert_eq!(versions("\"07\",\"+7\",\"-7\",\"\""), Some(vec![None, None, None, None]));
-        for wrong in ["", "7", "\"7", "\"7\",", "\"7\" \"8\"", "w/\"7\""] {
+        assert_eq!(versions(",\"7\", ,,W/\"8\" ,"), Some(vec![Some(7), Some(8)]));
+        for wrong in ["7", "\"7", "\"7\" \"8\"", "w/\"7\"", "\"7\", 8"] {
             assert_eq!(versions(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_a_client_sees_of_a_version_has_a_tag_of_its_own() {
+        let [all, part, more] = [None, Some(View(0xa7)), Some(View(0x0123_4567))];
+        assert_eq!(
+            [all, part].map(|view| etag_of_view(7, view)),
+            [etag(7), HeaderValue::from_static("\"7-000000a7\"")]
+        );
+        let held = Some(Tags::These(parse("\"7-000000a7\"").unwrap()));
+        let held = ReadCondition { wanted: Precondition::None, held };
+        assert!(held.holds(7, part) && !held.holds(7, more) && !held.holds(7, all) && !held.holds(8, part));
+        // Of a change it is the version that counts, whoever saw it.
+        assert_eq!(versions("\"7-000000a7\", \"7-A7\", \"7-000000A7\", \"7-\""), Some(vec![Some(7), None, None, None]));
     }
 }

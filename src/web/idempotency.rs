@@ -2,7 +2,7 @@
 
 use axum::{extract::FromRequestParts, http::request::Parts};
 
-use super::{Code, Problem};
+use super::{Code, Problem, refuses};
 
 const MAX_BYTES: usize = 255;
 
@@ -28,6 +28,22 @@ impl<S: Sync> FromRequestParts<S> for IdempotencyKey {
             }
             _ => Err(Code::InvalidIdempotencyKey.into()),
         }
+    }
+}
+
+/// A request that is not kept, so that a repetition would be done anew: a key must not be silently without effect.
+pub struct NoIdempotencyKey;
+
+refuses!(NoIdempotencyKey => [InvalidIdempotencyKey]);
+
+impl<S: Sync> FromRequestParts<S> for NoIdempotencyKey {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        if parts.headers.contains_key("idempotency-key") {
+            return Err(Problem::new(Code::InvalidIdempotencyKey, "Idempotency-Key: this request takes none"));
+        }
+        Ok(Self)
     }
 }
 

@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use axum::extract::Request;
+use axum::{
+    extract::Request,
+    http::{Version, header},
+};
 
 use super::{
     Code, Peer, Problem,
@@ -68,6 +71,11 @@ impl Limits {
 
     /// Lets a request in, and gives it its place and its meter if it needs them.
     pub(super) fn admit(&self, request: &mut Request, route: &str) -> Result<Option<(Place, Meter)>, Problem> {
+        // RFC 9112, section 3.2. hyper leaves it to us.
+        if request.version() == Version::HTTP_11 && request.headers().get_all(header::HOST).iter().count() != 1 {
+            let problem = Problem::new(Code::MalformedRequest, "a request of HTTP/1.1 has one header Host");
+            return Err(problem.with_header(header::CONNECTION, "close"));
+        }
         let uri = request.uri();
         if uri.path().len() + uri.query().map_or(0, str::len) > URI_LIMIT_BYTES {
             return Err(Code::UriTooLong.into());

@@ -10,7 +10,7 @@ use std::{
 use axum::{
     body::HttpBody,
     extract::{FromRequestParts, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, request::Parts},
+    http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -29,6 +29,9 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// More than the 8,000 that RFC 9110, section 4.1, asks for at least is used by nobody here.
 pub(super) const URI_LIMIT_BYTES: usize = 8000;
+
+/// Of what `/v1` answers with, unless it is a refusal: a client may keep a copy, and has to ask each time whether it is still the latest.
+const NO_CACHE: HeaderValue = HeaderValue::from_static("private, no-cache");
 
 /// Refusals with a status of 500 and more that are nobody's fault.
 const DELIBERATE: [Code; 2] = [Code::Overloaded, Code::NotYetVisible];
@@ -76,6 +79,7 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
         };
         if let Some((place, meter)) = admitted {
             drop(place);
+            response.headers_mut().entry(header::CACHE_CONTROL).or_insert(NO_CACHE);
             response = limits.answers.hold(response, is_perhaps_done()).await;
             let also = response.extensions().get().copied().unwrap_or_default();
             meter.settle(response.body().size_hint().lower(), also, response.headers_mut());
@@ -111,7 +115,10 @@ fn callers_trace(headers: &HeaderMap) -> Option<Traceparent> {
 fn too_late() -> Problem {
     let late = format!("no answer within {DEADLINE:?}");
     if is_perhaps_done() {
-        Problem::new(Code::OutcomeUnknown, format!("{late}: the change may have been made; with an Idempotency-Key repeat it"))
+        Problem::new(
+            Code::OutcomeUnknown,
+            format!("{late}: the change may have been made; with an Idempotency-Key repeat it"),
+        )
     } else {
         Problem::new(Code::DeadlineExceeded, late)
     }

@@ -105,7 +105,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
 
 /// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place.
 fn without_values(words: &str) -> String {
-    let words = words.rsplit_once("query string: ").map_or(words, |(_, words)| words);
+    // axum's own words come first. What follows them may hold the same, by the client.
+    let words = words.strip_prefix("Failed to deserialize query string: ").unwrap_or(words);
     for (kind, said) in
         [("unknown field `", "there is no such parameter"), ("unknown variant `", "there is no such choice")]
     {
@@ -149,6 +150,10 @@ mod tests {
             ),
             (
                 "Failed to deserialize query string: Ana: unknown field `Ana`, there are no fields",
+                "there is no such parameter: there are no fields",
+            ),
+            (
+                "Failed to deserialize query string: query string: Ana: unknown field `query string: Ana`, there are no fields",
                 "there is no such parameter: there are no fields",
             ),
             (

@@ -1,10 +1,14 @@
 //! Places: how many requests may be under way at once.
 //!
 //! Promise: more than this many are never worked on at the same time; who finds no place hears 503 `overloaded` at once. A client who
-//! is slow to send its body holds no place meanwhile. Long answers are made in turn.
+//! is slow to send its body holds no place meanwhile. Of large bodies no client has more than its share in hand. Long answers are made in
+//! turn.
 //! Not here, on purpose: how often a client may ask (see `rate`).
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
 
 use axum::{
     extract::FromRequestParts,
@@ -22,13 +26,15 @@ use super::{
 /// Bodies that may have more than 64 KiB and are in hand: coming in, or being worked on. With half a mebibyte each, and six times that
 /// while they are parsed, they are about a hundred mebibytes.
 const LARGE_BODIES: usize = 32;
+/// Of one client: however slowly it sends them, there is room for others.
+const LARGE_BODIES_OF_ONE: usize = LARGE_BODIES / 2;
 /// Requests that change many users and are worked on at once: while two are written, another is planned.
 const LONG_WRITES: usize = 3;
 
 #[derive(Clone)]
 pub struct Places {
     free: Arc<Semaphore>,
-    large_bodies: Arc<Semaphore>,
+    large_bodies: LargeBodies,
     turns: Turns,
     writing_turns: Turns,
     traffic: Traffic,
@@ -40,7 +46,7 @@ impl Places {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             free: Arc::new(Semaphore::new(count)),
-            large_bodies: Arc::new(Semaphore::new(LARGE_BODIES)),
+            large_bodies: LargeBodies::default(),
             turns: Turns::new((cores / 2).max(1)),
             writing_turns: Turns::new(LONG_WRITES),
             traffic,
@@ -51,7 +57,8 @@ impl Places {
     pub fn take(&self) -> Result<Place, Problem> {
         let held = self.held()?;
         let held = Arc::new(Mutex::new(Some(held)));
-        Ok(Place { places: self.clone(), held, turn: Arc::default(), large_body: Arc::default() })
+        let client = Arc::default();
+        Ok(Place { places: self.clone(), held, client, turn: Arc::default(), large_body: Arc::default() })
     }
 
     fn held(&self) -> Result<Held, Problem> {
@@ -68,17 +75,61 @@ struct Held {
     _counted: Counted,
 }
 
+/// How many large bodies each client has in hand. Never 0 of one.
+#[derive(Clone, Default)]
+struct LargeBodies(Arc<Mutex<HashMap<Arc<str>, usize>>>);
+
+impl LargeBodies {
+    /// `None` when there are as many as there may be, of this client or of all.
+    fn take(&self, client: Arc<str>) -> Option<LargeBody> {
+        let mut in_hand = self.in_hand();
+        let (of_one, of_all) = (in_hand.get(&client).copied().unwrap_or(0), in_hand.values().sum::<usize>());
+        if of_one >= LARGE_BODIES_OF_ONE || of_all >= LARGE_BODIES {
+            return None;
+        }
+        in_hand.insert(client.clone(), of_one + 1);
+        Some(LargeBody { all: self.clone(), client })
+    }
+
+    fn in_hand(&self) -> MutexGuard<'_, HashMap<Arc<str>, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One of them, until it is dropped.
+struct LargeBody {
+    all: LargeBodies,
+    client: Arc<str>,
+}
+
+impl Drop for LargeBody {
+    fn drop(&mut self) {
+        let mut in_hand = self.all.in_hand();
+        match in_hand.get_mut(&self.client) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(in_hand.remove(&self.client)),
+        }
+    }
+}
+
 /// One request's place, and its turn if its answer is long. In the request's extensions, so that it can be given back while its body
 /// comes in.
 #[derive(Clone)]
 pub struct Place {
     places: Places,
     held: Arc<Mutex<Option<Held>>>,
+    client: Arc<OnceLock<Arc<str>>>,
     turn: Arc<OnceLock<Turn>>,
-    large_body: Arc<OnceLock<OwnedSemaphorePermit>>,
+    large_body: Arc<OnceLock<LargeBody>>,
 }
 
 impl Place {
+    /// Says whose request it is, as soon as that is known.
+    pub fn is_of(&self, client: &Arc<str>) {
+        // A request has one client.
+        let _ = self.client.set(client.clone());
+    }
+
     /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there.
     ///
     /// # Errors
@@ -109,14 +160,15 @@ impl Place {
     /// Lets this request's body be a large one. Kept until the answer is there.
     ///
     /// # Errors
-    /// `overloaded` when too many such are in hand.
+    /// `overloaded` when too many such are in hand, of this client or of all.
     pub(super) fn large_body(&self) -> Result<(), Problem> {
-        let permit = self.places.large_bodies.clone().try_acquire_owned().map_err(|_| {
+        let client = self.client.get().cloned().unwrap_or_default();
+        let large_body = self.places.large_bodies.take(client).ok_or_else(|| {
             self.places.traffic.shed();
             Problem::new(Code::Overloaded, "too many large requests are under way")
         })?;
         // There is one body.
-        let _ = self.large_body.set(permit);
+        let _ = self.large_body.set(large_body);
         Ok(())
     }
 
@@ -162,13 +214,22 @@ mod tests {
 
     #[test]
     fn only_so_many_large_bodies_are_in_hand() {
-        let places = Places::new(LARGE_BODIES + 1, Traffic::default());
-        let place = || places.take().unwrap_or_else(|_| panic!("there is one"));
-        let all: Vec<Place> = (0..LARGE_BODIES).map(|_| place()).collect();
-        assert!(all.iter().all(|place| place.large_body().is_ok()));
-        let other = place();
+        let places = Places::new(LARGE_BODIES + 3, Traffic::default());
+        let place = |client: &str| {
+            let place = places.take().unwrap_or_else(|_| panic!("there is one"));
+            place.is_of(&client.into());
+            place
+        };
+        let share = |client: &str| -> Vec<Place> {
+            let all: Vec<Place> = (0..LARGE_BODIES_OF_ONE).map(|_| place(client)).collect();
+            assert!(all.iter().all(|place| place.large_body().is_ok()), "{client}");
+            all
+        };
+        let (greedy, other) = (share("greedy"), place("greedy"));
         assert!(other.large_body().is_err());
-        drop(all);
+        let _rest = share("another");
+        assert!(place("third").large_body().is_err(), "there are no more");
+        drop(greedy);
         assert!(other.large_body().is_ok());
     }
 

@@ -154,7 +154,11 @@ impl Service<Request<Incoming>> for AtPeer {
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         request.extensions_mut().insert(self.peer);
         request.extensions_mut().insert(self.seated.seat.clone());
-        let (at_work, answer) = (self.seated.seat.at_work(), self.app.call(request));
+        let Some(at_work) = self.seated.seat.at_work() else {
+            // The connection ends, and this with it.
+            return Box::pin(std::future::pending());
+        };
+        let answer = self.app.call(request);
         Box::pin(async move {
             let answer = answer.await;
             drop(at_work);

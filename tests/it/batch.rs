@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::{
     house::{Answer, House, http_with, new_client},
     load::{all_told, users, versions, watch},
+    refusals::nested,
     sessions,
 };
 
@@ -247,6 +248,21 @@ async fn who_is_changed_alone_does_not_wait_for_many(db: PgPool) {
     };
     assert!(matches!(select(many, pin!(alone)).await, Either::Right(_)), "many were answered first");
     holder.close().await.unwrap();
+}
+
+#[sqlx::test]
+async fn each_of_many_may_be_as_deep_as_alone(db: PgPool) {
+    let house = House::open(db).await;
+    let entry = |levels: usize| {
+        let mut entry: Value = serde_json::from_str(&nested(levels)).unwrap();
+        entry["id"] = json!(Uuid::new_v4());
+        entry
+    };
+    assert_eq!(replaced(&house, &[entry(32)]).await[0]["state"], "created");
+    let refused = replace(&house, &json!({ "users": [entry(32), entry(33)] })).await;
+    assert_eq!(refused.refusal(422), "unacceptable_json");
+    let place = format!("/users/1/profile{}", "/social".repeat(31));
+    assert_eq!(refused.body["errors"][0]["pointer"], json!(place), "{refused:?}");
 }
 
 #[sqlx::test]

@@ -165,6 +165,19 @@ async fn an_answer_that_the_document_does_not_promise_is_found_out(db: PgPool) {
     assert!(check(&Method::GET, &path, &refused).unwrap_err().contains("this code"));
 }
 
+#[sqlx::test]
+async fn a_copy_of_what_is_told_of_users_has_to_be_asked_about(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let one = format!("/v1/users/{ana}");
+    for path in [&*one, "/v1/users", "/v1/changes", "/v1/digest", "/v1/digest/0?buckets=1", "/v1/subscriptions"] {
+        assert_eq!(house.page(path).await.ok().headers["cache-control"], "private, no-cache", "{path}");
+    }
+    let batch = house.request(Method::POST, "/v1/users:batchGet").json(&json!({ "ids": [ana] }));
+    assert_eq!(Answer::to(batch).await.ok().headers["cache-control"], "private, no-cache");
+    assert_eq!(house.page("/v1/users/7").await.headers["cache-control"], "no-store");
+}
+
 #[test]
 fn a_message_that_the_document_does_not_promise_is_found_out() {
     let notice = Notice {

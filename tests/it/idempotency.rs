@@ -304,6 +304,37 @@ async fn no_value_is_kept_and_after_a_deletion_not_even_a_hash(db: PgPool) {
     }
 }
 
+/// The deletion waits for the row when a request about the user comes to nothing and is remembered.
+#[sqlx::test]
+async fn what_is_remembered_while_a_deletion_waits_leaves_no_hash(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let holder = sessions::hold(&house.db, &ana).await;
+    let meanwhile = async {
+        sessions::blocked(&house.db, "tidings writer").await;
+        let release = async {
+            let remembered_or_waits = "
+                select exists (select from idempotency_keys)
+                    or exists (select from pg_stat_activity
+                                where datname = current_database() and application_name = 'tidings queries'
+                                  and wait_event_type = 'Lock')
+            ";
+            eventually("the other request", async || {
+                let is_there: bool = sqlx::query_scalar(remembered_or_waits).fetch_one(&house.db).await.unwrap();
+                if is_there { Ok(()) } else { Err(()) }
+            })
+            .await;
+            holder.close().await.unwrap();
+        };
+        tokio::join!(Answer::to(patch(&house, "k1", &ana, json!({ "city": "Riga" }))), release).0
+    };
+    let (deleted, amended) = tokio::join!(house.delete(&ana), meanwhile);
+    assert_eq!((deleted.status.as_u16(), amended.status.as_u16()), (204, 200));
+    let kept: Vec<Option<Vec<u8>>> =
+        sqlx::query_scalar("select fingerprint from idempotency_keys").fetch_all(&house.db).await.unwrap();
+    assert_eq!(kept, [None]);
+}
+
 #[sqlx::test]
 async fn what_is_a_day_old_is_let_go(db: PgPool) {
     let house = House::open(db).await;

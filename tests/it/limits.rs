@@ -71,6 +71,9 @@ async fn what_is_no_request_is_refused_like_everything_else(db: PgPool) {
         ("GET /healthz HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n".to_owned(), 400, "malformed_request"),
         ("GET /healthz HTTP/1.1\r\nhost: x\r\nx: \0\r\n\r\n".to_owned(), 400, "malformed_request"),
         ("POST /v1/users HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /healthz HTTP/1.1\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET http://x/healthz HTTP/1.1\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /v1/users HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n".to_owned(), 400, "malformed_request"),
         (format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431, "headers_too_large"),
         (format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(16 * 1024)), 431, "headers_too_large"),
         (format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(20_000)), 431, "headers_too_large"),
@@ -86,6 +89,7 @@ async fn what_is_no_request_is_refused_like_everything_else(db: PgPool) {
     for request in [
         format!("GET /healthz?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(7000)),
         format!("GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: {}\r\n\r\n", "x".repeat(16_000)),
+        "GET /healthz HTTP/1.1\r\nhost:\r\nconnection: close\r\n\r\n".to_owned(),
     ] {
         let mut line = Line::open(&house).await;
         line.send(&request).await;
@@ -274,11 +278,11 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
 }
 
 #[sqlx::test]
-async fn only_so_many_large_bodies_come_in_at_once(db: PgPool) {
+async fn only_so_many_large_bodies_of_one_client_come_in_at_once(db: PgPool) {
     let house = House::open(db).await;
     let head = "content-type: application/json\r\ncontent-length: 90000\r\n";
     let mut slow = vec![];
-    for _ in 0..33 {
+    for _ in 0..17 {
         let mut line = Line::open(&house).await;
         line.send(house.head("POST /v1/users:batchReplace", head)).await;
         slow.push(line);
@@ -288,16 +292,20 @@ async fn only_so_many_large_bodies_come_in_at_once(db: PgPool) {
         other => Err(other),
     })
     .await;
-    let another = async || {
-        let body = json!({ "users": [{ "id": Uuid::new_v4(), "profile": {} }] });
-        Answer::to(house.request(Method::POST, "/v1/users:batchReplace").json(&body)).await
+    let other = NewClient::named("other", [Scope::WriteUsers]).unwrap();
+    let (same, other) = (http_with(key()), http_with(&new_client(&house.db, other).await));
+    let ask = async |client: &reqwest::Client, count: usize| {
+        let entry = |_| json!({ "id": Uuid::new_v4(), "profile": { "social": { "note": "x".repeat(1000) } } });
+        let body = json!({ "users": (0..count).map(entry).collect::<Vec<_>>() });
+        Answer::to(client.post(format!("{}/v1/users:batchReplace", house.service.url)).json(&body)).await
     };
-    let refused = another().await;
+    let refused = ask(&same, 100).await;
     assert_eq!((refused.refusal(503), &refused.headers["retry-after"]), ("overloaded", &"1".parse().unwrap()));
     assert!(refused.body["detail"].as_str().unwrap().contains("large"), "{refused:?}");
-    house.user(json!({})).await;
+    ask(&same, 1).await.ok();
+    ask(&other, 100).await.ok();
     drop(slow);
-    eventually("room again", async || match another().await {
+    eventually("room again", async || match ask(&same, 100).await {
         answer if answer.status == StatusCode::OK => Ok(()),
         answer => Err(answer),
     })

@@ -29,7 +29,7 @@ async fn post(house: &House, body: impl Into<Body>) -> Answer {
 }
 
 /// `levels` objects, one inside the other, as a body.
-fn nested(levels: usize) -> String {
+pub fn nested(levels: usize) -> String {
     let inner = levels - 2;
     format!(r#"{{"profile":{}1{}}}"#, r#"{"social":"#.repeat(inner + 1), "}".repeat(inner + 1))
 }
@@ -251,6 +251,12 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
     for (path, code) in table {
         assert_eq!(house.page(&path).await.refusal(400), code, "{path}");
     }
+    // Whatever a client writes where a name of ours should be, it does not hear it again.
+    for path in ["/v1/users?Ana=1", "/v1/users?query%20string:%20Ana=1", "/v1/users?unknown%20field%20%60Ana=1"] {
+        let refused = house.page(path).await;
+        assert_eq!(refused.refusal(400), "invalid_query", "{path}");
+        assert!(!refused.body.to_string().contains("Ana"), "{refused:?}");
+    }
     for path in ["/", "/v1", "/v1/users/", "/v2/users", "/v1/users/7/8"] {
         assert_eq!(house.page(path).await.refusal(404), "route_not_found", "{path}");
     }
@@ -266,6 +272,17 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
     for (name, value) in conditions {
         let answer = Answer::to(house.patch(&ana, json!({ "city": "Oslo" })).header(name, value)).await;
         assert_eq!(answer.refusal(400), "invalid_header", "{name}: {value}");
+    }
+    // What would be without effect.
+    let (one, many) = (json!({ "profile": {} }), json!({ "users": [{ "id": ana, "profile": {} }] }));
+    for (path, body, header, code) in [
+        ("/v1/users", &one, "if-match", "invalid_header"),
+        ("/v1/users", &one, "if-none-match", "invalid_header"),
+        ("/v1/users:batchReplace", &many, "if-match", "invalid_header"),
+        ("/v1/users:batchReplace", &many, "idempotency-key", "invalid_idempotency_key"),
+    ] {
+        let answer = Answer::to(house.request(Method::POST, path).header(header, "*").json(body)).await;
+        assert_eq!(answer.refusal(400), code, "{path} {header}");
     }
     let both = house.patch(&ana, json!({ "city": "Oslo" })).header("if-match", "\"1\"").header("if-none-match", "*");
     assert_eq!(Answer::to(both).await.refusal(412), "version_mismatch");

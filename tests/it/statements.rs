@@ -15,6 +15,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (users::KEEP, 11),
         (users::READ, 7),
         (users::PURGE, 0),
+        (users::FORGET, 0),
         (users::RECALL, 6),
         (users::REMEMBER, 0),
         (users::LIST, 7),
@@ -185,7 +186,8 @@ async fn users_are_found_by_key(db: PgPool) {
         let keep = plan(&mut connection, users::KEEP, &to_keep()).await;
         let read = plan(&mut connection, users::READ, &format!("(array[{ID}])")).await;
         let find = plan(&mut connection, users::FIND, "('E')").await;
-        for plan in [&amend, &keep, &read, &find] {
+        let forget = plan(&mut connection, users::FORGET, &format!("(array[{ID}])")).await;
+        for plan in [&amend, &keep, &read, &find, &forget] {
             assert_by_key(plan);
         }
         for (plan, replaced) in [(amend, "kept_1"), (keep, "changed_1")] {
@@ -320,7 +322,7 @@ async fn every_index_is_used_by_a_statement(db: PgPool) {
         ("deletion_receipts_late_by_subscription", deletions::RELEASE, "(5000)"),
         ("deletion_receipts_pkey", deletions::FIND, &format!("({ID})")),
         ("idempotency_keys_by_age", users::PURGE, "(1000)"),
-        ("idempotency_keys_by_user", users::KEEP, &to_keep()),
+        ("idempotency_keys_by_user", users::FORGET, &format!("(array[{ID}])")),
         ("idempotency_keys_pkey", users::RECALL, "('x'::bytea)"),
         ("outbox_pkey", outbox::CLAIM, "(7, 500, array[1])"),
         ("subscriptions_by_client", clients::ROSTER, ""),

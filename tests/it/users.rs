@@ -3,10 +3,11 @@
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tidings::clients::{NewClient, Scope};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use uuid::Uuid;
 
-use crate::house::{Answer, House, file};
+use crate::house::{Answer, House, eventually, file, http_with, new_client};
 
 const NOBODY: [&str; 0] = [];
 
@@ -154,6 +155,48 @@ async fn a_client_that_holds_the_version_is_not_sent_it_again(db: PgPool) {
     for other in ["\"1\"", "\"02\"", "\"3\", \"1\"", "\"\"", "W/\"22\""] {
         assert_eq!(get(&house, &ana, other).await.status, 200, "{other}");
     }
+    for (wanted, status) in [("\"2\"", 200), ("*", 200), ("\"1\", \"3\"", 412), ("W/\"2\"", 412)] {
+        let answer = Answer::to(user(&house, Method::GET, &ana).header("if-match", wanted)).await;
+        assert_eq!(answer.status, status, "{wanted}");
+    }
+}
+
+/// What a client may see of a record is a representation of its own: a copy of it is not the latest when the client comes to see more.
+#[sqlx::test]
+async fn a_client_that_comes_to_see_more_is_sent_it_anew(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Riga" })).await;
+    let fields = |names: &[&str]| Some(names.iter().map(|name| name.parse().unwrap()).collect());
+    let scopes = [Scope::ReadUsers, Scope::WriteUsers];
+    let client = NewClient { fields: fields(&["city"]), ..NewClient::named("crm", scopes).unwrap() };
+    let crm = new_client(&house.db, client).await;
+    let ask = async |held: &str| {
+        let request = http_with(&crm).get(format!("{}/v1/users/{ana}", house.service.url));
+        Answer::to(request.header("if-none-match", held)).await
+    };
+    let first = ask("\"1\"").await.ok();
+    assert_eq!(first.body["profile"], json!({ "city": "Riga" }));
+    let tag = first.etag.unwrap();
+    assert_eq!(ask(&tag).await.status, 304);
+    // Who changes the user says which version that was, in either form.
+    for (tag, version) in [(tag.clone(), 2), ("\"2\"".to_owned(), 3)] {
+        let request = http_with(&crm).patch(format!("{}/v1/users/{ana}", house.service.url));
+        let body = json!({ "profile": { "city": version.to_string() } }).to_string();
+        let request = request.header("content-type", "application/merge-patch+json").header("if-match", tag);
+        assert_eq!(Answer::to(request.body(body)).await.ok().version(), version);
+    }
+    let held = ask("\"1\"").await.ok().etag.unwrap();
+    assert_eq!(ask(&held).await.status, 304);
+    let more = vec!["city".to_owned(), "first_name".to_owned()];
+    sqlx::query("update clients set fields = $1 where name = 'crm'").bind(more).execute(&house.db).await.unwrap();
+    eventually("the longer list to be known", async || match ask(&held).await {
+        answer if answer.status == 200 => {
+            assert_eq!(answer.body["profile"], json!({ "first_name": "Ana", "city": "3" }));
+            Ok(())
+        }
+        answer => Err(answer),
+    })
+    .await;
 }
 
 #[sqlx::test]
