@@ -27,7 +27,7 @@ use crate::{
         title = "tidings",
         description = "The owner of user master data, which tells every other application that something changed. \
                        A message carries ids and names of changed fields; fetch the latest record here.\n\n\
-                       Each refusal is a problem (RFC 9457) with a stable `code`. A path that is not in this document is refused with 404 \
+                       Each refusal is a problem (RFC 9457) with a stable `code`. A path that is not in this document, nor under `/docs`, is refused with 404 \
                        `route_not_found`, a method that a path does not have with 405 `method_not_allowed` and `Allow`.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),

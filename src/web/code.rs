@@ -64,6 +64,8 @@ codes! {
     InvalidQuery BAD_REQUEST "invalid_query" "a parameter of the query is not one that is taken here";
     /// A header that decides what is done cannot be read.
     InvalidHeader BAD_REQUEST "invalid_header" "if-match: expected * or a list of entity tags such as \"7\"";
+    /// `Idempotency-Key` is none, or is not taken here.
+    InvalidIdempotencyKey BAD_REQUEST "invalid_idempotency_key" "Idempotency-Key: 1 to 255 visible ASCII characters, once";
     /// The cursor is not the `next` of a page.
     InvalidCursor BAD_REQUEST "invalid_cursor" "send back the \"next\" of an earlier page as it was";
     /// The user's id in the path is no UUID in its usual spelling.
@@ -86,9 +88,6 @@ codes! {
 
     // Nothing there.
 
-    /// `Idempotency-Key` is none.
-    InvalidIdempotencyKey BAD_REQUEST "invalid_idempotency_key" "Idempotency-Key: 1 to 255 visible ASCII characters, once";
-
     /// No route has this path.
     RouteNotFound NOT_FOUND "route_not_found" "there is no such resource; GET /openapi.yaml lists what there is";
     /// Nobody ever had this id.
@@ -106,6 +105,8 @@ codes! {
     /// The database was restored, or another took over. Begin again without a cursor.
     CursorExpired GONE "cursor_expired"
         "the database was restored or another took over since; begin a full pass, without a cursor";
+
+    // Requests that cannot be done as things are, or not anew.
 
     /// The user lives; `version` says at which version.
     UserNotDeleted CONFLICT "user_not_deleted" "this user lives";
