@@ -91,8 +91,8 @@ async fn revoke(asked_for: ClientRevoke, mut faults: Faults) -> anyhow::Result<(
     let name = &asked_for.name;
     match &asked_for.key {
         Some(key) => {
-            let revoked = asked(store::revoke_keys(&mut connection, name, Some(key)).await)?;
-            ensure!(revoked > 0, "{name} has no such key\nhint: `tidings client list` tells which it has");
+            let revoked = asked(store::revoke_key(&mut connection, name, key).await)?;
+            ensure!(revoked, "{name} has no such key\nhint: `tidings client list` tells which it has");
             eprintln!("the key {key} is revoked: within a second every instance refuses it");
         }
         None => {

@@ -39,8 +39,15 @@ update client_keys
  where id = any($1)
 ";
 
-/// A new client, or one in place of one that was revoked. Touches nothing when the name is taken.
+/// A new client, or one in place of one that was revoked, whose keys do not come back with the name. Touches nothing when the name is
+/// taken.
 pub const CREATE: &str = "
+with before as (
+  update client_keys
+     set revoked_at = now()
+   where client = (select name from clients where name = $1 and revoked_at is not null)
+     and revoked_at is null
+)
 insert into clients (name, scopes, fields, write_fields, purpose, rate_limit)
 values ($1, $2, $3, $4, $5, $6)
 on conflict (name) do update
@@ -75,19 +82,22 @@ update client_keys
    and revoked_at is null
 ";
 
+/// A client and all its keys, in one statement: what breaks in between would leave keys that open as soon as the name is used again.
 pub const REVOKE: &str = "
+with keys as (
+  update client_keys
+     set revoked_at = now()
+   where client = $1 and revoked_at is null
+)
 update clients
    set revoked_at = now()
  where name = $1 and revoked_at is null
 ";
 
-/// One key of a client; all of them without an id.
-pub const REVOKE_KEYS: &str = "
+pub const REVOKE_KEY: &str = "
 update client_keys
    set revoked_at = now()
- where client = $1
-   and ($2::text is null or id = $2)
-   and revoked_at is null
+ where client = $1 and id = $2 and revoked_at is null
 ";
 
 /// All clients, the revoked ones last.
@@ -254,14 +264,13 @@ pub(super) async fn retire(on: impl PgExecutor<'_>, client: &str, but: &KeyId, a
 }
 
 /// False when there is no such client that was not revoked already.
-pub(super) async fn revoke(connection: &mut PgConnection, client: &str) -> sqlx::Result<bool> {
-    let revoked = sqlx::query(REVOKE).bind(client).execute(&mut *connection).await?.rows_affected();
-    revoke_keys(connection, client, None).await?;
-    Ok(revoked == 1)
+pub(super) async fn revoke(on: impl PgExecutor<'_>, client: &str) -> sqlx::Result<bool> {
+    Ok(sqlx::query(REVOKE).bind(client).execute(on).await?.rows_affected() == 1)
 }
 
-pub(super) async fn revoke_keys(connection: &mut PgConnection, client: &str, key: Option<&str>) -> sqlx::Result<u64> {
-    Ok(sqlx::query(REVOKE_KEYS).bind(client).bind(key).execute(connection).await?.rows_affected())
+/// False when the client has no such key that was not revoked already.
+pub(super) async fn revoke_key(on: impl PgExecutor<'_>, client: &str, key: &str) -> sqlx::Result<bool> {
+    Ok(sqlx::query(REVOKE_KEY).bind(client).bind(key).execute(on).await?.rows_affected() == 1)
 }
 
 /// A key, for those who look after them.

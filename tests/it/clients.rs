@@ -231,6 +231,29 @@ async fn one_key_is_revoked_and_the_other_goes_on(db: PgPool) {
     }
 }
 
+/// There is no moment at which a client is revoked and its keys are not.
+#[sqlx::test]
+async fn a_client_is_revoked_with_its_keys_or_not_at_all(db: PgPool) {
+    let house = House::open(db).await;
+    let key = client(&house, "create orders --scope users:read").await;
+    let holder = Holder::of(&key, &house.service);
+    holder.get("/v1/users").await.ok();
+    let keep_keys = "
+        create function keep() returns trigger language plpgsql as $$ begin raise 'no'; end $$;
+        create trigger keep before update of revoked_at on client_keys for each row execute function keep();
+    ";
+    sqlx::raw_sql(keep_keys).execute(&house.db).await.unwrap();
+    let (code, ..) = client_command(&house, "revoke orders").await;
+    assert_eq!(code, Some(1));
+    assert!(!client(&house, "list").await.contains("revoked"));
+    sqlx::raw_sql("drop trigger keep on client_keys").execute(&house.db).await.unwrap();
+    // Revoked by hand, without its keys: they do not open anything for a client that is made anew.
+    sqlx::raw_sql("update clients set revoked_at = now() where name = 'orders'").execute(&house.db).await.unwrap();
+    let anew = Holder::new(&house, "orders --scope users:read").await;
+    anew.get("/v1/users").await.ok();
+    assert_eq!(holder.get("/v1/users").await.refusal(401), "unauthenticated");
+}
+
 #[sqlx::test]
 async fn a_client_does_what_its_scopes_say_and_no_more(db: PgPool) {
     let house = House::open(db).await;

@@ -42,7 +42,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (clients::PROCESSING, 6),
         (clients::RETIRE, 0),
         (clients::REVOKE, 0),
-        (clients::REVOKE_KEYS, 0),
+        (clients::REVOKE_KEY, 0),
         (clients::ROSTER, 8),
         (clients::USED, 0),
         (database::SERVER_LOG_SETTINGS, 2),
