@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection,
@@ -37,15 +37,20 @@ pub async fn listen(broker: &Broker, needles: &Needles, how_long: Duration, repo
     let mut news = request(consumer).await?;
     eprintln!("listening to what is published for {how_long:?}");
     let (end, mut count, mut found) = (Instant::now() + how_long, 0, Found::default());
-    while let Ok(delivery) = timeout_at(end, news.next()).await {
-        let delivery = delivery.context("the queue is gone")?.context("the connection to the broker is lost")?;
+    let heard = loop {
+        let Ok(delivery) = timeout_at(end, news.next()).await else { break Ok(()) };
+        let Some(delivery) = delivery else { break Err(anyhow!("the queue is gone")) };
+        let delivery = match delivery.context("the connection to the broker is lost") {
+            Ok(delivery) => delivery,
+            lost => break lost.map(drop),
+        };
         count += 1;
         let routing_key = delivery.routing_key.as_str();
         look(needles, "message", &delivery.properties, routing_key, &delivery.data, &mut found);
-    }
+    };
     report.scanned(format!("exchange {}, messages within {how_long:?}", broker.exchange()), count, found, None);
     close(&connection).await;
-    Ok(())
+    heard
 }
 
 /// Takes messages out of a queue and puts them back.
@@ -56,30 +61,37 @@ pub async fn peek(broker: &Broker, needles: &Needles, queue: &str, report: &mut 
     );
     let connection = broker.connect("audit-leaks peek").await?;
     let channel = request(connection.create_channel()).await?;
-    let (count, found) = take(&channel, needles, queue).await?;
+    let (mut count, mut found) = (0, Found::default());
+    let taken = take(&channel, needles, queue, &mut count, &mut found).await;
+    let but = (count == MOST_PEEKED).then(|| format!("and no more than the first {MOST_PEEKED}"));
+    report.scanned(format!("queue {queue}, messages"), count, found, but);
+    taken?;
     // All at once, and only now: what was put back would be taken out again.
     let all = BasicNackOptions { multiple: true, requeue: true };
     if count > 0 {
         request(channel.basic_nack(0, all)).await?;
     }
-    let but = (count == MOST_PEEKED).then(|| format!("and no more than the first {MOST_PEEKED}"));
-    report.scanned(format!("queue {queue}, messages"), count, found, but);
     // What was not put back by then, the broker puts back.
     close(&connection).await;
     Ok(())
 }
 
-async fn take(channel: &Channel, needles: &Needles, queue: &str) -> anyhow::Result<(u64, Found)> {
-    let (mut count, mut found) = (0, Found::default());
-    while count < MOST_PEEKED {
+async fn take(
+    channel: &Channel,
+    needles: &Needles,
+    queue: &str,
+    count: &mut u64,
+    found: &mut Found,
+) -> anyhow::Result<()> {
+    while *count < MOST_PEEKED {
         let got = request(channel.basic_get(queue.into(), BasicGetOptions { no_ack: false })).await;
         let Some(message) = got.with_context(|| format!("queue {queue:?} cannot be looked into"))? else { break };
-        count += 1;
+        *count += 1;
         let (properties, data) = (&message.delivery.properties, &message.delivery.data);
         let routing_key = message.delivery.routing_key.as_str();
-        look(needles, &format!("queue {queue}, message"), properties, routing_key, data, &mut found);
+        look(needles, &format!("queue {queue}, message"), properties, routing_key, data, found);
     }
-    Ok((count, found))
+    Ok(())
 }
 
 fn look(needles: &Needles, place: &str, properties: &BasicProperties, key: &str, body: &[u8], found: &mut Found) {

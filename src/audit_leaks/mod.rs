@@ -31,10 +31,10 @@ use report::{Found, Report};
 const LONGEST_LINE_BYTES: u64 = 1024 * 1024;
 const METRICS_DEADLINE: Duration = Duration::from_secs(10);
 
-/// False when something was found.
+/// False when something was found, or could not be looked at.
 ///
 /// # Errors
-/// When something that was to be looked at could not be.
+/// When there is nothing to look for, or nobody reads the report.
 pub async fn run(asked: config::AuditLeaks, mut faults: Faults) -> anyhow::Result<bool> {
     let db = asked.database.open(&mut faults);
     let how_long = faults.note("--listen", duration(&asked.listen));
@@ -59,19 +59,25 @@ pub async fn run(asked: config::AuditLeaks, mut faults: Faults) -> anyhow::Resul
     );
     let mut report = Report::of(&needles);
     if let Some(broker) = broker.as_ref().filter(|_| listens) {
-        messages::listen(broker, &needles, how_long, &mut report).await?;
+        let listened = messages::listen(broker, &needles, how_long, &mut report).await;
+        report.looked_at(format!("exchange {}", broker.exchange()), listened);
     }
-    tables::scan(&mut connection, &needles, &asked.except, &mut report).await.map_err(Trouble::from)?;
-    connection.close().await.map_err(Trouble::from)?;
+    let scanned = tables::scan(&mut connection, &needles, &asked.except, &mut report).await;
+    report.looked_at("tables", scanned.map_err(|error| Trouble::from(error).into()));
+    // Nothing was written, so nothing can be lost.
+    let _ = connection.close().await;
     for queue in &asked.peek {
         let Some(broker) = &broker else { unreachable!("no faults, so it is there") };
-        messages::peek(broker, &needles, queue, &mut report).await?;
+        let peeked = messages::peek(broker, &needles, queue, &mut report).await;
+        report.looked_at(format!("queue {queue}"), peeked);
     }
     for (name, file) in files {
-        scan_lines(file, &name, &needles, &mut report).with_context(|| format!("{name} cannot be read"))?;
+        let read = scan_lines(file, &name, &needles, &mut report);
+        report.looked_at(name, read);
     }
     if let Some(address) = metrics {
-        scan_lines(fetch_metrics(address)?, "metrics", &needles, &mut report)?;
+        let read = fetch_metrics(address).and_then(|lines| scan_lines(lines, "metrics", &needles, &mut report));
+        report.looked_at("metrics", read);
     }
     report.print(asked.json)?;
     Ok(report.is_clean())
@@ -90,13 +96,18 @@ fn open(path: &str) -> anyhow::Result<(String, Lines)> {
 
 fn scan_lines(mut lines: Lines, name: &str, needles: &Needles, report: &mut Report) -> anyhow::Result<()> {
     let (mut count, mut found, mut line) = (0, Found::default(), vec![]);
-    while lines.by_ref().take(LONGEST_LINE_BYTES).read_until(b'\n', &mut line)? > 0 {
+    let read = loop {
+        match lines.by_ref().take(LONGEST_LINE_BYTES).read_until(b'\n', &mut line) {
+            Ok(0) => break Ok(()),
+            Ok(_) => {}
+            Err(error) => break Err(error.into()),
+        }
         count += u64::from(count == 0 || line.ends_with(b"\n"));
         found.note(format!("{name}:{}", count.max(1)), &needles.found_in(&line));
         line.clear();
-    }
+    };
     report.scanned(format!("{name}, lines"), count, found, None);
-    Ok(())
+    read
 }
 
 /// Plain HTTP by hand, as a health check does it: metrics are served without TLS or a key.

@@ -20,6 +20,7 @@ pub struct Report {
     /// Users whose values they are.
     users: usize,
     scanned: Vec<Scanned>,
+    missed: Vec<Missed>,
     found: Vec<Finding>,
 }
 
@@ -32,6 +33,13 @@ struct Scanned {
     /// Why not all of it, if so.
     #[serde(skip_serializing_if = "Option::is_none")]
     but: Option<String>,
+}
+
+/// A place that was to be looked at and could not be.
+#[derive(Serialize)]
+struct Missed {
+    place: String,
+    why: String,
 }
 
 /// Values in one place.
@@ -51,13 +59,15 @@ impl Report {
         let mut users: Vec<Uuid> = needles.origins().iter().map(|origin| origin.user_id).collect();
         users.sort_unstable();
         users.dedup();
-        Self { values: needles.len(), users: users.len(), scanned: vec![], found: vec![] }
+        Self { values: needles.len(), users: users.len(), scanned: vec![], missed: vec![], found: vec![] }
     }
 
     /// A place was looked at, and this was found within it.
     pub fn scanned(&mut self, place: impl Into<String>, looked_at: u64, found: Found, but: Option<String>) {
-        self.scanned.push(Scanned { place: place.into(), looked_at, but });
         let unnamed = found.0.len().saturating_sub(NAMED);
+        let unnamed = (unnamed > 0).then(|| format!("{unnamed} more places with a value are not named"));
+        let but = but.into_iter().chain(unnamed).reduce(|but, unnamed| format!("{but}; {unnamed}"));
+        self.scanned.push(Scanned { place: place.into(), looked_at, but });
         let findings = found.0.into_iter().take(NAMED);
         self.found.extend(findings.map(|(place, (times, Origin { field, user_id }))| Finding {
             place,
@@ -65,15 +75,17 @@ impl Report {
             field,
             user_id,
         }));
-        if unnamed > 0
-            && let Some(scanned) = self.scanned.last_mut()
-        {
-            scanned.but = Some(format!("{unnamed} more places with a value are not named"));
-        }
     }
 
+    /// Notes why a place could not be looked at, if so: what is found elsewhere is told all the same.
+    pub fn looked_at(&mut self, place: impl Into<String>, outcome: anyhow::Result<()>) {
+        let missed = outcome.err().map(|why| Missed { place: place.into(), why: format!("{why:#}") });
+        self.missed.extend(missed);
+    }
+
+    /// Everything was looked at, and nothing was found.
     pub fn is_clean(&self) -> bool {
-        self.found.is_empty()
+        self.found.is_empty() && self.missed.is_empty()
     }
 
     /// # Errors
@@ -89,10 +101,17 @@ impl Report {
             let but = but.as_ref().map(|but| format!("; {but}")).unwrap_or_default();
             writeln!(out, "scanned  {place}: {looked_at}{but}")?;
         }
+        for Missed { place, why } in &self.missed {
+            writeln!(out, "MISSED   {place}: {why}")?;
+        }
         for Finding { place, times, field, user_id } in &self.found {
             writeln!(out, "FOUND    {place}: {times} times, such as a value of {field} of user {user_id}")?;
         }
-        let verdict = if self.is_clean() { "clean: no value was found" } else { "LEAKS: values are where none may be" };
+        let verdict = match (self.found.is_empty(), self.missed.is_empty()) {
+            (true, true) => "clean: no value was found",
+            (true, false) => "INCOMPLETE: no value was found, and not everything could be looked at",
+            (false, _) => "LEAKS: values are where none may be",
+        };
         Ok(writeln!(out, "{verdict}")?)
     }
 }
@@ -106,5 +125,21 @@ impl Found {
         if let Some(first) = origins.first() {
             self.0.entry(place.into()).or_insert_with(|| (0, (*first).clone())).0 += 1;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_left_out_of_a_place_is_said_whatever_else_there_is_to_say() {
+        let (origin, mut found) = (Origin { field: "city".to_owned(), user_id: Uuid::nil() }, Found::default());
+        (0..=NAMED).for_each(|line| found.note(format!("log:{line}"), &[&origin]));
+        let mut report = Report::of(&Needles::default());
+        report.scanned("log", 9, found, Some("and no more than the first 9".to_owned()));
+        let but = report.scanned[0].but.as_deref();
+        assert_eq!(but, Some("and no more than the first 9; 1 more places with a value are not named"));
+        assert_eq!(report.found.len(), NAMED);
     }
 }

@@ -8,6 +8,7 @@ use super::{
     needles::Needles,
     report::{Found, Report},
 };
+use crate::db::Trouble;
 
 /// Rows of one table, at most.
 const MOST_ROWS: u64 = 1_000_000;
@@ -61,9 +62,11 @@ pub async fn scan(db: &mut PgConnection, needles: &Needles, but: &[String], repo
         if but.iter().any(|but| but == name || *but == table) {
             continue;
         }
-        let (rows, found) = scan_table(db, needles, &table, name, &columns, &are_bytes).await?;
+        let (mut rows, mut found) = (0, Found::default());
+        let read = scan_table(db, needles, (&table, name), (&columns, &are_bytes), &mut rows, &mut found).await;
         let but = (rows == MOST_ROWS).then(|| format!("and no more than the first {MOST_ROWS}"));
         report.scanned(format!("table {name}, rows"), rows, found, but);
+        report.looked_at(format!("table {name}"), read.map_err(|error| Trouble::from(error).into()));
     }
     Ok(())
 }
@@ -71,11 +74,11 @@ pub async fn scan(db: &mut PgConnection, needles: &Needles, but: &[String], repo
 async fn scan_table(
     db: &mut PgConnection,
     needles: &Needles,
-    table: &str,
-    name: &str,
-    columns: &[String],
-    are_bytes: &[bool],
-) -> sqlx::Result<(u64, Found)> {
+    (table, name): (&str, &str),
+    (columns, are_bytes): (&[String], &[bool]),
+    count: &mut u64,
+    found: &mut Found,
+) -> sqlx::Result<()> {
     let as_text = |(column, is_bytes): (&String, &bool)| {
         if *is_bytes { format!("encode({column}, 'escape')") } else { format!("{column}::text") }
     };
@@ -83,13 +86,12 @@ async fn scan_table(
     // Names that the database itself has quoted.
     let select = AssertSqlSafe(format!("select {} from {table} limit {MOST_ROWS}", texts.join(", ")));
     let mut rows = sqlx::query(select).fetch(db);
-    let (mut count, mut found) = (0, Found::default());
     while let Some(row) = rows.try_next().await? {
-        count += 1;
+        *count += 1;
         for (place, column) in columns.iter().enumerate() {
             let text: Option<String> = row.try_get(place)?;
             found.note(format!("table {name}.{column}"), &needles.found_in(text.unwrap_or_default().as_bytes()));
         }
     }
-    Ok((count, found))
+    Ok(())
 }

@@ -522,6 +522,33 @@ async fn an_audit_finds_what_leaked_wherever_it_is_and_names_no_value(db: PgPool
     orders.end().await;
 }
 
+/// What was found is told, whatever could not be looked at beside it.
+#[sqlx::test]
+async fn an_audit_tells_what_it_found_and_what_it_could_not_look_at(db: PgPool) {
+    let house = House::open(db).await;
+    let value = canary("beside");
+    house.user(json!({ "full_name": value })).await;
+    house.settle().await;
+    let (log, folder) = (file(&format!("{value}\n")), std::env::temp_dir());
+    let places = ["--peek", "no-such-queue", "--file", folder.to_str().unwrap(), "--file", log.to_str().unwrap()];
+    let (code, report, talk) = audit(&house, &[&places[..], &["--metrics", "127.0.0.1:1"]].concat()).await;
+    assert_eq!(code, Some(1), "{report}{talk}");
+    let file_name = log.display();
+    for place in ["queue no-such-queue", &folder.display().to_string(), "metrics"] {
+        assert!(report.contains(&format!("MISSED   {place}: ")), "{place}: {report}{talk}");
+    }
+    assert!(report.contains(&format!("FOUND    {file_name}:1: 1 times")), "{report}{talk}");
+    assert!(report.ends_with("LEAKS: values are where none may be\n"), "{report}{talk}");
+    let (_, as_json, _) = audit(&house, &[&["--no-broker", "--json"], &places[2..]].concat()).await;
+    let parsed: Value = serde_json::from_str(&as_json).unwrap();
+    assert_eq!(
+        (&parsed["missed"][0]["place"], parsed["found"].as_array().unwrap().len()),
+        (&json!(folder), 1),
+        "{as_json}"
+    );
+    assert!(![report, talk, as_json].concat().contains(&value));
+}
+
 /// A message that leaks is seen as it passes by, and nobody else's queue is touched.
 #[sqlx::test]
 async fn an_audit_listens_to_what_is_published(db: PgPool) {
@@ -579,6 +606,16 @@ async fn an_audit_needs_no_right_to_write(db: PgPool) {
     let output = tidings(&["audit-leaks", "--no-broker"], &settings).output().await.unwrap();
     let talk = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{talk}");
+    // A table that it may not read does not keep it from the others.
+    sqlx::query(AssertSqlSafe(format!("revoke select on clients from {reader}"))).execute(&house.db).await.unwrap();
+    let output = tidings(&["audit-leaks", "--no-broker"], &settings).output().await.unwrap();
+    let report = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    assert!(
+        report.contains("MISSED   table clients: ") && report.contains("scanned  table subscriptions, rows"),
+        "{report}"
+    );
+    assert!(report.ends_with("INCOMPLETE: no value was found, and not everything could be looked at\n"), "{report}");
     for sql in [format!("drop owned by {reader}"), format!("drop role {reader}")] {
         sqlx::query(AssertSqlSafe(sql)).execute(&house.db).await.unwrap();
     }
