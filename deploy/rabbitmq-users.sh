@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The broker's users of tidings, each with the rights it needs and no more. Run it where rabbitmqctl works, as often as you like.
-# Promise: passwords come from stdin and are on no command line; a user that is there keeps its password, and gets its rights anew.
+# Promise: passwords come from stdin and are on no command line; a user that is there keeps its password, and gets its rights anew;
+# a virtual host that is not there yet is made.
 set -euo pipefail
 
 help() {
@@ -46,9 +47,11 @@ give() {
     mapfile -t given <<<"$all"
     # rabbitmqctl would take what is on stdin, whatever it is asked.
     if ! "${CTL[@]}" -q list_users </dev/null | cut -f 1 | grep -qxF -- "$name"; then
-        IFS= read -rs password || { echo "error: a new user's password is read from stdin, and there is none" >&2 && exit 2; }
+        # Without a line end at the end of the file, read says no and has read all the same.
+        IFS= read -rs password || [[ -n $password ]] || { echo "error: a new user's password is read from stdin, and there is none" >&2 && exit 2; }
         "${CTL[@]}" -q add_user "$name" <<<"$password"
     fi
+    "${CTL[@]}" -q list_vhosts </dev/null | grep -qxF -- "$VHOST" || "${CTL[@]}" -q add_vhost "$VHOST" </dev/null
     "${CTL[@]}" -q set_permissions -p "$VHOST" "$name" "${given[@]}" </dev/null
     [[ $role != monitor ]] || "${CTL[@]}" -q set_user_tags "$name" monitoring </dev/null
 }

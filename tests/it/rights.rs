@@ -133,29 +133,43 @@ async fn make_user(name: &str, of: &[&str]) {
     }
 }
 
-async fn unmake_user(name: &str) {
-    let url = format!("{}/api/users/{name}", env("TIDINGS_RABBITMQ_MANAGEMENT_URL"));
+async fn unmake(what: &str, name: &str) {
+    let url = format!("{}/api/{what}/{name}", env("TIDINGS_RABBITMQ_MANAGEMENT_URL"));
     Client::new().delete(url).send().await.unwrap().error_for_status().unwrap();
 }
 
 /// Makes them at a broker of ours, by the commands of a deployment.
 pub async fn make_users_at(name: &str) {
     for role in ["relay", "registry"] {
-        user_of(name, &[role, &format!("tidings-test-{role}")]).await;
+        user_of(name, "/", &[role, &format!("tidings-test-{role}")], &format!("{PASSWORD}\n")).await;
     }
 }
 
 /// Makes one user there.
-async fn user_of(broker: &str, arguments: &[&str]) {
+async fn user_of(broker: &str, vhost: &str, arguments: &[&str], password_file: &str) {
     let ctl = format!("{} broker ctl {broker}", Path::new(env!("CARGO_MANIFEST_DIR")).join("dev").display());
     let mut command = script();
-    command.args(arguments).env("RABBITMQCTL", ctl).stdin(std::process::Stdio::piped());
+    command.args(arguments).envs([("RABBITMQCTL", ctl.as_str()), ("VHOST", vhost)]).stdin(std::process::Stdio::piped());
     let mut making = command.spawn().unwrap();
     let mut password = making.stdin.take().unwrap();
     // One that is there already keeps its password, and does not read.
-    drop(tokio::io::AsyncWriteExt::write_all(&mut password, format!("{PASSWORD}\n").as_bytes()).await);
+    drop(tokio::io::AsyncWriteExt::write_all(&mut password, password_file.as_bytes()).await);
     drop(password);
     assert!(making.wait().await.unwrap().success());
+}
+
+/// A password file may end without a line end, and a virtual host is made for who wants one of his own.
+#[tokio::test]
+async fn a_user_of_a_virtual_host_that_is_not_there_yet_may_begin_at_once() {
+    let name = format!("tidings-test-{}", Uuid::new_v4().simple());
+    user_of("main", &name, &["relay", &name], PASSWORD).await;
+    let url = env("AMQP_URL");
+    let (_, server) = url.split_once('@').unwrap();
+    let server = server.split('/').next().unwrap();
+    let connected = connect(&format!("amqp://{name}:{PASSWORD}@{server}/{name}")).await;
+    unmake("vhosts", &name).await;
+    unmake("users", &name).await;
+    connected.unwrap();
 }
 
 async fn rights(of: &[&str]) -> String {
@@ -328,7 +342,7 @@ async fn an_application_that_declares_its_queue_needs_no_more_than_its_users_rig
     let (listener, user) = lives_with_its_rights(&house, "declaring-consumer", |consumer| consumer).await;
     listener.dead_letter().await;
     listener.end().await;
-    unmake_user(&user).await;
+    unmake("users", &user).await;
 }
 
 #[sqlx::test]
@@ -349,7 +363,7 @@ async fn an_application_that_is_registered_needs_no_more_than_its_users_rights(d
     .await;
     listener.end().await;
     topology::delete(&channel, &subscription.name, &RETRY_DELAYS).await.unwrap();
-    unmake_user(&user).await;
+    unmake("users", &user).await;
 }
 
 async fn publishes(url: &str, exchange: &str) -> bool {
