@@ -19,7 +19,7 @@ A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and exter
 Examples:
   tidings import --dry-run users.jsonl              # what is wrong with the lines, without sending any
   tidings import users.jsonl --report refused.jsonl
-  zcat users.jsonl.gz | tidings import -            # standard input has no journal
+  zcat users.jsonl.gz | tidings import -            # standard input has no journal; what it says at the start helps to go on
   TIDINGS_URL=https://users.example.org TIDINGS_API_KEY_FILE=/run/secrets/key tidings import users.jsonl";
 
 #[derive(Debug, Args)]
@@ -38,6 +38,10 @@ pub struct Import {
     /// Begin at this line, counted from 1, whatever the journal says.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
     pub from_line: Option<u64>,
+    /// Of standard input: what an earlier import of the same lines said. Users of lines that have neither id nor external_id are made from
+    /// it and the line's number, so that none is created a second time.
+    #[arg(long, value_name = "UUID")]
+    pub import_id: Option<String>,
     /// Forget the journal and begin anew. Users of lines that have neither id nor external_id are created a second time.
     #[arg(long, conflicts_with = "from_line")]
     pub restart: bool,
@@ -63,10 +67,13 @@ pub struct ImportSettings {
     pub trust: Trust,
     pub concurrency: usize,
     pub namespace: Option<Uuid>,
+    /// For standard input, which has no journal to keep one.
+    pub import_id: Option<Uuid>,
     /// For a dry run, if one was named.
     pub schema: Option<Schema>,
 }
 
+#[derive(Clone)]
 pub enum Input {
     File(PathBuf),
     Stdin,
@@ -80,13 +87,18 @@ impl Import {
         let trust = self.api.trust(faults);
         let namespace = self.namespace.as_deref().map(Uuid::parse_str).transpose();
         let namespace = faults.note("--namespace", namespace.map_err(|_| "expected a UUID"));
+        let import_id = self.import_id.as_deref().map(Uuid::parse_str).transpose();
+        let import_id = faults.note("--import-id", import_id.map_err(|_| "expected a UUID"));
         let schema = self.profile_schema.as_deref().filter(|_| self.dry_run);
         let schema =
             schema.map(|file| faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(Some(file)))).unwrap_or_default();
         let (input, size_bytes) = file?;
+        if self.import_id.is_some() && matches!(input, Input::File(_)) {
+            faults.note::<(), _>("--import-id", Err("is for standard input: a file has a journal, which keeps it"));
+        }
         let concurrency = self.concurrency.into();
-        let (url, trust, namespace) = (url?, trust?, namespace?);
-        Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, schema })
+        let (url, trust, namespace, import_id) = (url?, trust?, namespace?, import_id?);
+        Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, import_id, schema })
     }
 
     fn file(&self) -> std::io::Result<(Input, Option<u64>)> {

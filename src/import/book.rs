@@ -10,7 +10,7 @@ use super::{
     lines::Place,
     progress::Progress,
     report::Report,
-    service::{Ended, Outcome},
+    service::{Ended, Outcome, is_overheard},
 };
 use crate::config::{Faults, Import, ImportSettings, Input};
 
@@ -23,8 +23,7 @@ pub struct Book {
     report: Report,
     progress: Progress,
     import_id: Uuid,
-    /// How to go on, for somebody who ended it.
-    again: String,
+    input: Input,
     dry_run: bool,
 }
 
@@ -43,11 +42,9 @@ impl Book {
             journal.refusals(|refused| report.add(&refused))?;
         }
         let progress = Progress::new(place, settings.size_bytes);
-        let import_id = journal.as_ref().map_or_else(Uuid::new_v4, Journal::import_id);
-        let again = match &settings.input {
-            Input::File(file) => format!("`tidings import {}` goes on from there", file.display()),
-            Input::Stdin => "--from-line goes on with the same lines".to_owned(),
-        };
+        let kept = journal.as_ref().map(Journal::import_id).or(settings.import_id);
+        let import_id = kept.unwrap_or_else(Uuid::new_v4);
+        let input = settings.input.clone();
         let book = Self {
             place,
             tally,
@@ -56,7 +53,7 @@ impl Book {
             report,
             progress,
             import_id,
-            again,
+            input,
             dry_run: import.dry_run,
         };
         book.greet(settings);
@@ -64,21 +61,39 @@ impl Book {
     }
 
     fn greet(&self, settings: &ImportSettings) {
+        if !self.dry_run && is_overheard(&settings.url) {
+            self.progress.say(
+                "warning: TIDINGS_URL: the service is on another machine, and anybody between could read users and key; use https://",
+            );
+        }
         let line = self.place.line;
         match &self.journal {
             Some(journal) if journal.is_done() => {
                 self.progress.say("every line is settled already; --restart begins anew")
             }
             Some(_) if line > 0 => self.progress.say(&format!("going on after line {line}")),
-            None if !self.dry_run && matches!(settings.input, Input::Stdin) => {
-                self.progress.say("standard input has no journal: an import that is ended cannot go on by itself");
-            }
+            None if !self.dry_run && matches!(self.input, Input::Stdin) => self.progress.say(&format!(
+                "standard input has no journal: should this import end early, the same lines with --import-id {} double nobody",
+                self.import_id
+            )),
             _ => {}
         }
     }
 
     pub fn import_id(&self) -> Uuid {
         self.import_id
+    }
+
+    /// How to go on, for somebody whose import ended early.
+    fn again(&self) -> String {
+        let next = self.place.line + 1;
+        match &self.input {
+            Input::File(file) => format!("`tidings import {}` goes on from there", file.display()),
+            Input::Stdin => {
+                let import_id = self.import_id;
+                format!("`tidings import - --import-id {import_id} --from-line {next}` goes on with the same lines")
+            }
+        }
     }
 
     /// Everything before `end` is settled, the last line by `outcome`.
@@ -93,7 +108,7 @@ impl Book {
             Outcome::Blank => self.tally.blank += 1,
             Outcome::Refused(why) => {
                 self.tally.refused += 1;
-                refused = Some(RefusedLine { line: end.line, refused: why });
+                refused = Some(RefusedLine { line: end.line, refused: why.bounded() });
             }
         }
         if let Some(refused) = &refused {
@@ -131,7 +146,7 @@ impl Book {
             journal.sync()?;
         }
         self.progress.end();
-        let (place, progress, again) = (self.place, &self.progress, &self.again);
+        let (place, progress, again) = (self.place, &self.progress, self.again());
         let Tally { created, replaced, refused, blank } = self.tally;
         self.report.finish(|line| progress.say(line))?;
         let took = progress.elapsed().as_secs_f64();

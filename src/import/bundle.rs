@@ -37,6 +37,7 @@ pub enum Content {
 
 /// A user, and under which id he is sent.
 pub struct Named {
+    pub line: u64,
     pub id: Uuid,
     /// One of them at least is that of every other line about the same user.
     pub keys: Vec<Uuid>,
@@ -123,8 +124,9 @@ mod tests {
     fn sheet(line: u64, keys: &[u128], bytes: usize) -> Sheet {
         let keys: Vec<Uuid> = keys.iter().map(|key| Uuid::from_u128(*key)).collect();
         let person = Person { id: None, external_id: None, body: vec![b' '; bytes].into() };
-        let content =
-            keys.first().map_or(Content::Blank, |id| Content::Person(Named { id: *id, keys: keys.clone(), person }));
+        let content = keys
+            .first()
+            .map_or(Content::Blank, |id| Content::Person(Named { line, id: *id, keys: keys.clone(), person }));
         Sheet { end: Place { line, offset: 0 }, content }
     }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -22,7 +22,7 @@ use super::{line::Refused, lines::Place};
 const BEGINNING_BYTES: u64 = 1024 * 1024;
 /// Between two writes that reach the disk. What is lost in between is sent again.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
-/// A journal's lines are short; whatever has a longer one is none.
+/// A journal's lines are short: what is kept of a refusal is bounded. A longer one counts as torn.
 const LINE_LIMIT_BYTES: u64 = 1024 * 1024;
 
 /// What became of the lines.
@@ -234,7 +234,10 @@ impl Kept {
     /// `None` when the journal is empty.
     fn read(journal: &File) -> anyhow::Result<Option<Self>> {
         let mut reader = entries(journal.try_clone()?);
-        let Some((line, mut bytes)) = next(&mut reader)? else { return Ok(None) };
+        let Some((line, mut bytes)) = next(&mut reader)? else {
+            ensure!(journal.metadata()?.len() < LINE_LIMIT_BYTES, "its first line is too long");
+            return Ok(None);
+        };
         let head: Head = serde_json::from_slice(&line)?;
         ensure!(head.tidings_import == FORM, "it was written by another version");
         let mut kept = Self { bytes, ..Self::new(head) };
@@ -257,13 +260,10 @@ fn entries(journal: File) -> BufReader<File> {
     BufReader::new(journal)
 }
 
-/// The next whole line and its length; `None` at the end, or before a line without one.
+/// The next whole line and its length; `None` at the end, or before a line without one in bounds.
 fn next(reader: &mut BufReader<File>) -> anyhow::Result<Option<(Vec<u8>, u64)>> {
     let mut line = Vec::new();
     let length = reader.take(LINE_LIMIT_BYTES).read_until(b'\n', &mut line)? as u64;
-    if length == LINE_LIMIT_BYTES {
-        bail!("a line of it is too long");
-    }
     Ok(line.ends_with(b"\n").then_some((line, length)))
 }
 
@@ -330,6 +330,24 @@ mod tests {
         let journal = open(&input).unwrap();
         assert_eq!((journal.import_id(), journal.place.line, journal.tally), (id, 1, Tally::default()));
         assert_eq!(told(&journal), [0; 0]);
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_read_is_the_end_and_another_s_file_is_left_alone() {
+        let input = input("1\n2\n");
+        let mut journal = open(&input).unwrap();
+        let place = Place { line: 1, offset: 2 };
+        journal.settle(place, Tally::default(), None);
+        journal.write().unwrap();
+        let endless = "x".repeat(2 * LINE_LIMIT_BYTES as usize) + "\n";
+        journal.file.write_all(endless.as_bytes()).unwrap();
+        journal.settle(Place { line: 2, offset: 4 }, Tally::default(), None);
+        journal.write().unwrap();
+        drop(journal);
+        assert_eq!(open(&input).unwrap().place, place);
+        std::fs::write(path_of(&input), &endless).unwrap();
+        assert!(Journal::open(&input, TARGET, true).is_err());
+        assert_eq!(std::fs::read_to_string(path_of(&input)).unwrap(), endless);
     }
 
     #[test]

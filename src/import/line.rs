@@ -9,10 +9,13 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::{
-    json::{self, Fault, Rejected, step},
+    json::{self, Fault, MAX_FAULTS, Rejected, step},
     users::ExternalId,
     web::{BODY_LIMIT_BYTES, Id},
 };
+
+/// Characters of a text that is kept of a refusal; of a longer one the beginning is.
+const LONGEST_TEXT: usize = 500;
 
 /// A user as the line has it. No Debug: it holds values.
 pub struct Person {
@@ -42,6 +45,15 @@ impl Refused {
     pub fn here(code: &str, detail: impl Into<String>, errors: Vec<Fault>) -> Self {
         Self { status: None, code: code.to_owned(), detail: detail.into(), request_id: None, errors }
     }
+
+    /// The same in bounds: a place repeats names that the line chose, and an answer may hold anything.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        let Self { status, code, detail, request_id, errors } = self;
+        let fault = |Fault { pointer, code, detail }| Fault::new(cut(pointer), cut(code), cut(detail));
+        let errors = errors.into_iter().take(MAX_FAULTS).map(fault).collect();
+        Self { status, code: cut(code), detail: cut(detail), request_id: request_id.map(cut), errors }
+    }
 }
 
 /// Reads a line.
@@ -49,6 +61,22 @@ impl Refused {
 /// # Errors
 /// [`Refused`] when it is none that the service could take.
 pub fn parse(text: &[u8]) -> Result<Person, Refused> {
+    Ok(read(text)?.0)
+}
+
+/// The profile of a line, for those who check it without sending it.
+///
+/// # Errors
+/// As [`parse`].
+pub fn profile(text: &[u8]) -> Result<Map<String, Value>, Refused> {
+    match read(text)?.1.remove("profile") {
+        Some(Value::Object(profile)) => Ok(profile),
+        _ => unreachable!("a line without a profile was refused"),
+    }
+}
+
+/// The user, and the members of his body.
+fn read(text: &[u8]) -> Result<(Person, Map<String, Value>), Refused> {
     let (id, members) = members(text)?;
     let external_id = members.get("external_id").and_then(Value::as_str).map(ToOwned::to_owned);
     let body = serde_json::to_vec(&members).expect("what was JSON is JSON");
@@ -57,18 +85,7 @@ pub fn parse(text: &[u8]) -> Result<Person, Refused> {
         let detail = format!("the user has more than {BODY_LIMIT_BYTES} bytes as JSON");
         return Err(Refused::here("payload_too_large", detail, vec![]));
     }
-    Ok(Person { id, external_id, body: body.into() })
-}
-
-/// The profile of a line, for those who check it without sending it.
-///
-/// # Errors
-/// As [`parse`].
-pub fn profile(text: &[u8]) -> Result<Map<String, Value>, Refused> {
-    match members(text)?.1.remove("profile") {
-        Some(Value::Object(profile)) => Ok(profile),
-        _ => unreachable!("a line without a profile was refused"),
-    }
+    Ok((Person { id, external_id, body: body.into() }, members))
 }
 
 /// The id, and the members of the body.
@@ -114,6 +131,14 @@ fn object(text: &[u8]) -> Result<Map<String, Value>, Refused> {
     }
 }
 
+fn cut(mut text: String) -> String {
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 fn places(code: &str, faults: Vec<Fault>) -> Refused {
     Refused::here(code, "the line cannot be taken, see errors", faults)
 }
@@ -150,5 +175,17 @@ mod tests {
             assert_eq!(parse(wrong.as_bytes()).err().unwrap().code, "malformed_json", "{wrong}");
         }
         assert_eq!(parse(b"{\"profile\":{\"a\":\"\xff\"}}").err().unwrap().code, "malformed_json");
+    }
+
+    #[test]
+    fn what_is_kept_of_a_refusal_is_bounded() {
+        let endless = || "\u{1}".repeat(100_000);
+        let faults = vec![Fault::new(endless(), endless(), endless()); 1_000];
+        let mut refused = Refused::here(&endless(), endless(), faults);
+        refused.request_id = Some(endless());
+        let text = serde_json::to_vec(&refused.bounded()).unwrap();
+        assert!(text.len() < 512 * 1024, "{}", text.len());
+        let short = Refused::here("body_invalid", "é".repeat(LONGEST_TEXT), vec![Fault::new("/a", "type", "no")]);
+        assert_eq!(short.clone().bounded(), short);
     }
 }

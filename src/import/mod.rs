@@ -6,6 +6,7 @@
 
 mod book;
 mod bundle;
+mod held;
 mod journal;
 mod line;
 mod lines;
@@ -38,11 +39,12 @@ use crate::{
 };
 use book::Book;
 use bundle::{Bundle, Bundles, Content, Named, Sheet, Sheets};
+use held::Held;
 use journal::Journal;
 use line::{Person, Refused};
 use lines::{Lines, Piece, Place, Text};
 use pace::Pace;
-use service::{Ended, Outcome, Service};
+use service::{Ended, Outcome, Put, ROUNDS, Service};
 use turns::Turns;
 
 pub use service::address;
@@ -77,8 +79,14 @@ pub async fn run(import: &Import, settings: ImportSettings) -> anyhow::Result<()
     let service = Service::at(&settings.url, settings.key.as_ref(), connections, pace.clone(), halt.clone());
     let service = service.map_err(|wrong| anyhow!(wrong))?;
     let import_id = book.import_id();
-    let names = Names { import_id, namespace: settings.namespace.unwrap_or(import_id) };
-    let importer = Arc::new(Importer { service, turns: Turns::default() });
+    let namespace = settings.namespace.unwrap_or_else(|| match settings.input {
+        Input::File(_) => import_id,
+        // There it is said aloud, and who knows the namespace can guess an external id. The service knows whose each is.
+        Input::Stdin => Uuid::new_v4(),
+    });
+    let names = Names { import_id, namespace };
+    let importer =
+        Arc::new(Importer { service, turns: Turns::default(), writers: Turns::default(), held: Held::default() });
     let outcomes = importer.settle_all(read_ahead(lines, names), halt.clone(), settings.concurrency);
     settle(book, outcomes, &pace, &stop, &halt).await
 }
@@ -128,7 +136,12 @@ type Settled = anyhow::Result<(Place, Result<Outcome, Ended>)>;
 
 struct Importer {
     service: Service,
+    /// Of lines that share a key, as the file has them.
     turns: Turns,
+    /// Of requests about the same user: an external id may lead to whom another line names, which shows only when he is asked about.
+    /// Whoever has one waits for no other.
+    writers: Turns,
+    held: Held,
 }
 
 impl Importer {
@@ -141,6 +154,7 @@ impl Importer {
     ) -> impl Stream<Item = Settled> {
         let size = (concurrency / REQUESTS).clamp(1, MAX_ENTRIES);
         let window = concurrency / size * WINDOW;
+        let held = self.held.clone();
         stream::unfold(Bundles::new(sheets, size), async |mut bundles| Some((bundles.next().await?, bundles)))
             .take_until(halt.cancelled_owned())
             .map(move |bundle| {
@@ -158,6 +172,12 @@ impl Importer {
                 }
             })
             .buffered(window)
+            .inspect(move |bundle: &Vec<Settled>| {
+                // In order: whatever is not settled comes later.
+                if let Some(Ok((end, _))) = bundle.last() {
+                    held.settled(end.line);
+                }
+            })
             .flat_map(stream::iter)
     }
 
@@ -176,16 +196,55 @@ impl Importer {
     async fn put(&self, people: &[&Named]) -> Vec<Result<Outcome, Ended>> {
         let settled = match people {
             [] | [_] => people.iter().map(|_| None).collect(),
-            _ => match self.service.put_many(people).await {
+            _ => match self.put_many(people).await {
                 Ok(settled) => settled,
                 Err(why) => return vec![Err(why); people.len()],
             },
         };
-        let outcomes = settled.into_iter().zip(people).map(async |(settled, Named { id, person, .. })| match settled {
+        let outcomes = settled.into_iter().zip(people).map(async |(settled, named)| match settled {
             Some(outcome) => Ok(outcome),
-            None => self.service.put(*id, person, person.id.is_none()).await,
+            None => self.put_alone(named).await,
         });
         join_all(outcomes).await
+    }
+
+    /// `None` for whom it did not settle, and for whom a later line has settled.
+    async fn put_many(&self, people: &[&Named]) -> Result<Vec<Option<Outcome>>, Ended> {
+        let ids = people.iter().map(|named| named.id).collect();
+        let turn = self.writers.take(people[0].line, &ids);
+        turn.comes().await;
+        if people.iter().any(|named| self.held.is_later(named.id, named.line)) {
+            return Ok(people.iter().map(|_| None).collect());
+        }
+        let settled = self.service.put_many(people).await?;
+        for (named, outcome) in people.iter().zip(&settled) {
+            if outcome.as_ref().is_some_and(Outcome::is_kept) {
+                self.held.note(named.id, named.line);
+            }
+        }
+        Ok(settled)
+    }
+
+    /// By himself, and where his external id leads. What a later line has brought about is left as it is.
+    async fn put_alone(&self, Named { line, id, person, .. }: &Named) -> Result<Outcome, Ended> {
+        let mut id = *id;
+        for _ in 0..ROUNDS {
+            let turn = self.writers.take(*line, &[id].into());
+            turn.comes().await;
+            if self.held.is_later(id, *line) {
+                return Ok(Outcome::Replaced);
+            }
+            match self.service.put(id, person, person.id.is_none()).await? {
+                Put::Settled(outcome) => {
+                    if outcome.is_kept() {
+                        self.held.note(id, *line);
+                    }
+                    return Ok(outcome);
+                }
+                Put::HeldBy(holder) => id = holder,
+            }
+        }
+        Ok(Outcome::contended())
     }
 }
 
@@ -204,7 +263,7 @@ impl Names {
         let by_line = || Uuid::new_v5(&self.import_id, format!("line {line}").as_bytes());
         let id = person.id.or(by_external_id).unwrap_or_else(by_line);
         let keys = [Some(id), by_external_id.filter(|other| *other != id)];
-        Named { id, keys: keys.into_iter().flatten().collect(), person }
+        Named { line, id, keys: keys.into_iter().flatten().collect(), person }
     }
 
     fn sheet(&self, Piece { text, end }: Piece) -> Sheet {

@@ -30,7 +30,7 @@ use super::{
     line::{Person, Refused},
     pace::Pace,
 };
-use crate::{json::Fault, users::ENTRIES_LIMIT_BYTES};
+use crate::{db::is_loopback, json::Fault, users::ENTRIES_LIMIT_BYTES};
 
 /// For one try. The service gives itself 30 s and then says so.
 const DEADLINE: Duration = Duration::from_secs(35);
@@ -43,7 +43,7 @@ const FAILURES: u32 = 5;
 /// So often a connection broke over one line while other lines were answered.
 const BREAKS: u32 = 10;
 /// Turns that one line may take: somebody else changes the same user without pause.
-const ROUNDS: u32 = 20;
+pub const ROUNDS: u32 = 20;
 
 pub struct Service {
     connections: Connections,
@@ -63,6 +63,30 @@ pub enum Outcome {
     Replaced,
     Refused(Refused),
     Blank,
+}
+
+impl Outcome {
+    pub fn contended() -> Self {
+        Self::Refused(Refused::here("contended", "the user is changed all the time; send the line again", vec![]))
+    }
+
+    /// The user is there as the line has him.
+    pub fn is_kept(&self) -> bool {
+        matches!(self, Self::Created | Self::Replaced)
+    }
+}
+
+/// What became of a line that was sent by itself.
+pub enum Put {
+    Settled(Outcome),
+    /// Another user has its external id.
+    HeldBy(Uuid),
+}
+
+impl From<Outcome> for Put {
+    fn from(outcome: Outcome) -> Self {
+        Self::Settled(outcome)
+    }
 }
 
 /// Why the import cannot go on. What was sent and not settled is sent again by the next one.
@@ -140,14 +164,14 @@ impl Service {
         Ok(Self { connections, url, key, pace, stop, wants_condition: AtomicBool::new(false) })
     }
 
-    /// Brings a user about as the line has it, under `id`; or, if `may_move`, under the id of whoever has the line's external id.
-    pub async fn put(&self, id: Uuid, person: &Person, may_move: bool) -> Result<Outcome, Ended> {
+    /// Brings a user about as the line has it, under `id`; or, if `may_move`, tells who has the line's external id.
+    pub async fn put(&self, id: Uuid, person: &Person, may_move: bool) -> Result<Put, Ended> {
         let mut condition = self.first_condition();
-        let (mut id, mut failures) = (id, 0);
+        let mut failures = 0;
         for _ in 0..ROUNDS {
             let Some(answer) = self.ask(1, || self.replacement(id, condition, &person.body)).await? else {
                 let detail = "the connection breaks whenever this line is sent, while others are answered";
-                return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])));
+                return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])).into());
             };
             if let Some(next) = condition.after(answer.status.as_u16(), answer.problem.version) {
                 self.wants_condition.store(true, Ordering::Relaxed);
@@ -156,13 +180,16 @@ impl Service {
             }
             let code = answer.problem.code.as_str();
             match (answer.status.as_u16(), code, &person.external_id) {
-                (201, ..) => return Ok(Outcome::Created),
-                (200, ..) => return Ok(Outcome::Replaced),
+                (201, ..) => return Ok(Outcome::Created.into()),
+                (200, ..) => return Ok(Outcome::Replaced.into()),
                 (401, ..) => return Err(Ended::Unknown(self.about_the_key())),
                 (403, code, _) if code != "field_forbidden" => return Err(Ended::Forbidden(code.to_owned())),
                 (409, "external_id_taken", Some(external_id)) if may_move => {
-                    // Nobody: whoever had it was deleted meanwhile.
-                    id = self.who_has(external_id).await?.unwrap_or(id);
+                    match self.who_has(external_id).await? {
+                        Some(holder) if holder != id => return Ok(Put::HeldBy(holder)),
+                        // Whoever had it was deleted meanwhile, or it is he himself by now.
+                        _ => {}
+                    }
                 }
                 (500, ..) if failures < FAILURES => {
                     failures += 1;
@@ -171,14 +198,10 @@ impl Service {
                 (status, ..) if is_no_refusal(status, code) => {
                     return Err(Ended::Stranger(self.url.clone(), answer.status));
                 }
-                _ => return Ok(Outcome::Refused(answer.problem.refusal(answer.status.as_u16()))),
+                _ => return Ok(Outcome::Refused(answer.problem.refusal(answer.status.as_u16())).into()),
             }
         }
-        Ok(Outcome::Refused(Refused::here(
-            "contended",
-            "the user is changed all the time; send the line again",
-            vec![],
-        )))
+        Ok(Outcome::contended().into())
     }
 
     /// Brings users about in few requests, as far as these settle them; `None` for who has to be asked about alone: somebody else has his
@@ -401,6 +424,11 @@ pub fn address(url: &str) -> Result<String, &'static str> {
     }
 }
 
+/// Whether what is said to the service travels in the clear, to somewhere else than this machine.
+pub fn is_overheard(url: &str) -> bool {
+    url.parse::<Url>().is_ok_and(|url| url.scheme() == "http" && !url.host_str().is_some_and(is_loopback))
+}
+
 /// No answer, or one that asks to come again.
 struct Outage {
     what: String,
@@ -447,7 +475,7 @@ mod tests {
         let id = Uuid::from_u128(7);
         let named = |body: &'static str| {
             let person = Person { id: None, external_id: None, body: body.into() };
-            Named { id, keys: vec![], person }
+            Named { line: 1, id, keys: vec![], person }
         };
         let (ana, bo) = (named(r#"{"profile":{"a":1}}"#), named(r#"{"external_id":"E","profile":{}}"#));
         let text = batch(&[(&ana, Condition::None), (&bo, Condition::Version(i64::MAX))]);
@@ -490,5 +518,13 @@ mod tests {
         for wrong in ["", "127.0.0.1:8080", "amqp://x", "http://ana:s3cret@x", "http://x?y=1", "http://x#y"] {
             assert!(address(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_stays_on_this_machine_or_is_encrypted_is_not_overheard() {
+        for safe in ["https://users.example.org", "http://localhost:8080", "http://127.0.0.1", "http://[::1]:1"] {
+            assert!(!is_overheard(safe), "{safe}");
+        }
+        assert!(is_overheard("http://users.example.org") && is_overheard("http://10.0.0.1:8080"));
     }
 }

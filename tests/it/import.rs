@@ -343,6 +343,28 @@ async fn of_many_lines_about_one_user_the_last_one_holds(db: PgPool) {
     }
 }
 
+/// By an external id the first line leads to whom the second one names.
+#[sqlx::test]
+async fn of_lines_that_lead_to_one_user_by_different_names_the_last_one_holds(db: PgPool) {
+    let house = House::open(db).await;
+    let first = |external_id: &str| json!({ "external_id": external_id, "profile": { "nickname": "first" } });
+    // In one request, and each by itself; and a last line that is refused does not hold.
+    for (external_id, concurrency, last, kept, outcome) in [
+        ("E1", "1000", json!("last"), "last", "0 users created, 2 brought up to date, 0 refused"),
+        ("E2", "7", json!("last"), "last", "0 users created, 2 brought up to date, 0 refused"),
+        ("E3", "1000", json!(7), "first", "0 users created, 1 brought up to date, 1 refused"),
+        ("E4", "7", json!(7), "first", "0 users created, 1 brought up to date, 1 refused"),
+    ] {
+        let resident = Uuid::new_v4();
+        let there = json!({ "external_id": external_id, "profile": { "nickname": "before" } });
+        Answer::to(house.request(Method::PUT, &format!("/v1/users/{resident}")).json(&there)).await.ok();
+        let last = json!({ "id": resident, "profile": { "nickname": last } });
+        let lines = file(&format!("{}\n{last}\n", first(external_id)));
+        import(&house.service.url, &[name(&lines), "--concurrency", concurrency]).await.says(&[outcome]);
+        assert_eq!(house.get(&resident).await.ok().body["profile"]["nickname"], kept, "{external_id}");
+    }
+}
+
 #[sqlx::test]
 async fn where_changes_have_to_say_what_they_saw_it_says_so(db: PgPool) {
     let house = House::with(db, &[("TIDINGS_REQUIRE_IF_MATCH", "true")]).await;
@@ -425,17 +447,56 @@ async fn standard_input_is_taken_and_may_begin_further_on(db: PgPool) {
     house.get(&ids[2]).await.ok();
 }
 
+/// Answers are held back from the second line on: what is committed is not settled, and the import cannot tell.
+#[sqlx::test]
+async fn of_standard_input_nobody_is_doubled_who_goes_on_as_the_hint_says(db: PgPool) {
+    let house = House::open(db).await;
+    let proxy = proxy_before(&format!("{}/", house.service.url)).await;
+    let lines: String =
+        (2..=20).map(|line| format!("{}\n", json!({ "profile": { "nickname": line.to_string() } }))).collect();
+    let text = format!("{{\n{lines}");
+    let send = async |url: &str, arguments: &[&str]| {
+        let mut command = Import::command(url, arguments);
+        command.stdin(Stdio::piped());
+        let mut under_way = Import::spawn(command);
+        let mut input = under_way.child.stdin.take().unwrap();
+        input.write_all(text.as_bytes()).await.unwrap();
+        under_way
+    };
+    proxy.hold_answers();
+    let url = through(&format!("{}/", house.service.url), &proxy);
+    let under_way = send(&url, &["-", "--concurrency", "7"]).await;
+    eventually("a user who is there and not settled", async || match living(&house).await {
+        0 => Err(under_way.said.lock().unwrap().clone()),
+        _ => Ok(()),
+    })
+    .await;
+    under_way.signal("-INT").await;
+    let ended = under_way.ends().await;
+    ended.says(&["ended before the end, after line 1\n", "--from-line 2"]);
+    let hint = ended.said.split("`tidings import ").nth(1).and_then(|hint| hint.split('`').next());
+    let hint: Vec<&str> = hint.unwrap_or_else(|| panic!("no command in {}", ended.said)).split(' ').collect();
+    send(&house.service.url, &hint).await.ends().await.well();
+    assert_eq!((living(&house).await, doubled(&house).await), (19, 0));
+    // The same lines from the beginning, as after a kill that left no hint.
+    let all: Vec<&str> = hint.iter().copied().filter(|word| !["--from-line", "2"].contains(word)).collect();
+    send(&house.service.url, &all).await.ends().await.says(&["0 users created, 19 brought up to date, 1 refused"]);
+}
+
 #[sqlx::test]
 async fn a_dry_run_tells_what_is_wrong_and_sends_nothing(db: PgPool) {
     let house = House::open(db).await;
-    let lines = file("{\"profile\":{\"first_name\":\"Ana\"}}\n{\"profile\":{\"first_name\":7}}\n{\n");
+    let large = json!({ "profile": { "first_name": "x".repeat(100_000) } });
+    let lines = file(&format!(
+        "{{\"profile\":{{\"first_name\":\"Ana\"}}}}\n{{\"profile\":{{\"first_name\":7}}}}\n{{\n{large}\n"
+    ));
     let checked = import(&house.service.url, &[name(&lines), "--dry-run"]).await;
     assert_eq!(checked.code, Some(1), "{checked:?}");
-    checked.says(&["2 lines could be sent, 1 refused", "line 3: malformed_json"]);
+    checked.says(&["2 lines could be sent, 2 refused", "line 3: malformed_json", "line 4: payload_too_large"]);
     let schema = concat!(env!("CARGO_MANIFEST_DIR"), "/src/profile/default.schema.json");
     // Needs no service at all.
     let checked = import("http://127.0.0.1:1", &[name(&lines), "--dry-run", "--profile-schema", schema]).await;
-    checked.says(&["1 lines could be sent, 2 refused", "line 2: profile_invalid: /profile/first_name"]);
+    checked.says(&["1 lines could be sent, 3 refused", "line 2: profile_invalid: /profile/first_name"]);
     assert_eq!(living(&house).await, 0);
     assert!(!PathBuf::from(format!("{}.import", lines.display())).exists());
 }
@@ -454,6 +515,37 @@ async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) 
     changed.says(&["of another file, or the file was changed", "--restart"]);
     assert_eq!(living(&house).await, 10);
     import(&house.service.url, &[name(&lines), "--restart"]).await.well().says(&["1 users created"]);
+}
+
+/// Places repeat names that the line chose. No service is needed: nothing is sent.
+#[tokio::test]
+async fn a_line_with_endless_places_leaves_a_journal_that_can_be_read() {
+    let nobody = "http://127.0.0.1:1";
+    let line = json!({ "profile": { "n".repeat(30_000): vec!["\0"; 50] } });
+    let (lines, report) = (file(&format!("{line}\n")), file(""));
+    let mut reports = vec![];
+    for arguments in [&["--report", name(&report)][..], &["--report", name(&report)], &["--restart"]] {
+        let refused = import(nobody, &[&[name(&lines)], arguments].concat()).await;
+        assert_eq!(refused.code, Some(1), "{refused:?}");
+        refused.says(&["line 1: unacceptable_json: /profile/nnn", "1 of 1 lines were refused"]);
+        reports.push(std::fs::read_to_string(&report).unwrap());
+    }
+    let told: Value = serde_json::from_str(&reports[0]).unwrap();
+    assert_eq!(told["errors"].as_array().unwrap().len(), 50);
+    assert_eq!(reports[0], reports[1], "the journal knows what was refused");
+}
+
+#[tokio::test]
+async fn what_travels_in_the_clear_to_another_machine_is_warned_of() {
+    // Nothing of it can be sent: nobody is asked.
+    let lines = file("{\n");
+    const WARNING: &str = "TIDINGS_URL: the service is on another machine, and anybody between could read";
+    import("http://users.example.org", &[name(&lines)]).await.says(&[WARNING, "use https://"]);
+    for safe in ["https://users.example.org", "http://localhost:1"] {
+        let quiet = import(safe, &[name(&lines), "--restart"]).await;
+        assert!(!quiet.said.contains(WARNING), "{quiet:?}");
+        quiet.says(&["1 of 1 lines were refused"]);
+    }
 }
 
 #[sqlx::test]
