@@ -157,8 +157,14 @@ impl Book {
         };
         progress.say(&format!("{kept}, {refused} refused{blank}; {took:.1} s, {} lines/s", progress.rate(place)));
         let is_done = self.journal.as_ref().is_some_and(Journal::is_done);
+        let is_stopped = |why: &anyhow::Error| why.downcast_ref() == Some(&Ended::Stopped);
+        // A file is gone on with by the same command, whatever ended it.
+        let is_to_be_told = matches!(self.input, Input::Stdin) && !self.dry_run;
+        if is_to_be_told && ended.as_ref().is_some_and(|why| !is_stopped(why)) {
+            progress.say(&again);
+        }
         match ended.filter(|_| !is_done) {
-            Some(why) if why.downcast_ref() == Some(&Ended::Stopped) => {
+            Some(why) if is_stopped(&why) => {
                 Err(anyhow!("ended before the end, after line {}\nhint: {again}", place.line))
             }
             Some(why) if let Some(Ended::Unknown(_) | Ended::Forbidden(_)) = why.downcast_ref() => {

@@ -71,6 +71,7 @@ async fn help_teaches() {
                 "--dry-run",
                 "--report",
                 "--from-line",
+                "--import-id",
                 "external_id",
                 "Exit status",
             ],

@@ -481,6 +481,9 @@ async fn of_standard_input_nobody_is_doubled_who_goes_on_as_the_hint_says(db: Pg
     // The same lines from the beginning, as after a kill that left no hint.
     let all: Vec<&str> = hint.iter().copied().filter(|word| !["--from-line", "2"].contains(word)).collect();
     send(&house.service.url, &all).await.ends().await.says(&["0 users created, 19 brought up to date, 1 refused"]);
+    // It is told as well when something else ends it.
+    let astray = send(&format!("{}/nowhere", house.service.url), &["-"]).await.ends().await;
+    astray.says(&["what answers at", "`tidings import - --import-id ", " --from-line 2` goes on with the same lines"]);
 }
 
 #[sqlx::test]
