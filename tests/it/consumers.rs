@@ -31,9 +31,11 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    certificates::{Authority, terminate},
     clients::{client, revoke},
     house::{self, House, PATIENCE, collect, env, eventually, file, proxy_before, through},
     proxy::Proxy,
+    tls::TlsBroker,
 };
 
 #[derive(Debug, Clone, Copy)]
@@ -69,6 +71,31 @@ impl Language {
         };
         program
     }
+}
+
+/// What makes a runtime trust this authority, at the broker and at the owner: its own way, as the programs have no setting for it.
+fn trusting(language: Language, authority: &Authority) -> Vec<(String, String)> {
+    let folder = authority.file.with_extension("trusted");
+    fs::create_dir_all(&folder).unwrap();
+    let (file, folder) = (authority.trusted(), folder.display());
+    let (name, value) = match language {
+        Language::Ruby | Language::Python | Language::Go => ("SSL_CERT_FILE", file.to_owned()),
+        Language::Node => ("NODE_EXTRA_CA_CERTS", file.to_owned()),
+        Language::Java => {
+            let store = format!("{folder}/store");
+            let mut keytool = std::process::Command::new("keytool");
+            keytool.args(["-importcert", "-noprompt", "-storepass", "changeit", "-keystore", &store, "-file", file]);
+            built(&mut keytool);
+            let password = "-Djavax.net.ssl.trustStorePassword=changeit";
+            ("JAVA_TOOL_OPTIONS", format!("-Djavax.net.ssl.trustStore={store} {password}"))
+        }
+        Language::Php => {
+            let settings = format!("openssl.cafile={file}\ncurl.cainfo={file}\n");
+            fs::write(format!("{folder}/trusted.ini"), settings).unwrap();
+            ("PHP_INI_SCAN_DIR", format!(":{folder}"))
+        }
+    };
+    vec![(name.to_owned(), value)]
 }
 
 fn tool(variable: &str, otherwise: &str) -> String {
@@ -146,6 +173,13 @@ impl Consumer {
         let mut all = self.settings.clone();
         all.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         (self.process, self.lines, self.log) = spawn(self.language, &all);
+    }
+
+    /// A new process, which can print nothing: its stdout is a full disk.
+    async fn restart_on_a_full_disk(&mut self) {
+        self.process.kill().await.unwrap();
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        (self.process, self.log) = spawn_to(full.into(), self.language, &self.settings);
     }
 
     fn log(&self) -> String {
@@ -286,13 +320,18 @@ impl Consumer {
 type Lived = (Child, Lines<BufReader<ChildStdout>>, Arc<Mutex<String>>);
 
 fn spawn(language: Language, settings: &[(String, String)]) -> Lived {
+    let (mut process, log) = spawn_to(Stdio::piped(), language, settings);
+    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    (process, lines, log)
+}
+
+fn spawn_to(stdout: Stdio, language: Language, settings: &[(String, String)]) -> (Child, Arc<Mutex<String>>) {
     let mut program = language.program();
-    program.envs(settings.iter().cloned()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    program.envs(settings.iter().cloned()).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
     let mut process = program.kill_on_drop(true).spawn().unwrap_or_else(|error| panic!("{program:?}: {error}"));
     let log = Arc::<Mutex<String>>::default();
     collect(process.stderr.take().unwrap(), log.clone());
-    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-    (process, lines, log)
+    (process, log)
 }
 
 fn line(event: &str, user: &Uuid, version: i64, profile: Value) -> Value {
@@ -528,6 +567,66 @@ async fn leaves_in_order(db: PgPool, language: Language) {
     consumer.end().await;
 }
 
+/// What cannot be kept is waited for as the owner is: nothing is acknowledged, set aside or left out.
+async fn waits_for_its_own_copy(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "city": "Riga" })));
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+    consumer.restart_on_a_full_disk().await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    consumer.complains("is tried again").await;
+    consumer.restart(&[]).await;
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+
+    // What was missed is read again until it is kept, too.
+    consumer.restart_on_a_full_disk().await;
+    consumer.listens().await;
+    consumer.channel.queue_delete(consumer.name.queue().into(), QueueDeleteOptions::default()).await.unwrap();
+    eventually("a second resync", async || if consumer.resyncs() > 1 { Ok(()) } else { Err(consumer.log()) }).await;
+    consumer.end().await;
+}
+
+/// Over TLS the broker is believed by its certificate alone: one of the authority that the runtime trusts, and of this host.
+async fn verifies(db: PgPool, language: Language) {
+    let broker = TlsBroker::borrow().await;
+    let house = House::at(db, &broker.plain_url, &broker.settings()).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let owner = terminate(&broker.authority.right(), &house.service.url).await;
+    let mut settings = trusting(language, &broker.authority);
+    settings.extend(
+        [
+            ("AMQP_URL", broker.url.clone()),
+            ("TIDINGS_API_KEY", house::key().to_owned()),
+            ("TIDINGS_URL", format!("https://localhost:{owner}")),
+            ("TIDINGS_EXCHANGE", house.exchange.clone()),
+            ("TIDINGS_QUEUE", format!("{}.consumer", house.exchange)),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    let [stranger, other_name, ..] = broker.authority.wrong();
+    for (wrong, why) in [stranger, other_name] {
+        broker.present(&wrong).await;
+        let (_process, _lines, log) = spawn(language, &settings);
+        eventually("two attempts that came to nothing", async || {
+            let log = log.lock().unwrap().clone();
+            assert!(!log.contains("resync"), "{why}: it is at work: {log}");
+            if log.matches("session ended").count() > 1 { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+    broker.present(&broker.authority.right()).await;
+    let (_process, mut lines, log) = spawn(language, &settings);
+    let heard = timeout(PATIENCE, lines.next_line()).await.unwrap_or_else(|_| panic!("{}", log.lock().unwrap()));
+    let heard: Value = serde_json::from_str(&heard.unwrap().unwrap()).unwrap();
+    assert_eq!(heard, line("resync", &ana, 1, json!({ "city": "Riga" })));
+}
+
 /// Every language goes through every story.
 macro_rules! stories {
     ($($module:ident $language:ident),+) => {$(
@@ -559,6 +658,16 @@ macro_rules! stories {
             #[sqlx::test]
             async fn waits_for_a_key(db: PgPool) {
                 super::waits_for_a_key(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn waits_for_its_own_copy(db: PgPool) {
+                super::waits_for_its_own_copy(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn believes_a_broker_by_its_certificate_alone(db: PgPool) {
+                super::verifies(db, $language).await;
             }
 
             #[sqlx::test]

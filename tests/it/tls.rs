@@ -37,10 +37,10 @@ const PASSWORD: &str = "c4nary-passw0rd";
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 /// A broker that speaks TLS, and what it shows is chosen by the test.
-struct TlsBroker {
-    authority: Authority,
-    plain_url: String,
-    url: String,
+pub struct TlsBroker {
+    pub authority: Authority,
+    pub plain_url: String,
+    pub url: String,
     management_url: String,
     /// Between the service and its TLS port.
     line: Proxy,
@@ -48,7 +48,7 @@ struct TlsBroker {
 }
 
 impl TlsBroker {
-    async fn borrow() -> Self {
+    pub async fn borrow() -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
         let (authority, folder) = (Authority::new(), folder());
         put(&authority.right(), &folder);
@@ -72,13 +72,13 @@ impl TlsBroker {
     }
 
     /// Shows this certificate to whoever connects from now on, and has everybody connect anew.
-    async fn present(&self, presented: &Presented) {
+    pub async fn present(&self, presented: &Presented) {
         put(presented, &folder());
         self.ctl(&["eval", "ssl:clear_pem_cache()."]).await.unwrap();
         self.line.cut();
     }
 
-    fn settings(&self) -> [(&str, &str); 3] {
+    pub fn settings(&self) -> [(&str, &str); 3] {
         [("AMQP_URL", &self.url), ("AMQP_REGISTRY_URL", &self.url), ("AMQP_CA_FILE", self.authority.trusted())]
     }
 }

@@ -187,14 +187,17 @@ func read(message amqp.Delivery) (userID string, version int64, err error) {
 	return strings.ToLower(notice.UserID), version, nil
 }
 
-// Here your own copy would be written, or forgotten when there is no profile any more.
-func keep(event *string, userID string, latest record) {
-	versions.remember(userID, latest.Version) // of the deleted too: no late notice brings them back
+// Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again.
+func keep(event *string, userID string, latest record) error {
 	out := line{Event: event, UserID: userID, Profile: latest.Profile}
 	if latest.Profile != nil {
 		out.Version = &latest.Version
 	}
-	_ = json.NewEncoder(os.Stdout).Encode(out)
+	if err := json.NewEncoder(os.Stdout).Encode(out); err != nil {
+		return err
+	}
+	versions.remember(userID, latest.Version) // of the deleted too: no late notice brings them back
+	return nil
 }
 
 // The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too.
@@ -212,7 +215,9 @@ func handle(ctx context.Context, message amqp.Delivery) error {
 		if err := fetch(ctx, fmt.Sprintf("/v1/users/%s?min_version=%d", userID, version), &latest); err != nil {
 			return err
 		}
-		keep(&message.Type, userID, latest)
+		if err := keep(&message.Type, userID, latest); err != nil {
+			return err
+		}
 	}
 	if message.MessageId != "" {
 		seen.remember(message.MessageId, true)
@@ -234,7 +239,9 @@ func resync(ctx context.Context) error {
 		}
 		for _, user := range page.Users {
 			if user.Version > versions.kept[user.ID] {
-				keep(&event, user.ID, user)
+				if err := keep(&event, user.ID, user); err != nil {
+					return err
+				}
 			}
 		}
 		if page.Next == nil {
@@ -281,19 +288,24 @@ func declare(channel *amqp.Channel) error {
 	return err
 }
 
+// Until it is done: when your own database is away, nothing is wrong with the message.
 func deliver(ctx context.Context, message amqp.Delivery) error {
-	err := handle(ctx, message)
-	switch reason := setAside(""); {
-	case err == nil:
-		return message.Ack(false)
-	case ctx.Err() != nil && errors.Is(err, ctx.Err()):
-		return nil // not ours any more: it goes back
-	case errors.As(err, &reason):
-		log.Printf("message %s is set aside: %s", message.MessageId, reason)
-	default:
-		log.Printf("message %s is set aside: %T", message.MessageId, err)
+	for {
+		err := handle(ctx, message)
+		if err == nil {
+			return message.Ack(false)
+		}
+		if reason := setAside(""); errors.As(err, &reason) {
+			log.Printf("message %s is set aside: %s", message.MessageId, reason)
+			return message.Reject(false)
+		}
+		if ctx.Err() == nil { // its text may quote what was fetched
+			log.Printf("message %s is tried again: %T", message.MessageId, err)
+		}
+		if pause(ctx, time.Second) != nil {
+			return nil // not ours any more: it goes back
+		}
 	}
-	return message.Reject(false)
 }
 
 func session(ctx context.Context) error {

@@ -9,13 +9,17 @@ import com.google.gson.GsonBuilder;
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParseException;
 import com.rabbitmq.client.AMQP.BasicProperties;
+import com.rabbitmq.client.Address;
 import com.rabbitmq.client.AlreadyClosedException;
 import com.rabbitmq.client.Channel;
 import com.rabbitmq.client.Connection;
 import com.rabbitmq.client.ConnectionFactory;
 import com.rabbitmq.client.DefaultConsumer;
 import com.rabbitmq.client.Envelope;
+import com.rabbitmq.client.ListAddressResolver;
 import com.rabbitmq.client.ShutdownSignalException;
+import java.io.FileDescriptor;
+import java.io.FileOutputStream;
 import java.io.IOException;
 import java.net.URI;
 import java.net.http.HttpClient;
@@ -36,6 +40,9 @@ import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.regex.Pattern;
+import javax.net.ssl.SSLContext;
+import javax.net.ssl.SSLParameters;
+import javax.net.ssl.SSLSocket;
 
 public class Consumer {
     static final String OWNER = required("TIDINGS_URL").replaceAll("/$", "");
@@ -49,6 +56,7 @@ public class Consumer {
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
     static final Set<Integer> OUTAGES = Set.of(408, 429, 502, 503, 504);
     static final Gson JSON = new GsonBuilder().serializeNulls().create();
+    static final FileOutputStream OUT = new FileOutputStream(FileDescriptor.out); // System.out keeps it to itself when it cannot write
     static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
 
     /** A message that no repetition helps; the text never quotes the message. */
@@ -156,21 +164,21 @@ public class Consumer {
         throw new SetAside("not a notice");
     }
 
-    /** Here your own copy would be written, or forgotten when there is no profile any more. */
-    void keep(String event, String userId, JsonObject latest) {
-        versions.put(userId, latest.get("version").getAsLong()); // of the deleted too: no late notice brings them back
+    /** Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again. */
+    void keep(String event, String userId, JsonObject latest) throws IOException {
         Map<String, Object> line = new LinkedHashMap<>();
         line.put("event", event);
         line.put("user_id", userId);
         line.put("version", latest.has("profile") ? latest.get("version") : null);
         line.put("profile", latest.get("profile"));
-        System.out.println(JSON.toJson(line));
+        OUT.write((JSON.toJson(line) + "\n").getBytes(StandardCharsets.UTF_8));
+        versions.put(userId, latest.get("version").getAsLong()); // of the deleted too: no late notice brings them back
     }
 
     boolean isNews(String userId, long version) { return version > versions.getOrDefault(userId, 0L); }
 
     /** The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too. */
-    void handle(Message message) throws InterruptedException, SetAside, Stop {
+    void handle(Message message) throws IOException, InterruptedException, SetAside, Stop {
         String id = message.properties.getMessageId();
         if (id != null && seen.containsKey(id)) return;
         Notice notice = read(message);
@@ -183,7 +191,7 @@ public class Consumer {
     }
 
     /** Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each. */
-    void resync() throws InterruptedException, SetAside, Stop {
+    void resync() throws IOException, InterruptedException, SetAside, Stop {
         System.err.println("news may have been missed: resync");
         String after = "";
         while (true) {
@@ -222,12 +230,24 @@ public class Consumer {
         for (String key : keys) channel.queueBind(QUEUE, EXCHANGE, key);
     }
 
+    /** Until it is done: when your own database is away, nothing is wrong with the message. */
+    void insist(Message message) throws InterruptedException, SetAside, Stop {
+        while (true) {
+            try {
+                handle(message);
+                return;
+            } catch (IOException | RuntimeException error) { // its text may quote what was fetched
+                System.err.println("message " + message.properties.getMessageId() + " is tried again: " + error.getClass().getSimpleName());
+                pause(1000);
+            }
+        }
+    }
+
     void deliver(Channel channel, Message message) throws IOException, InterruptedException, Stop {
         try {
-            handle(message);
-        } catch (SetAside | RuntimeException error) {
-            String reason = error instanceof SetAside ? error.getMessage() : error.getClass().getSimpleName();
-            System.err.println("message " + message.properties.getMessageId() + " is set aside: " + reason);
+            insist(message);
+        } catch (SetAside reason) {
+            System.err.println("message " + message.properties.getMessageId() + " is set aside: " + reason.getMessage());
             channel.basicReject(message.tag, false);
             return;
         }
@@ -245,14 +265,29 @@ public class Consumer {
         };
     }
 
-    void session() throws Exception {
+    static Connection connect() throws Exception {
         ConnectionFactory factory = new ConnectionFactory();
         factory.setUri(required("AMQP_URL"));
         factory.setRequestedHeartbeat(30);
         factory.setConnectionTimeout(10_000);
         factory.setAutomaticRecoveryEnabled(false); // it would not tell us what was lost meanwhile
+        if (factory.isSSL()) {
+            // By itself the client believes any certificate of any host.
+            factory.useSslProtocol(SSLContext.getDefault());
+            factory.setSocketConfigurator(socket -> {
+                SSLParameters parameters = ((SSLSocket) socket).getSSLParameters();
+                parameters.setEndpointIdentificationAlgorithm("HTTPS");
+                ((SSLSocket) socket).setSSLParameters(parameters);
+                socket.setTcpNoDelay(true);
+            });
+        }
+        // By name: the client would look up its address and compare the certificate with that.
+        return factory.newConnection(new ListAddressResolver(List.of(new Address(factory.getHost(), factory.getPort()))));
+    }
+
+    void session() throws Exception {
         inbox = new LinkedBlockingQueue<>();
-        Connection connection = factory.newConnection();
+        Connection connection = connect();
         try {
             missed |= !isThere(connection);
             Channel channel = connection.createChannel();

@@ -4,6 +4,7 @@
 //
 // A notice is only a hint to look. docs/consuming has the rules that this program follows, and a page about this library.
 
+import { writeFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import amqp from "amqplib";
@@ -96,10 +97,11 @@ function read({ properties, content }) {
   return { id: notice.user_id.toLowerCase(), version };
 }
 
-// Here your own copy would be written, or forgotten when there is no profile any more.
+// Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again.
 function keep(event, id, { version, profile = null }) {
+  const line = JSON.stringify({ event, user_id: id, version: profile && version, profile });
+  writeFileSync(1, `${line}\n`); // console.log keeps it to itself when it cannot write
   versions.remember(id, version); // of the deleted too: no late notice brings them back
-  console.log(JSON.stringify({ event, user_id: id, version: profile && version, profile }));
 }
 
 const isNews = (id, version) => version > (versions.get(id) ?? 0);
@@ -148,13 +150,27 @@ async function declare(channel) {
   for (const key of KEYS) await channel.bindQueue(QUEUE, EXCHANGE, key);
 }
 
+// Until it is done: when your own database is away, nothing is wrong with the message.
+async function insist(message) {
+  for (;;) {
+    try {
+      return await handle(message);
+    } catch (error) {
+      if (error instanceof SetAside || stop.signal.aborted) throw error;
+      // Its text may quote what was fetched.
+      console.error(`message ${message.properties.messageId} is tried again: ${error.code ?? error.name}`);
+      await pause(1000);
+    }
+  }
+}
+
 async function deliver(channel, message) {
   if (stop.signal.aborted) return; // what waits behind the message in hand goes back
   try {
-    await handle(message);
+    await insist(message);
   } catch (error) {
-    if (error.name === "AbortError") return;
-    console.error(`message ${message.properties.messageId} is set aside: ${error instanceof SetAside ? error.message : error.name}`);
+    if (!(error instanceof SetAside)) return; // we are leaving
+    console.error(`message ${message.properties.messageId} is set aside: ${error.message}`);
     return channel.reject(message, false);
   }
   channel.ack(message);

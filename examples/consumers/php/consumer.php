@@ -34,6 +34,11 @@ function apiKey(): string
     return preg_split('/\s+/', trim($file === false ? setting('TIDINGS_API_KEY') : (string) @file_get_contents($file)))[0];
 }
 
+function idOf(AMQPMessage $message): string
+{
+    return $message->has('message_id') ? $message->get('message_id') : '';
+}
+
 define('AMQP_URL', setting('AMQP_URL'));
 define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
 define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
@@ -170,13 +175,16 @@ final class Consumer
         return [strtolower($id), $version];
     }
 
-    /** Here your own copy would be written, or forgotten when there is no profile any more. */
+    /** Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again. */
     private function keep(?string $event, string $id, array $latest): void
     {
-        $this->versions->remember($id, $latest['version']); // of the deleted too: no late notice brings them back
         $profile = $latest['profile'] ?? null;
         $version = $profile === null ? null : $latest['version'];
-        echo json_encode(['event' => $event, 'user_id' => $id, 'version' => $version, 'profile' => $profile], JSON_THROW_ON_ERROR), "\n";
+        $line = json_encode(['event' => $event, 'user_id' => $id, 'version' => $version, 'profile' => $profile], JSON_THROW_ON_ERROR) . "\n";
+        if (@fwrite(STDOUT, $line) !== strlen($line)) {
+            throw new RuntimeException('stdout cannot be written');
+        }
+        $this->versions->remember($id, $latest['version']); // of the deleted too: no late notice brings them back
     }
 
     private function isNews(string $id, int $version): bool
@@ -187,7 +195,7 @@ final class Consumer
     /** The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too. */
     private function handle(AMQPMessage $message): void
     {
-        $messageId = $message->has('message_id') ? $message->get('message_id') : '';
+        $messageId = idOf($message);
         if ($this->seen->of($messageId)) {
             return;
         }
@@ -254,17 +262,29 @@ final class Consumer
             return;
         }
         try {
-            $this->handle($message);
-        } catch (Stop | AMQPExceptionInterface $error) {
-            throw $error;
-        } catch (Throwable $error) {
-            $id = $message->has('message_id') ? $message->get('message_id') : '';
-            $reason = $error instanceof SetAside ? $error->getMessage() : $error::class;
-            fwrite(STDERR, "message $id is set aside: $reason\n");
+            $this->insist($message);
+        } catch (SetAside $reason) {
+            fwrite(STDERR, 'message ' . idOf($message) . " is set aside: {$reason->getMessage()}\n");
             $message->reject(false);
             return;
         }
         $message->ack();
+    }
+
+    /** Until it is done: when your own database is away, nothing is wrong with the message. */
+    private function insist(AMQPMessage $message): void
+    {
+        while (true) {
+            try {
+                $this->handle($message);
+                return;
+            } catch (Stop | SetAside | AMQPExceptionInterface $error) {
+                throw $error;
+            } catch (Throwable $error) { // its text may quote what was fetched
+                fwrite(STDERR, 'message ' . idOf($message) . ' is tried again: ' . $error::class . "\n");
+                $this->pause(1);
+            }
+        }
     }
 
     private function session(): void
@@ -325,6 +345,10 @@ function connect(): AbstractConnection
     $url = parse_url(AMQP_URL) ?: throw new RuntimeException('AMQP_URL is not the address of a broker');
     $config = new AMQPConnectionConfig();
     $config->setIsSecure($url['scheme'] === 'amqps');
+    if ($config->isSecure()) { // without both of these the library speaks plain AMQP all the same
+        $config->setNetworkProtocol('ssl');
+        $config->setSslVerify(true);
+    }
     $config->setHost($url['host']);
     $config->setPort($url['port'] ?? ($config->isSecure() ? 5671 : 5672));
     $config->setUser(rawurldecode($url['user'] ?? 'guest'));

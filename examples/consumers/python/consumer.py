@@ -101,12 +101,12 @@ class Consumer:
             self.pause(int(after) if after.isdecimal() else 1)
 
     def keep(self, event, user_id, record):
-        """Here your own copy would be written, or forgotten when there is no profile any more."""
-        self.versions.remember(user_id, record["version"])  # of the deleted too: no late notice brings them back
+        """Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again."""
         profile = record.get("profile")
         version = record["version"] if profile is not None else None
         line = {"event": event, "user_id": user_id, "version": version, "profile": profile}
         print(json.dumps(line), flush=True)
+        self.versions.remember(user_id, record["version"])  # of the deleted too: no late notice brings them back
 
     def handle(self, properties, body):
         """The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too."""
@@ -118,6 +118,17 @@ class Consumer:
             self.keep(properties.type, user_id, self.fetch(f"/v1/users/{user_id}?min_version={version}"))
         if properties.message_id:
             self.seen.remember(properties.message_id, True)
+
+    def insist(self, properties, body):
+        """Until it is done: when your own database is away, nothing is wrong with the message."""
+        while True:
+            try:
+                return self.handle(properties, body)
+            except (Stop, SetAside, AMQPError):
+                raise
+            except Exception as error:  # its text may quote what was fetched
+                complain(f"message {properties.message_id} is tried again: {type(error).__name__}")
+                self.pause(1)
 
     def resync(self):
         """Everybody as of now, when news may have been missed. Whom you hold and do not meet here was deleted: ask for each."""
@@ -132,11 +143,8 @@ class Consumer:
 
     def deliver(self, channel, delivery, properties, body):
         try:
-            self.handle(properties, body)
-        except (Stop, AMQPError):
-            raise
-        except Exception as error:
-            reason = error if isinstance(error, SetAside) else type(error).__name__
+            self.insist(properties, body)
+        except SetAside as reason:
             complain(f"message {properties.message_id} is set aside: {reason}")
             channel.basic_reject(delivery.delivery_tag, requeue=False)
         else:

@@ -100,10 +100,10 @@ def read(properties, body)
   [notice["user_id"].downcase, version]
 end
 
-# Here your own copy would be written, or forgotten when there is no profile any more.
+# Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again.
 def keep(event, user_id, record)
-  VERSIONS.remember(user_id, record.fetch("version")) # of the deleted too: no late notice brings them back
   puts JSON.generate(event:, user_id:, version: record["profile"] && record["version"], profile: record["profile"])
+  VERSIONS.remember(user_id, record.fetch("version")) # of the deleted too: no late notice brings them back
 end
 
 # The type is for the curious: whatever happened, the latest record is fetched, for a type unknown here too.
@@ -139,13 +139,22 @@ def declare(channel)
   KEYS.each { |key| queue.bind(EXCHANGE, routing_key: key) }
 end
 
+# Until it is done: when your own database is away, nothing is wrong with the message.
+def insist(properties, body)
+  handle(properties, body)
+rescue Stop, SetAside
+  raise
+rescue StandardError => error # its text may quote what was fetched
+  warn "message #{properties.message_id} is tried again: #{error.class}"
+  pause(1)
+  retry
+end
+
 def deliver(channel, delivery, properties, body)
   begin
-    handle(properties, body)
-  rescue Stop
-    raise
-  rescue StandardError => error
-    warn "message #{properties.message_id} is set aside: #{error.is_a?(SetAside) ? error.message : error.class}"
+    insist(properties, body)
+  rescue SetAside => reason
+    warn "message #{properties.message_id} is set aside: #{reason.message}"
     return channel.reject(delivery.delivery_tag)
   end
   channel.ack(delivery.delivery_tag)
@@ -157,8 +166,9 @@ Inbox = Class.new(Queue) { def raise(*) = push(:lost) }
 def session
   inbox = $inbox = Inbox.new
   # Bunny's log goes to stdout by default. Its own recovery would not tell us what was lost meanwhile.
+  # Without verify_peer it believes any certificate of amqps://.
   connection = Bunny.new(AMQP_URL, heartbeat: 30, connection_timeout: 10, automatically_recover: false, logger: Logger.new(nil),
-                                   recover_from_connection_close: false, session_error_handler: inbox)
+                                   recover_from_connection_close: false, session_error_handler: inbox, verify_peer: true)
   connection.start
   $missed = true unless connection.queue_exists?(QUEUE)
   channel = connection.create_channel
