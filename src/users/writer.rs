@@ -280,6 +280,16 @@ mod tests {
         (Batch { coming, sender, batch }, announced)
     }
 
+    #[test]
+    fn what_is_refused_to_everybody_is_not_tried_for_each() {
+        let may_be_of_one = |code: &str| may_be_of_one(&Trouble::Refused { code: code.to_owned(), constraint: None });
+        // Something that is there once, data, a row that is locked, two who wait for each other.
+        assert!(["23505", "22P05", "55P03", "40P01"].into_iter().all(may_be_of_one));
+        // Read-only, no room, too slow, a broken file.
+        assert!(!["25006", "53100", "57014", "58030"].into_iter().any(may_be_of_one));
+        assert!(!super::may_be_of_one(&Trouble::Broken(anyhow::anyhow!("silence"))));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_batch_goes_without_delay_when_nobody_is_on_his_way() {
         let (alone, _) = batch(0).await;

@@ -10,11 +10,12 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use super::{Code, Problem, traffic::Traffic};
 use axum::{
     body::{Body, Bytes, HttpBody, to_bytes},
     response::{IntoResponse, Response},
 };
+
+use super::{Code, Problem, traffic::Traffic};
 
 /// Up to here an answer is short. As many of these as there may be connections are 640 MiB, if every user is as large as can be.
 const SHORT_BYTES: u64 = 64 * 1024;
