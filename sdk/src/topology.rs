@@ -75,7 +75,8 @@ impl Source {
 /// Why the broker does not have what was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Arguments of a queue cannot be changed: somebody has to delete it, or choose another name.
+    /// Arguments of a queue cannot be changed, and one that is another connection's alone stays so: somebody has to delete it, or choose
+    /// another name.
     #[error("{0:?} exists at the broker with other properties; delete it there, or choose another name")]
     Differs(String),
     #[error("{0:?} does not exist at the broker")]
@@ -300,7 +301,7 @@ async fn answer<T>(subject: &str, request: impl Future<Output = lapin::Result<T>
     };
     let subject = subject.to_owned();
     Err(match refusal(&refused) {
-        Some(AMQPSoftError::PRECONDITIONFAILED) => Error::Differs(subject),
+        Some(AMQPSoftError::PRECONDITIONFAILED | AMQPSoftError::RESOURCELOCKED) => Error::Differs(subject),
         Some(AMQPSoftError::NOTFOUND) => Error::Missing(subject),
         Some(AMQPSoftError::ACCESSREFUSED) => Error::Forbidden(subject),
         _ => Error::Broken(refused),

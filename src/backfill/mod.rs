@@ -14,7 +14,7 @@ mod store;
 pub use http::{Start, routes};
 pub use model::{Backfill, DEFAULT_MAX_WAITING, DEFAULT_RATE, MAX_USER_IDS, Plan, RATES, State, WaitingFor, Whom};
 pub use runner::Runner;
-pub use store::{FIND, FINISH, KNOWN, MOVE_ON, RUNNING, START, THESE, TURN, WAIT, WALK};
+pub use store::{BEGIN_ANEW, FIND, FINISH, KNOWN, MOVE_ON, RUNNING, START, THESE, TURN, WAIT, WALK};
 
 use std::time::Duration;
 
@@ -54,10 +54,12 @@ pub enum Error {
     Query(#[from] Trouble),
 }
 
-/// Changes are dated by the beginning of their transaction, and what a consumer had not acknowledged was told before it was lost.
-const MARGIN: Duration = Duration::from_secs(600);
+/// Changes are dated by the beginning of their transaction, and what a consumer had not acknowledged was told before it was lost: with
+/// the SDK's retries up to 671 s before, and its handler takes time too.
+const MARGIN: Duration = Duration::from_secs(900);
 
-/// Starts telling a subscription anew what it has lost. One that is under way goes on instead, and is for its owner to judge.
+/// Starts telling a subscription anew what it has lost. What another backfill told it may be lost too: one that is under way, be it
+/// paused, or was done not long before, begins anew in a form that covers both.
 ///
 /// # Errors
 /// When the database refuses.
@@ -65,9 +67,13 @@ pub async fn make_good(
     db: &mut PgConnection,
     name: &SubscriptionName,
     missing_since: OffsetDateTime,
-) -> sqlx::Result<bool> {
-    let users = Whom::ChangedSince(missing_since - MARGIN);
-    store::start(db, name, &Plan { users, rate_per_s: DEFAULT_RATE, max_waiting: DEFAULT_MAX_WAITING }).await
+) -> sqlx::Result<()> {
+    let since = missing_since - MARGIN;
+    let users = Whom::ChangedSince(since);
+    let plan = Plan { users, rate_per_s: DEFAULT_RATE, max_waiting: DEFAULT_MAX_WAITING };
+    // Neither only when somebody started another in between.
+    while !store::begin_anew(db, name, since).await? && !store::start(&mut *db, name, &plan).await? {}
+    Ok(())
 }
 
 impl Backfills {

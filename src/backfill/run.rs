@@ -157,15 +157,14 @@ impl Run {
         let of_a_second = usize::try_from(self.orders.borrow().rate_per_s)?;
         let limit = of_a_second.clamp(SMALL_PAGE, PAGE);
         let past = self.progress.reached.unwrap_or_default();
-        self.ahead = match &self.backfill.user_ids {
-            Some(ids) => {
+        self.ahead = match &self.backfill {
+            Running { user_ids: Some(ids), changed_since: None, .. } => {
                 let rest = &ids[ids.partition_point(|id| *id <= past)..];
                 let asked = &rest[..limit.min(rest.len())];
                 let found = self.line.run(async |session| store::these(session, asked).await).await?;
                 asked.iter().map(|id| self.step_to(*id, &found)).collect()
             }
-            None => {
-                let up_to = self.backfill.up_to;
+            &Running { up_to, .. } => {
                 let found = self.line.run(async |session| store::walk(session, past, up_to, limit).await).await?;
                 found.iter().map(|user| self.step(user)).collect()
             }
@@ -182,8 +181,10 @@ impl Run {
     }
 
     fn step(&self, user: &Passed) -> Step {
-        let Running { id, subscription, changed_since, .. } = &self.backfill;
-        Step { user_id: user.user_id, notice: notice(*id, subscription, *changed_since, user) }
+        let Running { id, subscription, user_ids, changed_since, .. } = &self.backfill;
+        let is_named = user_ids.as_ref().is_some_and(|ids| ids.binary_search(&user.user_id).is_ok());
+        let since = changed_since.filter(|_| !is_named);
+        Step { user_id: user.user_id, notice: notice(*id, subscription, since, user) }
     }
 
     /// Passes those of whom there is nothing to tell.

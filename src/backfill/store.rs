@@ -29,7 +29,26 @@ on conflict (subscription) do update
 returning id
 ";
 
-/// Users counted one by one before [`START`] estimates.
+/// Begins a backfill anew that has told, or was to tell, what was lost since $3: in one with whoever changed since then.
+pub const BEGIN_ANEW: &str = "
+update backfills
+   set id = $2, state = 'running', waiting_for = null,
+       -- Everybody stays everybody.
+       changed_since = case when user_ids is not null or changed_since is not null then least(changed_since, $3) end,
+       cursor = null,
+       up_to = coalesce((select id from users order by id desc limit 1), '00000000-0000-0000-0000-000000000000'),
+       sent = 0, skipped = 0,
+       total = case when counted.users < $4 then counted.users else greatest(counted.users, estimate.users) end,
+       total_is_estimate = counted.users >= $4,
+       started_at = now(), finished_at = null, updated_at = now()
+  from (select count(*) as users from (select from users limit $4) as first_rows) as counted,
+       (select reltuples::bigint as users from pg_class where oid = 'users'::regclass) as estimate
+ where subscription = $1
+   and (state in ('running', 'paused') or (state = 'done' and finished_at >= $3))
+returning id
+";
+
+/// Users counted one by one before [`START`] and [`BEGIN_ANEW`] estimate.
 const COUNT_LIMIT: i64 = 100_000;
 
 pub const FIND: &str = "
@@ -120,6 +139,7 @@ pub struct Running {
     pub subscription: Subscription,
     /// In order; `None`: every user.
     pub user_ids: Option<Vec<Uuid>>,
+    /// Only who changed since then; with `user_ids` these besides.
     pub changed_since: Option<OffsetDateTime>,
     pub rate_per_s: i32,
     pub max_waiting: i32,
@@ -142,6 +162,16 @@ pub async fn start<'e>(on: impl PgExecutor<'e>, name: &SubscriptionName, plan: &
     let start = sqlx::query(START).bind(name.as_str()).bind(Uuid::now_v7()).bind(user_ids).bind(changed_since);
     let started = start.bind(plan.rate_per_s).bind(plan.max_waiting).bind(COUNT_LIMIT).fetch_all(on).await?;
     Ok(!started.is_empty())
+}
+
+/// False when there is none to begin anew.
+pub async fn begin_anew(
+    connection: &mut PgConnection,
+    name: &SubscriptionName,
+    since: OffsetDateTime,
+) -> sqlx::Result<bool> {
+    let begin = sqlx::query(BEGIN_ANEW).bind(name.as_str()).bind(Uuid::now_v7()).bind(since).bind(COUNT_LIMIT);
+    Ok(!begin.fetch_all(connection).await?.is_empty())
 }
 
 pub async fn find(pool: &PgPool, name: &SubscriptionName) -> sqlx::Result<Option<Backfill>> {

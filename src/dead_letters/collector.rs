@@ -32,8 +32,9 @@ use crate::{
     telemetry::with_causes,
 };
 
-/// Letters in one batch, and of one subscription under way at once.
-const BATCH: u16 = 500;
+/// Letters in one batch, and of one subscription under way at once. Their bodies lie in memory, and a consumer may have put 16 MiB into
+/// each.
+const BATCH: u16 = 16;
 /// Between two looks for subscriptions that are new, or whose queue is back.
 const LOOK: Duration = Duration::from_secs(2);
 /// A mailbox that was empty for so long is opened anew. RabbitMQ 3.10 may forget to tell a consumer that its quorum queue was deleted

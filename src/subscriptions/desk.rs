@@ -52,7 +52,7 @@ impl From<topology::Error> for Trouble {
     }
 }
 
-/// What lies in a subscription's queues. `None` where there is no such queue.
+/// What lies in a subscription's queues. `None` where there is none of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Look {
     pub work: Option<Depth>,
@@ -111,7 +111,8 @@ impl Desk {
     async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {
         match topology::depth(channel, queue).await {
             Ok(depth) => Ok(Some(depth)),
-            Err(topology::Error::Missing(_)) => {
+            // One that is another connection's alone has the name and is not ours.
+            Err(topology::Error::Missing(_) | topology::Error::Differs(_)) => {
                 *channel = self.channel().await?;
                 Ok(None)
             }

@@ -6,11 +6,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use sqlx::{Connection, PgConnection};
 use tidings_sdk::{
     envelope::Event,
     subscription::{Subscription, SubscriptionName},
     topology::Depth,
 };
+use time::OffsetDateTime;
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
@@ -79,15 +81,15 @@ impl Registrar {
         // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
         let noted = match &before {
             Some(before) => self.note_loss(line, before).await,
-            None => Ok(()),
+            None => Ok(None),
         };
         let revision =
             line.run_in_session(async |db| store::put(db, wish, by_operator).await).await?.ok_or(Error::Full)?;
         let now = find(line, name).await?.ok_or(Error::NotFound)?;
-        noted?;
+        let owed_since = noted?;
         match self.desk.declare(&wish.subscription, &now.bound).await {
             Ok(()) => {
-                line.run_in_session(async |db| store::mark_declared(db, name, revision).await).await?;
+                note_declared(line, name, revision, owed_since).await?;
                 settle_duty(line, &wish.subscription).await?;
                 Ok(if before.is_some() { Put::Changed } else { Put::Created })
             }
@@ -103,30 +105,33 @@ impl Registrar {
     pub async fn declare_again(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
         self.locked(line, name, async |line| {
             let Some(row) = find(line, name).await? else { return Ok(None) };
-            self.note_loss(line, &row).await?;
+            let owed_since = self.note_loss(line, &row).await?;
             self.desk.declare(&row.registration.subscription, &row.bound).await.map_err(Error::Undeclared)?;
-            line.run_in_session(async |db| store::mark_declared(db, name, row.revision).await).await?;
+            note_declared(line, name, row.revision, owed_since).await?;
             settle_duty(line, &row.registration.subscription).await?;
             find(line, name).await
         })
         .await
     }
 
-    /// Notes that a queue that the broker had is gone.
-    async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<(), Error> {
+    /// Notes that a queue that the broker had is gone. Since when it is owed news: from a loss until it is declared again.
+    async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<Option<OffsetDateTime>, Error> {
+        if row.declared_revision == 0 {
+            return Ok(row.seen.missing_since);
+        }
         let looks = self.desk.look(&[row.name()]).await.map_err(Error::Undeclared)?;
-        if row.declared_revision == 0 || looks.iter().any(|look| look.work.is_some()) {
-            return Ok(());
+        if looks.iter().any(|look| look.work.is_some()) {
+            return Ok(None);
         }
         let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
-        let Some(missing_since) = lost else { return Ok(()) };
-        tracing::warn!(
-            subscription = %row.name(),
-            missing_since = rfc3339(missing_since),
-            "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
-        );
-        line.run_in_session(async |db| backfill::make_good(db, row.name(), missing_since).await).await?;
-        Ok(())
+        if let Some(missing_since) = lost {
+            tracing::warn!(
+                subscription = %row.name(),
+                missing_since = rfc3339(missing_since),
+                "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
+            );
+        }
+        Ok(lost)
     }
 
     /// Deletes a subscription; when messages wait in it, only if they may be `discarded`.
@@ -206,6 +211,25 @@ impl Registrar {
 
 async fn find(line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
     Ok(line.run_in_session(async |db| store::find(db, Some(name)).await).await?.pop())
+}
+
+/// Notes that the broker has a revision, and begins to tell it anew what it is owed. Not earlier: of a user whom that telling has
+/// passed before the queue is bound, later news would reach nobody. Both or neither, so that a crash makes both be done again.
+async fn note_declared(
+    line: &mut Line,
+    name: &SubscriptionName,
+    revision: i64,
+    owed_since: Option<OffsetDateTime>,
+) -> Result<(), Error> {
+    let noted = async |db: &mut PgConnection| {
+        let mut transaction = db.begin().await?;
+        store::mark_declared(&mut transaction, name, revision).await?;
+        if let Some(since) = owed_since {
+            backfill::make_good(&mut transaction, name, since).await?;
+        }
+        transaction.commit().await
+    };
+    Ok(line.run_in_session(noted).await?)
 }
 
 /// Whoever is told of deletions has to confirm them: from the moment on from which none can be missed.

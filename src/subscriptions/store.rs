@@ -97,8 +97,8 @@ update subscriptions
    set lost_at = now(),
        missing_since = case
          when lost_at is not null and (recovered_at is null or recovered_at < lost_at) then missing_since
-         -- What lay in it is missing too.
-         else least(waiting_since, greatest((select looked_at from subscriptions_looked_at), updated_at))
+         -- What lay in it is missing too. It was last seen when all were, unless it came later.
+         else least(waiting_since, greatest((select looked_at from subscriptions_looked_at), created_at))
        end,
        declared_revision = 0
  where name = $1 and declared_revision > 0

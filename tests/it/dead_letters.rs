@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, Service, eventually, tidings},
+    sessions,
     subscribed::{Consumer, Subscribed, header, notice},
 };
 
@@ -96,6 +97,23 @@ async fn a_letter_is_kept_and_shown_with_its_reason_and_without_data(db: PgPool)
     assert!((house.metric(&sample).await - 1.0).abs() < f64::EPSILON);
     let log = house.service.log();
     assert!(log.contains("dead letters have come") && log.contains("handler_failed: 1"), "{log}");
+    orders.end().await;
+}
+
+/// However many there are, and however large: few of them are in memory at once.
+#[sqlx::test]
+async fn letters_that_cannot_be_kept_yet_stay_at_the_broker(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_NO_RELAY", "true")]).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    bury(&orders, 100).await;
+    let mut held = house.db.begin().await.unwrap();
+    sqlx::query("lock table dead_letters").execute(&mut *held).await.unwrap();
+    let relay = house.another(&["relay"]).await;
+    sessions::blocked(&house.db, "tidings collector").await;
+    assert!(orders.waiting_dead().await >= 80);
+    held.rollback().await.unwrap();
+    await_letters(&house, &orders, 100).await;
+    drop(relay);
     orders.end().await;
 }
 

@@ -44,6 +44,15 @@ impl House {
         Answer::to(self.request(Method::PUT, &format!("/v1/subscriptions/{name}")).json(wish)).await
     }
 
+    /// Without asking the broker, which is said to have had this revision; 0: none.
+    async fn has_registered(&self, name: &str, declared_revision: i64) {
+        let register = "
+            insert into subscriptions (name, routing_keys, fields, owner, purpose, bound_keys, bound_fields, declared_revision)
+            values ($1, '{user.created}', '{city}', 'team-orders', 'a test', '{user.created}', '{city}', $2)
+        ";
+        sqlx::query(register).bind(name).bind(declared_revision).execute(&self.db).await.unwrap();
+    }
+
     async fn subscription(&self, name: &str) -> Answer {
         self.page(&format!("/v1/subscriptions/{name}")).await
     }
@@ -130,6 +139,17 @@ impl Admin {
             taken.push(Notice::from_message(&message.properties, &message.data).unwrap());
         }
         taken
+    }
+
+    /// Waits until all of these users and versions came; all that came.
+    async fn hears_of(&self, queue: &str, users: &[(Uuid, i64)]) -> Vec<(Uuid, i64)> {
+        let mut told = vec![];
+        eventually("all of them to be told", async || {
+            told.extend(self.drain(queue).await.into_iter().map(|notice| (notice.user_id, notice.version)));
+            if users.iter().all(|user| told.contains(user)) { Ok(()) } else { Err(told.clone()) }
+        })
+        .await;
+        told
     }
 
     async fn told(&self, queue: &str) -> Vec<String> {
@@ -490,6 +510,74 @@ async fn a_loss_is_told_although_who_registers_again_is_there_before_the_watch(d
     assert!(again["missing_since"].as_str().unwrap() >= first["updated_at"].as_str().unwrap(), "{again}");
     assert!(again["lost_at"].as_str().unwrap() <= again["updated_at"].as_str().unwrap(), "{again}");
     house.unsubscribe(&orders, "").await.ok();
+}
+
+/// However long it takes until the queue is there again: nobody is passed over who came or changed meanwhile.
+#[sqlx::test]
+async fn what_happens_until_a_lost_queue_is_declared_again_is_told_too(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    let ana = house.user(json!({})).await;
+    let obstacle = format!("{orders}.retry.600000");
+    admin.classic_queue(&obstacle).await;
+    house.has_registered(&orders, 1).await;
+    house.logs(&["WARN", &orders, "its queue was deleted"]).await;
+    house.logs(&["WARN", &orders, "cannot be declared"]).await;
+    // A walk that had begun before the queue is there would be through with everybody by then.
+    house.looks_again().await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    let ben = house.user(json!({})).await;
+    house.settle().await;
+    admin.delete_queue(&obstacle).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    admin.hears_of(&orders, &[(ana, 2), (ben, 1)]).await;
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// What a backfill has told a queue is lost with it, and what it has still to tell is not all that is.
+#[sqlx::test]
+async fn a_backfill_that_was_under_way_begins_anew_and_tells_what_is_lost_too(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    let [ana, ben] = [house.user(json!({})).await, house.user(json!({})).await];
+    house.settle().await;
+    // Too long ago for a repair by itself.
+    sqlx::query("update users set updated_at = now() - interval '1 day'").execute(&house.db).await.unwrap();
+    house.register(&orders, &wish(&["user.created"], &["city"])).await.ok();
+    let backfill = format!("/v1/subscriptions/{orders}/backfill");
+    let asked = house.request(Method::POST, &backfill).json(&json!({ "user_ids": [ana], "rate_per_s": 1 }));
+    Answer::to(asked).await.ok();
+    Answer::to(house.request(Method::POST, &format!("{backfill}:pause"))).await.ok();
+    let eve = house.user(json!({})).await;
+    house.settle().await;
+    admin.delete_queue(&orders).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    let told = admin.hears_of(&orders, &[(ana, 1), (eve, 1)]).await;
+    assert!(!told.contains(&(ben, 1)), "nobody asked for him");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// One connection's own queue takes a name: that subscription is told to be undeclared, and the others are watched as ever.
+#[sqlx::test]
+async fn a_name_that_somebody_holds_alone_keeps_the_watch_from_nobody_else(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, held, orders) = (Admin::new().await, unique("held"), unique("orders"));
+    let alone = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    admin.channel().await.queue_declare(held.as_str().into(), alone, FieldTable::default()).await.unwrap();
+    house.has_registered(&held, 0).await;
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    admin.delete_queue(&orders).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    house.logs(&["WARN", &held, "cannot be declared", "other properties"]).await;
+    house.looks_again().await;
+    assert_eq!(house.subscription(&held).await.body["state"], "undeclared");
+    let wish = wish(&["user.created"], &["city"]);
+    assert_eq!(house.register(&held, &wish).await.refusal(409), "queue_differs");
+    admin.delete_queue(&held).await;
+    house.comes_to_be(&held, "active").await;
+    for name in [held, orders] {
+        house.unsubscribe(&name, "?waiting=discard").await.ok();
+    }
 }
 
 #[sqlx::test]
