@@ -22,6 +22,13 @@ pub struct Entry {
     pub notice: Notice,
 }
 
+/// An event that the broker has confirmed. Its place alone does not tell which one it was.
+#[derive(Debug, Clone, Copy)]
+pub struct Confirmed {
+    pub id: OutboxId,
+    pub message_id: Uuid,
+}
+
 /// The events past a place, in order, and those at places that were empty (or came back) when they were passed. The places that
 /// are asked for again are few, and a place whose transaction rolled back stays empty.
 pub const CLAIM: &str = "
@@ -51,10 +58,12 @@ select id, message_id, event, user_id, version, changed_fields, occurred_at, tra
  limit $2
 ";
 
-/// Forgets what the broker has confirmed.
+/// Forgets what the broker has confirmed, and nothing that has taken its place: a standby that took over may give out ids anew.
 pub const SETTLE: &str = "
 delete from outbox
  where id = any($1)
+   -- Hashed, as it is no join: comparing each of two thousand with each takes long.
+   and ((id, message_id) in (select * from unnest($1::bigint[], $2::uuid[]))) is true
 ";
 
 /// The session settings that suit [`CLAIM`], [`SWEEP`] and [`SETTLE`]: each goes by id, whatever the statistics say. They are of an empty
@@ -117,8 +126,9 @@ pub async fn last_id(connection: &mut PgConnection) -> sqlx::Result<OutboxId> {
 }
 
 /// Deletes confirmed events. Those that are gone already were settled by another relay.
-pub async fn settle(connection: &mut PgConnection, confirmed: &[OutboxId]) -> sqlx::Result<()> {
-    sqlx::query(SETTLE).bind(confirmed).execute(connection).await.map(drop)
+pub async fn settle(connection: &mut PgConnection, confirmed: &[Confirmed]) -> sqlx::Result<()> {
+    let (ids, message_ids): (Vec<_>, Vec<_>) = confirmed.iter().map(|event| (event.id, event.message_id)).unzip();
+    sqlx::query(SETTLE).bind(ids).bind(message_ids).execute(connection).await.map(drop)
 }
 
 /// How far behind the telling is.

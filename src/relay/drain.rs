@@ -20,7 +20,7 @@ use super::{
 use crate::{
     broker::{Outcome, Publisher, Verdict},
     db::{Line, Trouble},
-    outbox::{self, Bell, Entry, Heard, OutboxId},
+    outbox::{self, Bell, Confirmed, Entry, Heard, OutboxId},
 };
 
 /// Events in one claim, and messages in one batch.
@@ -47,7 +47,7 @@ pub(super) struct Drain<'a> {
     pub(super) bell: &'a Bell,
     pub(super) status: &'a Status,
     /// Confirmed, and still to be deleted.
-    pub(super) unsettled: &'a mut Vec<OutboxId>,
+    pub(super) unsettled: &'a mut Vec<Confirmed>,
     pub(super) settler: Settler,
     pub(super) cursor: Cursor,
     pub(super) ledger: Ledger,
@@ -63,8 +63,10 @@ pub(super) struct Swept {
 pub(super) struct Ledger {
     /// Claimed, and not yet deleted from the outbox.
     under_way: HashSet<OutboxId>,
-    /// How many of them wait for the broker.
+    /// How many of them wait for the broker, or to be vouched for.
     unconfirmed: usize,
+    /// Said to be unroutable, which is not believed yet.
+    unvouched: Vec<Verdict>,
     /// When the broker last answered, or was last asked after it had answered everything.
     progress: Instant,
     /// When the exchange was last known to be ours.
@@ -76,7 +78,7 @@ pub(super) struct Ledger {
 impl Ledger {
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Self { under_way: HashSet::new(), unconfirmed: 0, progress: now, vouched: now, opened: now }
+        Self { under_way: HashSet::new(), unconfirmed: 0, unvouched: vec![], progress: now, vouched: now, opened: now }
     }
 }
 
@@ -156,7 +158,8 @@ impl Drain<'_> {
         Ok(entries.len() >= BATCH)
     }
 
-    /// Sweeps when it is time. It walks over whatever died since the last vacuum: nothing waits for it.
+    /// Sweeps when it is time. It walks over whatever died since the last vacuum: no claim waits for it, only what was skipped or
+    /// refused.
     fn start_sweep(&mut self) {
         if !self.sweep.is_idle() || !self.has_room() {
             return;
@@ -168,7 +171,12 @@ impl Drain<'_> {
     }
 
     async fn take_swept(&mut self, Swept { outcome, took }: Swept) -> anyhow::Result<()> {
-        let entries = outcome.map_err(|trouble| database_lost(&trouble))?;
+        // One that fails, on too many dead rows for its time, say, is tried again after its rest. It is a second look: the telling
+        // goes on without.
+        let entries = outcome.unwrap_or_else(|trouble| {
+            tracing::warn!("the outbox was not swept, which will be tried again: {}", trouble.report());
+            vec![]
+        });
         self.cursor.swept(&ids(&entries), entries.len() < BATCH, took, Instant::now());
         if !entries.is_empty() {
             // Another session than the lead's has read them.
@@ -218,10 +226,18 @@ impl Drain<'_> {
         let (unroutable, others): (Vec<_>, Vec<_>) =
             verdicts.into_iter().partition(|verdict| verdict.outcome == Outcome::Unroutable);
         self.take(&others);
-        if !unroutable.is_empty() {
-            self.vouch().await?;
-            self.take(&unroutable);
+        self.ledger.unvouched.extend(unroutable);
+        self.take_unroutable().await
+    }
+
+    /// A broker that holds us back would not answer the question whether the exchange is ours: it waits for the end of the alarm.
+    async fn take_unroutable(&mut self) -> anyhow::Result<()> {
+        if self.ledger.unvouched.is_empty() || self.publisher.is_blocked() {
+            return Ok(());
         }
+        self.vouch().await?;
+        let unroutable = std::mem::take(&mut self.ledger.unvouched);
+        self.take(&unroutable);
         Ok(())
     }
 
@@ -251,7 +267,7 @@ impl Drain<'_> {
                 // Nobody listening is no fault of the event: it was offered, and that is all that was promised.
                 Outcome::Routed | Outcome::Unroutable => {
                     self.cursor.confirmed(id);
-                    self.unsettled.push(id);
+                    self.unsettled.push(Confirmed { id, message_id });
                 }
                 // Stays under way for the sweep; the cursor asks for it when its time has come.
                 Outcome::Refused => self.cursor.refused(id, now),
@@ -264,13 +280,13 @@ impl Drain<'_> {
     fn note(&mut self, settled: Settled) -> anyhow::Result<()> {
         match settled.outcome {
             Ok(()) => {
-                for id in &settled.ids {
-                    self.ledger.under_way.remove(id);
+                for event in &settled.events {
+                    self.ledger.under_way.remove(&event.id);
                 }
                 Ok(())
             }
             Err(trouble) => {
-                self.unsettled.extend(settled.ids);
+                self.unsettled.extend(settled.events);
                 Err(database_lost(&trouble))
             }
         }
@@ -306,6 +322,7 @@ impl Drain<'_> {
             self.ledger.unconfirmed == 0 || self.ledger.progress.elapsed() < CONFIRM_DEADLINE,
             "the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"
         );
+        self.take_unroutable().await?;
         if !blocked && self.ledger.vouched.elapsed() > VOUCH_INTERVAL {
             self.vouch().await?;
         }

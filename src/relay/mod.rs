@@ -22,7 +22,7 @@ use crate::{
     broker::{Broker, Publisher},
     db::{Db, Line},
     lead::{LONGEST_DELAY, TRY_LEAD, back_off},
-    outbox::{self, Bell, OutboxId},
+    outbox::{self, Bell, Confirmed},
     telemetry::with_causes,
 };
 use cursor::Cursor;
@@ -47,7 +47,7 @@ pub struct Relay {
     bell: Bell,
     status: Status,
     /// Confirmed events whose rows are still to be deleted; they outlive the session, so that they are not sent twice.
-    unsettled: Vec<OutboxId>,
+    unsettled: Vec<Confirmed>,
 }
 
 impl Relay {

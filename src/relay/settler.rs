@@ -7,7 +7,7 @@ use tokio::time::sleep_until;
 use super::errand::Errand;
 use crate::{
     db::{Line, Trouble},
-    outbox::{self, OutboxId},
+    outbox::{self, Confirmed},
 };
 
 /// Between two deletions of a few events: one costs the database about as much as a change, whatever it deletes.
@@ -25,7 +25,7 @@ pub(super) struct Settler {
 
 /// The events of one deletion, and whether it happened.
 pub(super) struct Settled {
-    pub(super) ids: Vec<OutboxId>,
+    pub(super) events: Vec<Confirmed>,
     pub(super) outcome: Result<(), Trouble>,
 }
 
@@ -58,7 +58,7 @@ impl Settler {
     }
 
     /// Starts deleting, if nothing is being deleted and there is something to delete; takes what it deletes out of `confirmed`.
-    pub(super) fn start(&mut self, confirmed: &mut Vec<OutboxId>) {
+    pub(super) fn start(&mut self, confirmed: &mut Vec<Confirmed>) {
         if confirmed.is_empty() || !self.is_idle() {
             return;
         }
@@ -79,7 +79,7 @@ impl Settler {
     }
 }
 
-async fn settle(mut line: Box<Line>, ids: Vec<OutboxId>) -> (Box<Line>, Settled) {
-    let outcome = line.run(async |connection| outbox::settle(connection, &ids).await).await;
-    (line, Settled { ids, outcome })
+async fn settle(mut line: Box<Line>, events: Vec<Confirmed>) -> (Box<Line>, Settled) {
+    let outcome = line.run(async |connection| outbox::settle(connection, &events).await).await;
+    (line, Settled { events, outcome })
 }

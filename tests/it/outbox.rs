@@ -217,6 +217,37 @@ async fn what_was_confirmed_and_cannot_be_settled_yet_is_not_sent_again(db: PgPo
     assert_eq!(house.audit.heard().len(), 3);
 }
 
+/// A standby that took over without the last of the log gives out the same ids again.
+#[sqlx::test]
+async fn what_has_taken_the_place_of_something_confirmed_is_told(db: PgPool) {
+    let house = House::open(db).await;
+    house.broker.down();
+    load::users(&house, 3).await;
+    let mut held = holding(&house.db, "select from outbox for update").await;
+    house.broker.up();
+    let reason = eventually("a relay that cannot settle", async || {
+        let reason = load::degraded(&house).await;
+        if reason.contains("outbox") { Ok(reason) } else { Err(reason) }
+    })
+    .await;
+    assert!(reason.contains("55P03"), "{reason}");
+    let others = "
+        with gone as (delete from outbox returning *)
+        insert into outbox (id, message_id, event, user_id, version, changed_fields, occurred_at, traceparent)
+          overriding system value
+        select -id, gen_random_uuid(), event, gen_random_uuid(), version, changed_fields, occurred_at, traceparent from gone
+    ";
+    sqlx::query(others).execute(&mut *held).await.unwrap();
+    let in_their_place = "update outbox set id = -id returning message_id";
+    let others: Vec<Uuid> = sqlx::query_scalar(in_their_place).fetch_all(&mut *held).await.unwrap();
+    held.commit().await.unwrap();
+    load::ready(&house).await;
+    house.settle().await;
+    let heard = load::heard_ids(&house);
+    assert_eq!(heard.len(), 6);
+    assert!(others.len() == 3 && others.iter().all(|id| heard.contains(id)), "{heard:?}");
+}
+
 #[sqlx::test]
 async fn killed_at_any_moment_under_load_it_forgets_nothing_and_makes_nothing_up(db: PgPool) {
     const ROUNDS: usize = 15;

@@ -195,6 +195,47 @@ async fn a_sweep_holds_up_nobody_and_what_it_finds_is_told_too(db: PgPool) {
     assert_eq!(house.audit.heard().len(), 5, "each once");
 }
 
+/// Only the sweep sees one of the events, and fails as long as there is an obstacle.
+#[sqlx::test]
+async fn a_sweep_that_fails_is_tried_again_and_holds_up_nobody(db: PgPool) {
+    let house = House::open(db).await;
+    let policies = "
+        create table obstacle ();
+        create function over_it() returns boolean language plpgsql as $$
+        begin
+          if to_regclass('obstacle') is not null then
+            raise exception 'cannot get over it';
+          end if;
+          return true;
+        end $$;
+        create policy add on outbox for insert with check (true);
+        create policy see on outbox for select using (
+          case current_setting('application_name')
+            when 'tidings relay leader' then traceparent <> ''
+            when 'tidings relay sweep' then over_it()
+            else true
+          end);
+        create policy settle on outbox for delete using (true);
+        alter table outbox enable row level security;
+    ";
+    sqlx::raw_sql(policies).execute(&house.db).await.unwrap();
+    let (unseen, transaction) = load::open_change(&house.db).await;
+    transaction.commit().await.unwrap();
+    let ana = house.user(json!({})).await;
+    eventually("a sweep that failed", async || {
+        let log = house.service.log();
+        if log.contains("the outbox was not swept") { Ok(()) } else { Err(log) }
+    })
+    .await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    load::heard(&house, 2).await;
+    sqlx::query("drop table obstacle").execute(&house.db).await.unwrap();
+    assert_eq!(house.told(&unseen).await, ["user.created"]);
+    assert_eq!(house.audit.heard().len(), 3, "each once");
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
 #[sqlx::test]
 async fn a_relay_that_hears_no_hint_finds_the_event_by_polling(db: PgPool) {
     let (house, relays) = with_relays(db, 1).await;

@@ -81,6 +81,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (deletions::OVERDUE, 4),
         (deletions::RECORD, 3),
         (deletions::RELEASE, 0),
+        (backfill::BEGIN_ANEW, 1),
         (backfill::FIND, 12),
         (backfill::FINISH, 0),
         (backfill::KNOWN, 1),
@@ -206,7 +207,7 @@ async fn the_outbox_is_read_by_place(db: PgPool) {
         for (statement, arguments) in [
             (outbox::CLAIM, "(7, 500, array[1, 2])"),
             (outbox::SWEEP, "(7, 500, array[1, 2])"),
-            (outbox::SETTLE, "(array[1, 2])"),
+            (outbox::SETTLE, &format!("(array[1, 2], array[{ID}, {ID}])")),
         ] {
             let plan = plan(&mut connection, statement, arguments).await;
             assert_by_key(&plan);
