@@ -26,7 +26,8 @@ use crate::{
 /// Events in one claim, and messages in one batch.
 const BATCH: usize = 500;
 const _: () = assert!(outbox::AT_HAND <= BATCH, "what is handed over at once finds the room of one claim");
-/// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice.
+/// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice; but for skipped and
+/// refused ones that one claim brings beyond its batch.
 const WINDOW: usize = 2000;
 /// Between two looks at the table when nobody rings.
 const POLL: Duration = Duration::from_millis(500);

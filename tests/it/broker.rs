@@ -388,6 +388,35 @@ async fn a_memory_alarm_holds_the_telling_back_and_nothing_else(db: PgPool) {
     assert_eq!(load::all_told(&house, &answered).await, 0, "duplicates");
 }
 
+/// What is said to have reached nobody while the broker is in an alarm waits to be believed.
+#[sqlx::test]
+async fn what_nobody_is_bound_for_does_not_end_the_session_in_an_alarm(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::ready(&house).await;
+    let admin = Admin::at(&broker.amqp_url).await;
+    let (queue, exchange) = (house.audit.queue.as_str(), house.exchange.as_str());
+    admin.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+    // The answers come when the alarm is there, and what it says behind them.
+    house.broker.hold_answers();
+    load::users(&house, 3).await;
+    broker.alarm().await;
+    load::users(&house, 3).await;
+    house.broker.up();
+    let reason = load::degraded(&house).await;
+    assert!(reason.contains("hold back"), "{reason}");
+    // Longer than an answer is waited for.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(12) {
+        house.user(json!({})).await;
+    }
+    broker.end_alarm().await;
+    load::ready(&house).await;
+    house.settle().await;
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
 #[sqlx::test]
 async fn a_memory_alarm_does_not_hold_up_the_leaving(db: PgPool) {
     let broker = HurtBroker::borrow().await;

@@ -231,14 +231,13 @@ async fn what_has_taken_the_place_of_something_confirmed_is_told(db: PgPool) {
     })
     .await;
     assert!(reason.contains("55P03"), "{reason}");
-    let others = "
-        with gone as (delete from outbox returning *)
-        insert into outbox (id, message_id, event, user_id, version, changed_fields, occurred_at, traceparent)
-          overriding system value
-        select -id, gen_random_uuid(), event, gen_random_uuid(), version, changed_fields, occurred_at, traceparent from gone
+    let gone = "create temporary table gone on commit drop as select * from outbox; delete from outbox";
+    sqlx::raw_sql(gone).execute(&mut *held).await.unwrap();
+    let in_their_place = "
+        insert into outbox (id, message_id, event, user_id, version, changed_fields, traceparent) overriding system value
+        select id, gen_random_uuid(), event, gen_random_uuid(), version, changed_fields, traceparent from gone
+        returning message_id
     ";
-    sqlx::query(others).execute(&mut *held).await.unwrap();
-    let in_their_place = "update outbox set id = -id returning message_id";
     let others: Vec<Uuid> = sqlx::query_scalar(in_their_place).fetch_all(&mut *held).await.unwrap();
     held.commit().await.unwrap();
     load::ready(&house).await;
