@@ -580,6 +580,23 @@ async fn a_name_that_somebody_holds_alone_keeps_the_watch_from_nobody_else(db: P
     }
 }
 
+/// To register while the broker is away is not to have seen the queue.
+#[sqlx::test]
+async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_somebody_registered_again(db: PgPool) {
+    let house = House::with(db, &[SELDOM]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    house.broker.down();
+    house.register(&orders, &wish(&["user.created"], &["city"])).await.refusal(503);
+    let unseen = house.subscription(&orders).await.ok().body;
+    assert!(unseen["updated_at"].as_str().unwrap() > unseen["created_at"].as_str().unwrap(), "{unseen}");
+    admin.delete_queue(&orders).await;
+    house.broker.up();
+    let lost = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
+    assert!(lost["missing_since"].as_str().unwrap() < unseen["updated_at"].as_str().unwrap(), "{lost}");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
 #[sqlx::test]
 async fn a_binding_or_an_exchange_that_an_admin_deleted_is_made_again(db: PgPool) {
     let house = House::with(db, &[EVERY_SECOND]).await;
