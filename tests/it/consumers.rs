@@ -438,6 +438,7 @@ fn poison(user: Uuid) -> Vec<(BasicProperties, String)> {
         (seven(), "[\"secret\"]".to_owned()),
         (seven(), "{}".to_owned()),
         (seven(), json!({ "user_id": 7 }).to_string()),
+        (seven(), json!({ "user_id": [user] }).to_string()),
         (seven(), json!({ "user_id": "secret" }).to_string()),
         (seven(), json!({ "user_id": format!("{user}/secret") }).to_string()),
         (seven(), "[".repeat(60_000)),

@@ -93,8 +93,9 @@ function read({ properties, content }) {
     notice = JSON.parse(content);
   } catch {}
   const version = properties.headers?.version;
-  if (!UUID.test(notice?.user_id) || !Number.isSafeInteger(version) || version < 1) throw new SetAside("not a notice");
-  return { id: notice.user_id.toLowerCase(), version };
+  const id = notice?.user_id; // a list of one id would pass the test as text
+  if (typeof id !== "string" || !UUID.test(id) || !Number.isSafeInteger(version) || version < 1) throw new SetAside("not a notice");
+  return { id: id.toLowerCase(), version };
 }
 
 // Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again.
