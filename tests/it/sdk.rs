@@ -491,6 +491,47 @@ async fn an_outage_of_the_owner_makes_no_dead_letters(db: PgPool) {
     listener.end().await;
 }
 
+/// Attempts that were counted, dead letters included.
+#[derive(Clone, Default)]
+struct Attempts(Arc<Mutex<Vec<Reason>>>);
+
+impl Observer for Attempts {
+    fn failed(&self, reason: Reason, _: u32) {
+        self.0.lock().unwrap().push(reason);
+    }
+
+    fn dead(&self, reason: Reason) {
+        self.0.lock().unwrap().push(reason);
+    }
+}
+
+/// So is one that takes every request and answers none, although it takes longer than a handler may.
+#[sqlx::test]
+async fn an_owner_that_says_nothing_makes_no_dead_letters(db: PgPool) {
+    let house = House::open(db).await;
+    let real = house.service.url.strip_prefix("http://").unwrap().parse().unwrap();
+    let before = Proxy::before(real).await;
+    let owner = owner_at(&format!("http://{}", before.address()));
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    let consumer = Consumer::new(&env("AMQP_URL"), source, subscription(&house), owner).unwrap();
+    let attempts = Attempts::default();
+    let bound = Duration::from_secs(3);
+    let consumer = consumer.retry_delays(SOON).handler_deadline(bound).observe(attempts.clone());
+    let listener = Listener::started(&house, Diary::new(), consumer).await;
+    before.freeze();
+    let users = load::users(&house, 20).await;
+    eventually("calls to begin again", async || match listener.diary.begun.load(Ordering::SeqCst) {
+        begun if begun > 40 => Ok(()),
+        begun => Err(begun),
+    })
+    .await;
+    before.up();
+    let calls = listener.called(20).await;
+    assert!(users.iter().all(|user| calls.iter().any(|call| call.user == *user)));
+    assert_eq!(*attempts.0.lock().unwrap(), []);
+    listener.end().await;
+}
+
 /// What kept it waiting, by the reason it was told.
 #[derive(Clone, Default)]
 struct Outages(Arc<Mutex<Vec<&'static str>>>);

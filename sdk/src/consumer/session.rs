@@ -40,6 +40,9 @@ pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For handlers that run when the connection is lost: their messages will come again, and one user is not handled twice at once.
 const LOSS_FAREWELL: Duration = Duration::from_secs(5);
+/// An outage of the owner's has to be told before the call is out of time, which would count as a failed attempt. A user who is not shown
+/// costs patience twice: once to be shown, once to be known at all.
+const WAITS_IN_A_CALL: u32 = 3;
 const ABORT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a session ended.
@@ -190,7 +193,7 @@ impl<'a> Session<'a> {
         let parker = Parker::new(broker.clone(), subscription.name.clone(), settings.retry_delays().to_vec());
         Attempts {
             handler,
-            owner: owner.clone(),
+            owner: owner.patience_within(settings.handler_deadline / WAITS_IN_A_CALL),
             parker: Arc::new(parker),
             observer: observer.clone(),
             deadline: settings.handler_deadline,

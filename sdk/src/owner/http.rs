@@ -75,6 +75,13 @@ pub enum FetchError {
     Malformed,
 }
 
+impl FetchError {
+    /// Whether it is everybody's trouble, and passes: nothing is wrong with the request, nor with the user that it is about.
+    pub(crate) fn is_outage(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Denied { .. })
+    }
+}
+
 /// Connections to the owner, kept between requests; over TLS where the URL says so.
 pub type Connections = Client<Connector, Full<Bytes>>;
 
@@ -165,6 +172,10 @@ impl Http {
         Ok(Self { client: connections(trust)?, ..self.copy() })
     }
 
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
+    }
+
     pub(super) fn with_patience(&self, patience: Duration) -> Self {
         Self { patience, ..self.copy() }
     }
@@ -192,8 +203,17 @@ impl Http {
 
     /// Sends a request until it is answered, or patience is at its end. A refusal of the key is no answer once there is another key.
     pub(super) async fn ask(&self, ask: Ask) -> Result<Answer, FetchError> {
-        let end = Instant::now() + self.patience;
-        let mut pauses = pauses();
+        self.ask_until(self.end(), ask).await
+    }
+
+    /// When patience with a call that begins now is at its end.
+    pub(super) fn end(&self) -> Instant {
+        Instant::now() + self.patience
+    }
+
+    /// The same, with patience until `end`.
+    pub(super) async fn ask_until(&self, end: Instant, ask: Ask) -> Result<Answer, FetchError> {
+        let (mut pauses, mut told) = (pauses(), None);
         loop {
             let authorization = self.authorization();
             let outage = match timeout_at(end, self.send(&ask, authorization.as_ref())).await {
@@ -201,12 +221,14 @@ impl Http {
                 Ok(Ok(answer)) if answer.is_denial() => return Err(answer.refusal()),
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(outage)) => outage,
-                Err(_) => return Err(SILENCE.into()),
+                // What was told before says more than a try that was cut short.
+                Err(_) => return Err(told.unwrap_or(SILENCE).into()),
             };
             let pause = pauses.next().unwrap_or(LONGEST_PAUSE).max(outage.pause);
             if Instant::now() + pause >= end {
                 return Err(outage.into());
             }
+            told = Some(outage);
             sleep(pause).await;
         }
     }
@@ -272,7 +294,7 @@ fn pauses() -> impl Iterator<Item = Duration> {
         .build()
 }
 
-struct Outage {
+pub(super) struct Outage {
     what: &'static str,
     /// At least this long, as the owner asked.
     pause: Duration,
@@ -280,7 +302,7 @@ struct Outage {
     is_stale: bool,
 }
 
-const SILENCE: Outage = Outage { what: "no answer in time", pause: Duration::ZERO, is_stale: false };
+pub(super) const SILENCE: Outage = Outage { what: "no answer in time", pause: Duration::ZERO, is_stale: false };
 
 impl From<Outage> for FetchError {
     fn from(outage: Outage) -> Self {
