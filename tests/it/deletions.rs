@@ -467,6 +467,36 @@ async fn an_outage_of_the_owner_costs_no_second_call_and_holds_up_nobody(db: PgP
     unregister(&house, &orders).await;
 }
 
+/// Without a queue to wait in, what is to be confirmed waits where it is.
+#[sqlx::test]
+async fn a_deletion_is_confirmed_after_an_outage_although_there_is_no_queue_to_wait_in(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.*"]).await;
+    let real = house.service.url.strip_prefix("http://").unwrap().parse().unwrap();
+    let before = Proxy::before(real).await;
+    let url = format!("http://{}", before.address());
+    let application = Application::of(&house, &url, &orders, Diary::new(), |consumer| consumer.retry_delays([])).await;
+    before.down();
+    let ana = deleted(&house).await;
+    eventually("the work to be done", async || match application.deletions.lock().unwrap().len() {
+        1 => Ok(()),
+        handled => Err(handled),
+    })
+    .await;
+    // Much longer than one receipt is tried for.
+    let handled = Instant::now();
+    eventually("the first receipt to fail", async || match handled.elapsed() {
+        long if long > Duration::from_secs(1) => Ok(()),
+        short => Err(short),
+    })
+    .await;
+    assert_eq!(stand(&house, &ana).await, ["orders pending"]);
+    before.up();
+    stands(&house, &ana, &["orders receipt"]).await;
+    application.end().await;
+    unregister(&house, &orders).await;
+}
+
 #[sqlx::test]
 async fn an_application_may_confirm_by_itself_or_not_at_all(db: PgPool) {
     let house = House::open(db).await;

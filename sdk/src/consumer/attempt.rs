@@ -46,7 +46,7 @@ pub(super) enum Report {
     /// `deletions` only once they are confirmed to the owner.
     Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery>, deletions: Vec<Delivery> },
     /// To be parked.
-    Failed { user: Uuid, version: i64, event: Event, reason: Reason, arrivals: Vec<Arrival> },
+    Failed { user: Uuid, event: Event, reason: Reason, arrivals: Vec<Arrival> },
     /// Nobody waits for it any more; the messages will come again.
     GivenUp { user: Uuid },
     /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
@@ -71,12 +71,7 @@ pub(super) struct Attempts<H> {
 
 impl<H: Handler> Attempts<H> {
     /// Handles a group, which is not empty, and with it what is owed to this user.
-    pub(super) async fn group(
-        self: Arc<Self>,
-        user: Uuid,
-        arrivals: Vec<Arrival>,
-        owed: Option<(i64, Event)>,
-    ) -> Report {
+    pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>, owed: Option<Event>) -> Report {
         let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
         let outcome = self.attempt(&news).instrument(span).await;
@@ -94,17 +89,19 @@ impl<H: Handler> Attempts<H> {
                     |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
                 Report::Handled { user, version, event, done: deliveries(done), deletions: deliveries(deletions) }
             }
-            Some(Err(reason)) => Report::Failed { user, version, event, reason, arrivals },
+            Some(Err(reason)) => Report::Failed { user, event, reason, arrivals },
         }
     }
 
-    fn news(&self, user: Uuid, arrivals: &[Arrival], owed: Option<(i64, Event)>) -> News {
+    /// Of what is owed only the event: its version is told by the message itself, which comes again, and a restored owner may not come to it
+    /// for long.
+    fn news(&self, user: Uuid, arrivals: &[Arrival], owed: Option<Event>) -> News {
         let notices: Vec<Notice> = arrivals.iter().map(|arrival| arrival.notice.clone()).collect();
         let newest = notices.iter().max_by_key(|notice| notice.version);
         let trace = newest.and_then(|notice| notice.traceparent);
         let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
-        let version = newest.map_or(1, |notice| notice.version).max(owed.as_ref().map_or(1, |(version, _)| *version));
-        let event = merged(notices.iter().map(|notice| &notice.event).chain(owed.as_ref().map(|(_, event)| event)));
+        let version = newest.map_or(1, |notice| notice.version);
+        let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
         News { user_id: user, version, event, notices, owner, latest: Arc::new(OnceCell::new()) }
     }
 
@@ -177,26 +174,40 @@ impl<H: Handler> Attempts<H> {
     }
 
     /// Tells the owner that a deletion is done. When it cannot be told, the message goes to a queue that gives it back later, marked as
-    /// done: an outage of the owner has no handler run again, and holds up nobody.
+    /// done: an outage of the owner has no handler run again, and holds up nobody. Without such a queue it waits where it is.
     pub(super) async fn confirm(self: Arc<Self>, user: Uuid, mut delivery: Delivery) -> Report {
         if !self.confirms {
             return Report::Settled(Some(Box::new(delivery)));
         }
-        let said = self
-            .over
-            .run_until_cancelled(timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)));
-        let why = match said.await {
-            None => return Report::Settled(None),
-            Some(Ok(Ok(receipt))) => {
-                tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is confirmed");
-                return Report::Settled(Some(Box::new(delivery)));
+        let mut pauses = back_off();
+        loop {
+            let Some(said) = self.over.run_until_cancelled(self.say_done(user)).await else {
+                return Report::Settled(None);
+            };
+            let Err(why) = said else { return Report::Settled(Some(Box::new(delivery))) };
+            tracing::warn!(subscription = %self.subscription, user_id = %user, "a deletion is done and cannot be confirmed yet: {why}");
+            if self.parker.has_queues() {
+                let owed = Owed::take(&mut delivery);
+                return Report::Settled(self.owe_until_it_succeeds(&owed).await.map(|()| Box::new(delivery)));
             }
-            Some(Ok(Err(why))) => why.to_string(),
-            Some(Err(_)) => format!("no answer within {RECEIPT_DEADLINE:?}"),
-        };
-        tracing::warn!(subscription = %self.subscription, user_id = %user, "a deletion is done and cannot be confirmed yet: {why}");
-        let owed = Owed::take(&mut delivery);
-        Report::Settled(self.owe_until_it_succeeds(&owed).await.map(|()| Box::new(delivery)))
+            let pause = sleep(pauses.next().unwrap_or(super::LONGEST_DELAY));
+            if self.stop.run_until_cancelled(pause).await.is_none() {
+                return Report::Settled(None);
+            }
+        }
+    }
+
+    /// # Errors
+    /// Why the owner could not be told.
+    async fn say_done(&self, user: Uuid) -> Result<(), String> {
+        match timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)).await {
+            Ok(Ok(receipt)) => {
+                tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is confirmed");
+                Ok(())
+            }
+            Ok(Err(why)) => Err(why.to_string()),
+            Err(_) => Err(format!("no answer within {RECEIPT_DEADLINE:?}")),
+        }
     }
 
     /// `None` when it was given up because nobody waits for it any more.

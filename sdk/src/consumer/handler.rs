@@ -129,14 +129,11 @@ fn kind_of_fetch(error: &FetchError) -> Kind {
     }
 }
 
-/// SQLSTATE classes 08 (connection), 53 (no resources) and 57 (operator intervention) are the database's trouble.
 #[cfg(feature = "mirror")]
 fn kind_of_database(error: &sqlx::Error) -> Kind {
     let is_outage = match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
-        sqlx::Error::Database(refusal) => {
-            refusal.code().is_some_and(|code| ["08", "53", "57"].iter().any(|class| code.starts_with(class)))
-        }
+        sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| is_trouble(&code)),
         _ => false,
     };
     if is_outage {
@@ -146,9 +143,16 @@ fn kind_of_database(error: &sqlx::Error) -> Kind {
     }
 }
 
+/// SQLSTATE classes 08 (connection), 53 (no resources) and 57 (operator intervention) are the database's trouble. But a query that was
+/// cancelled (57014) has most likely met the application's own `statement_timeout`, and will again.
+#[cfg(feature = "mirror")]
+fn is_trouble(sqlstate: &str) -> bool {
+    ["08", "53", "57"].iter().any(|class| sqlstate.starts_with(class)) && sqlstate != "57014"
+}
+
 impl Failure {
     /// What may be logged of it.
-    pub(super) fn reason(&self) -> &'static str {
+    pub(crate) fn reason(&self) -> &'static str {
         match self.kind {
             Kind::Outage(why) => why,
             Kind::Attempt(reason) => reason.as_str(),
@@ -240,6 +244,17 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("the badge cannot be printed")]
     struct Wrapped(#[source] FetchError);
+
+    #[cfg(feature = "mirror")]
+    #[test]
+    fn a_database_in_trouble_is_told_from_a_statement_that_takes_too_long() {
+        for trouble in ["08006", "53300", "57P01", "57P03"] {
+            assert!(is_trouble(trouble), "{trouble}");
+        }
+        for own in ["57014", "23505", "40001"] {
+            assert!(!is_trouble(own), "{own}");
+        }
+    }
 
     #[test]
     fn an_outage_is_told_from_a_failed_attempt_however_it_is_wrapped() {

@@ -23,7 +23,7 @@ struct Handled {
     /// A state that was fetched may be of a deletion that no handler has heard of yet.
     deletion: bool,
     /// What the last attempt was about, if it failed.
-    owed: Option<(i64, Event)>,
+    owed: Option<Event>,
 }
 
 impl Memory {
@@ -39,20 +39,18 @@ impl Memory {
         }
     }
 
-    /// Notes that `version` of a user was handled.
+    /// Notes that `version` of a user was handled. What was handled last is how it is, even if it is older or living again: only a backfill
+    /// comes to that, and a restore may have set the owner back.
     pub(super) fn note(&mut self, user: Uuid, version: i64, event: &Event) {
-        let handled = self.entry(user);
-        handled.version = handled.version.max(version);
-        handled.deletion |= *event == Event::Deleted;
-        handled.owed = None;
+        *self.entry(user) = Handled { version, deletion: *event == Event::Deleted, owed: None };
     }
 
     /// Notes that an attempt failed. A newer notice may be handled before it is tried again, and then makes it old.
-    pub(super) fn owe(&mut self, user: Uuid, version: i64, event: Event) {
-        self.entry(user).owed = Some((version, event));
+    pub(super) fn owe(&mut self, user: Uuid, event: Event) {
+        self.entry(user).owed = Some(event);
     }
 
-    pub(super) fn owed(&self, user: Uuid) -> Option<(i64, Event)> {
+    pub(super) fn owed(&self, user: Uuid) -> Option<Event> {
         self.handled.get(&user)?.owed.clone()
     }
 
@@ -96,11 +94,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_handled_last_is_how_it_is() {
+        let (mut memory, ana) = (Memory::new(10), Uuid::from_u128(1));
+        memory.note(ana, 7, &Event::Deleted);
+        memory.note(ana, 3, &Event::Created);
+        assert!(memory.is_old(&notice(1, 3, updated())));
+        assert!(!memory.is_old(&notice(1, 4, updated())) && !memory.is_old(&notice(1, 7, Event::Deleted)));
+    }
+
+    #[test]
     fn what_failed_is_owed_until_something_succeeds() {
         let (mut memory, ana) = (Memory::new(10), Uuid::from_u128(1));
-        memory.owe(ana, 1, Event::Created);
+        memory.owe(ana, Event::Created);
         assert!(!memory.is_old(&notice(1, 1, Event::Created)));
-        assert_eq!(memory.owed(ana), Some((1, Event::Created)));
+        assert_eq!(memory.owed(ana), Some(Event::Created));
         memory.note(ana, 2, &Event::Created);
         assert!(memory.is_old(&notice(1, 1, Event::Created)));
         assert_eq!(memory.owed(ana), None);

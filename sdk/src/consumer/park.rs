@@ -178,6 +178,11 @@ impl Parker {
         Ok(delay.is_none())
     }
 
+    /// Whether there are queues that give back later what is put aside.
+    pub(super) fn has_queues(&self) -> bool {
+        !self.delays.is_empty()
+    }
+
     /// Puts a deletion aside that was handled and is still to be confirmed. It never becomes a dead letter: there is nothing to mend.
     ///
     /// # Errors

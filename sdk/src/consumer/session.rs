@@ -358,9 +358,9 @@ impl<'a> Session<'a> {
                     self.ledger.done(delivery.delivery_tag);
                 }
             }
-            Report::Failed { user, version, event, reason, arrivals } => {
+            Report::Failed { user, event, reason, arrivals } => {
                 self.is_back(user);
-                memory.owe(user, version, event);
+                memory.owe(user, event);
                 // What came on a connection that is lost comes again by itself.
                 for Arrival { delivery, attempts: tried, .. } in
                     arrivals.into_iter().filter(|a| a.delivery.acker.usable())
