@@ -53,7 +53,8 @@ async fn changes(
     let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
     place.turn(&caller.client).await?;
     let page = feed.changes(after, limit).await?;
-    Ok(Json(Changes { changes: page.changes, next: page.next.to_text(), more: page.more }))
+    let (next, held_back) = (page.next.to_text(), page.is_held_back);
+    Ok(Json(Changes { changes: page.changes, next, more: page.more, held_back }))
 }
 
 /// What the living users come to, bucket by bucket.
@@ -204,6 +205,9 @@ struct Changes {
     next: String,
     /// Whether another page is there now.
     more: bool,
+    /// Whether committed changes wait for a transaction that is still open, and come on a later page. Where `more` and this are false,
+    /// everything that was committed when it was asked for has been shown.
+    held_back: bool,
 }
 
 /// What the living users come to.

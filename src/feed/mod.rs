@@ -64,6 +64,7 @@ struct Page {
     changes: Vec<Change>,
     next: Cursor,
     more: bool,
+    is_held_back: bool,
 }
 
 /// What users come to, by bucket; empty buckets left out.
@@ -108,6 +109,7 @@ impl Feed {
         db::ask(async move {
             // One session, so one history: whoever is promoted meanwhile ends it.
             let mut connection = queries.acquire().await?;
+            // Before the page is read: what is not held back now is in it.
             let now = store::epoch(&mut connection).await?;
             if after.is_some_and(|cursor| cursor.epoch != now.epoch || cursor.place.xid >= now.next_xid) {
                 return Ok(Err(Error::Expired));
@@ -119,7 +121,8 @@ impl Feed {
             found.truncate(limit);
             let place = found.last().map_or(after, |(place, _)| *place);
             let changes = found.into_iter().map(|(_, change)| change).collect();
-            Ok(Ok(Page { changes, next: Cursor { epoch: now.epoch, place }, more }))
+            let next = Cursor { epoch: now.epoch, place };
+            Ok(Ok(Page { changes, next, more, is_held_back: now.is_held_back }))
         })
         .await?
     }

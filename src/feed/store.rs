@@ -22,12 +22,15 @@ pub const IN_ORDER: [(&str, &str); 6] = [
     ("jit", "off"),
 ];
 
-/// Which history of which database this is, and the first transaction that it does not know of yet.
+/// Which history of which database this is, the first transaction that it does not know of yet, and whether there are changes that the
+/// feed does not show yet.
 pub const EPOCH: &str = "
 select system_identifier,
        -- Not the control file's: that one is behind for a while after a promotion.
        ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int as timeline,
-       pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_xid
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_xid,
+       -- The newest tells of all, however many there are.
+       coalesce((select xid from changes order by xid desc limit 1) >= pg_snapshot_xmin(pg_current_snapshot()), false) as is_held_back
   from pg_control_system()
 ";
 
@@ -96,11 +99,13 @@ select pg_current_xact_id(), id
 pub struct Now {
     pub epoch: Epoch,
     pub next_xid: i64,
+    /// A transaction that is still open keeps committed changes out of the feed.
+    pub is_held_back: bool,
 }
 
 pub async fn epoch(connection: &mut PgConnection) -> sqlx::Result<Now> {
-    let (system, timeline, next_xid) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
-    Ok(Now { epoch: Epoch { system, timeline }, next_xid })
+    let (system, timeline, next_xid, is_held_back) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    Ok(Now { epoch: Epoch { system, timeline }, next_xid, is_held_back })
 }
 
 pub async fn page(connection: &mut PgConnection, after: Place, limit: usize) -> sqlx::Result<Vec<(Place, Change)>> {

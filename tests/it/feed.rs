@@ -151,9 +151,13 @@ async fn a_late_commit_is_never_skipped(db: PgPool) {
     house.amend(&early, json!({ "job_title": "Editor" })).await.ok();
     house.delete(&last).await.ok();
     poller.poll_all(&house).await;
+    let is_held_back = async || house.page("/v1/changes").await.ok().body["held_back"].as_bool().unwrap();
+    assert!(is_held_back().await, "two changes wait for the first");
     open.commit().await.unwrap();
     poller.catch_up(&house).await;
     assert_eq!(poller.told, [(late, 2), (early, 2), (last, 2)]);
+    house.feed_is_clear().await;
+    assert!(!is_held_back().await, "all is shown");
 }
 
 #[sqlx::test]

@@ -1,14 +1,25 @@
 //! Mirror: a consumer's copy in a database of its own, asked for by the library that Rust consumers use.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
+use axum::{Router, extract::Request, response::IntoResponse};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::join_all;
+use reqwest::{StatusCode, header::RETRY_AFTER};
 use serde_json::json;
 use sqlx::PgPool;
 use tidings_sdk::{
     cache::Cache,
-    mirror::{Applied, CaughtUp, Mirror},
+    mirror::{Applied, Mirror},
     owner::{FetchError, Fetched, Latest, Owner},
 };
+use tokio::{net::TcpListener, sync::Semaphore};
 use uuid::Uuid;
 
 use crate::{
@@ -29,10 +40,11 @@ async fn mirror(house: &House) -> Mirror {
     mirror
 }
 
-/// Catches up with everything that is committed by now.
-async fn caught_up(house: &House, mirror: &Mirror, owner: &Owner) -> CaughtUp {
+/// Catches up with everything that is committed by now: users that were told, and copies that were written.
+async fn caught_up(house: &House, mirror: &Mirror, owner: &Owner) -> (u64, u64) {
     house.feed_is_clear().await;
-    mirror.catch_up(&house.db, owner).await.unwrap()
+    let done = mirror.catch_up(&house.db, owner).await.unwrap();
+    (done.told, done.written)
 }
 
 /// How many users differ from their copies, deletions included.
@@ -100,17 +112,17 @@ async fn a_mirror_catches_up_from_where_it_was(db: PgPool) {
     let users = load::users(&house, 1_200).await;
     house.delete(&users[0]).await.ok();
     let first = caught_up(&house, &mirror, &owner).await;
-    assert_eq!((first, differing(&house.db).await), (CaughtUp { told: 1_200, written: 1_200 }, 0));
+    assert_eq!((first, differing(&house.db).await), ((1_200, 1_200), 0));
     house.amend(&users[1], json!({ "city": "Riga" })).await.ok();
     house.delete(&users[2]).await.ok();
     let second = caught_up(&house, &mirror, &owner).await;
-    assert_eq!((second, differing(&house.db).await), (CaughtUp { told: 2, written: 2 }, 0));
+    assert_eq!((second, differing(&house.db).await), ((2, 2), 0));
     // News that came by message in between is not fetched again.
     house.amend(&users[3], json!({ "city": "Oslo" })).await.ok();
     let told = owner.latest(users[3], 2).await.unwrap();
     mirror.apply(&mut house.db.acquire().await.unwrap(), &told).await.unwrap();
     let third = caught_up(&house, &mirror, &owner).await;
-    assert_eq!(third, CaughtUp { told: 1, written: 0 });
+    assert_eq!(third, (1, 0));
 }
 
 /// While everything moves, catching up again and again ends level as soon as it stands still.
@@ -198,13 +210,16 @@ async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool
     caught_up(&house, &mirror, &owner).await;
     assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
     house.delete(&users[5]).await.ok();
-    let [missing, old, ahead, deleted] = [users[0], users[1], users[2], users[5]];
+    let [missing, old, ahead, buried, buried_as_new, deleted] =
+        [users[0], users[1], users[2], users[3], users[4], users[5]];
     let invented = Uuid::new_v4();
     for (falsify, user) in [
         ("delete from tidings_users where id = $1", missing),
         ("update tidings_users set version = 0 where id = $1", old),
         // As after a restore of the owner from a backup.
         ("update tidings_users set version = 9 where id = $1", ahead),
+        ("update tidings_users set version = 9, profile = null where id = $1", buried),
+        ("update tidings_users set profile = null where id = $1", buried_as_new),
         ("insert into tidings_users values ($1, 3, '{}')", invented),
     ] {
         sqlx::query(falsify).bind(user).execute(&house.db).await.unwrap();
@@ -215,12 +230,110 @@ async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool
         users.sort_unstable();
         users
     };
-    assert_eq!(found.missing, [missing]);
+    assert_eq!(sorted(&found.missing), sorted(&[missing, buried, buried_as_new]));
     assert_eq!(sorted(&found.stale), sorted(&[old, ahead]));
     assert_eq!(sorted(&found.ghosts), sorted(&[deleted, invented]));
     mirror.repair(&house.db, &owner, &found).await.unwrap();
     assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
     assert_eq!(differing(&house.db).await, 0);
+}
+
+/// Another history has other versions: each is taken as it is, even one below what is held, and whoever is not shown is forgotten.
+#[sqlx::test]
+async fn a_mirror_of_another_history_begins_anew(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let users = load::users(&house, 20).await;
+    house.delete(&users[2]).await.ok();
+    caught_up(&house, &mirror, &owner).await;
+    let (ahead, buried, invented) = (users[0], users[1], Uuid::new_v4());
+    for (falsify, user) in [
+        (r#"update tidings_users set version = 9, profile = '{"city":"Riga"}' where id = $1"#, ahead),
+        ("update tidings_users set version = 9, profile = null where id = $1", buried),
+        ("insert into tidings_users values ($1, 3, '{}')", invented),
+    ] {
+        sqlx::query(falsify).bind(user).execute(&house.db).await.unwrap();
+    }
+    assert_eq!(caught_up(&house, &mirror, &owner).await, (0, 0), "nobody was told of");
+    let cursor: String = sqlx::query_scalar("select cursor from tidings_cursor").fetch_one(&house.db).await.unwrap();
+    let mut bytes = URL_SAFE_NO_PAD.decode(cursor).unwrap();
+    // The timeline.
+    bytes[12] ^= 1;
+    let foreign = URL_SAFE_NO_PAD.encode(bytes);
+    sqlx::query("update tidings_cursor set cursor = $1").bind(foreign).execute(&house.db).await.unwrap();
+    caught_up(&house, &mirror, &owner).await;
+    assert_eq!(differing(&house.db).await, 0);
+    assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
+    // And from there on as before.
+    house.amend(&users[3], json!({ "city": "Oslo" })).await.ok();
+    assert_eq!(caught_up(&house, &mirror, &owner).await, (1, 1));
+}
+
+/// What a stand-in for the owner was asked, and how many single questions it had open at once.
+#[derive(Clone, Default)]
+struct Asked {
+    requests: Arc<Mutex<Vec<(String, Instant)>>>,
+    open: Arc<AtomicUsize>,
+    most_open: Arc<AtomicUsize>,
+}
+
+/// An owner that answers a gathered question with this, and a single one with 500 once there is a permit; its URL.
+async fn stand_in(asked: &Asked, gate: &Arc<Semaphore>, gathered: (StatusCode, Option<&'static str>)) -> String {
+    let (asked, gate) = (asked.clone(), gate.clone());
+    let answer = move |request: Request| {
+        let (asked, gate, (status, after)) = (asked.clone(), gate.clone(), gathered);
+        async move {
+            let path = request.uri().path().to_owned();
+            let is_gathered = path == "/v1/users:batchGet";
+            asked.requests.lock().unwrap().push((path, Instant::now()));
+            if is_gathered {
+                return (status, after.map(|after| [(RETRY_AFTER, after)]), "{}").into_response();
+            }
+            asked.most_open.fetch_max(asked.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            gate.acquire().await.unwrap().forget();
+            asked.open.fetch_sub(1, Ordering::SeqCst);
+            (StatusCode::INTERNAL_SERVER_ERROR, "{}").into_response()
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    url
+}
+
+/// An owner that asks to be left alone is left alone by all who asked together, for as long as it says.
+#[tokio::test]
+async fn a_refusal_of_all_is_not_answered_with_a_question_for_each() {
+    let (asked, gate) = (Asked::default(), Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)));
+    let url = stand_in(&asked, &gate, (StatusCode::TOO_MANY_REQUESTS, Some("1"))).await;
+    let owner = owner_at(&url).patience(Duration::from_millis(1_500));
+    let outcomes = join_all((0..100).map(|_| owner.latest(Uuid::new_v4(), 1))).await;
+    for outcome in outcomes {
+        assert!(matches!(outcome, Err(FetchError::Unavailable(_))), "{outcome:?}");
+    }
+    let requests = asked.requests.lock().unwrap().clone();
+    assert!(requests.iter().all(|(path, _)| path == "/v1/users:batchGet"), "{requests:?}");
+    assert!(requests.len() <= 6, "{requests:?}");
+    // Two go on at once: the third is one of them again.
+    assert!(requests[2].1 - requests[0].1 >= Duration::from_secs(1), "{requests:?}");
+}
+
+/// When the owner fails at somebody among those who are asked for together, they are asked for alone, and few at a time.
+#[tokio::test]
+async fn those_who_are_asked_for_alone_are_asked_for_few_at_a_time() {
+    let (asked, gate) = (Asked::default(), Arc::new(Semaphore::new(0)));
+    let url = stand_in(&asked, &gate, (StatusCode::INTERNAL_SERVER_ERROR, None)).await;
+    let owner = owner_at(&url);
+    let asking = tokio::spawn(async move { join_all((0..100).map(|_| owner.latest(Uuid::new_v4(), 1))).await });
+    eventually("single questions", async || match asked.open.load(Ordering::SeqCst) {
+        open if open >= 8 => Ok(()),
+        open => Err(open),
+    })
+    .await;
+    gate.add_permits(1_000);
+    let outcomes = asking.await.unwrap();
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(FetchError::Refused { status: 500, .. }))));
+    assert_eq!(asked.most_open.load(Ordering::SeqCst), 8);
 }
 
 #[sqlx::test]

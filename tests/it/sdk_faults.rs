@@ -22,13 +22,14 @@ use tidings_sdk::{
     consumer::{CatchUp, Dropped, Failure, Gap, Observer},
     envelope::{Event, Notice},
     letter::{Letter, Reason},
+    mirror::Mirror,
     topology::{self, Depth},
 };
 use tokio::{net::TcpListener, sync::Semaphore};
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, connect, env, eventually},
+    house::{self, House, connect, env, eventually, owner_at},
     hurt::HurtBroker,
     load,
     proxy::Proxy,
@@ -36,7 +37,7 @@ use crate::{
 };
 
 /// Counts what was dropped, and why.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct Drops(Arc<Mutex<Vec<Dropped>>>);
 
 impl Observer for Drops {
@@ -97,16 +98,16 @@ async fn line() -> (Proxy, String) {
     (line, through)
 }
 
-/// What stands before the owner and answers 500 to whatever is about this user; its URL.
-async fn curse_before(owner: &str, cursed: Uuid) -> String {
-    let (owner, http) = (owner.to_owned(), house::http());
+/// What stands before the owner and answers 500 to whatever is about this user, if there is one; its URL.
+async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
+    let (owner, http, cursed) = (owner.to_owned(), house::http(), cursed.clone());
     let answer = move |request: Request| {
-        let (owner, http) = (owner.clone(), http.clone());
+        let (owner, http, cursed) = (owner.clone(), http.clone(), *cursed.lock().unwrap());
         async move {
             let (head, body) = request.into_parts();
             let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
-            let id = cursed.to_string();
-            if path.contains(&id) || String::from_utf8_lossy(&body).contains(&id) {
+            let is_about = |id: &str| path.contains(id) || String::from_utf8_lossy(&body).contains(id);
+            if cursed.is_some_and(|cursed| is_about(&cursed.to_string())) {
                 return (StatusCode::INTERNAL_SERVER_ERROR, "{}".into());
             }
             let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
@@ -230,7 +231,7 @@ async fn a_user_whom_the_owner_cannot_show_ends_as_a_dead_letter_alone(db: PgPoo
     let mut house = House::open(db).await;
     let users = load::users(&house, 30).await;
     let cursed = users[7];
-    let stand_in = curse_before(&house.service.url, cursed).await;
+    let stand_in = curse_before(&house.service.url, &Arc::new(Mutex::new(Some(cursed)))).await;
     let direct = std::mem::replace(&mut house.service.url, stand_in);
     let listener = Listener::of(&house).await;
     house.service.url = direct;
@@ -243,6 +244,71 @@ async fn a_user_whom_the_owner_cannot_show_ends_as_a_dead_letter_alone(db: PgPoo
     let calls = listener.called(29).await;
     assert!(calls.iter().all(|call| call.user != cursed));
     assert_eq!(listener.dead_letters().await, 0);
+    listener.end().await;
+}
+
+/// Nor does he hold up a mirror: it has the others and listens, and has him as soon as he can be shown.
+#[sqlx::test]
+async fn a_user_whom_the_owner_cannot_show_keeps_no_mirror_from_listening(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 30).await;
+    house.feed_is_clear().await;
+    let cursed = Arc::new(Mutex::new(Some(users[7])));
+    let owner = owner_at(&curse_before(&house.service.url, &cursed).await);
+    let mirror = Mirror::new();
+    mirror.prepare(&house.db).await.unwrap();
+    let keeper = mirror.clone().keeper(house.db.clone(), owner.clone());
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.catch_up(keeper)).await;
+    assert_eq!(mirror.verify(&house.db, &owner).await.unwrap().missing, [users[7]]);
+    *cursed.lock().unwrap() = None;
+    eventually("him in the mirror", async || match mirror.verify(&house.db, &owner).await.unwrap() {
+        difference if difference.is_none() => Ok(()),
+        difference => Err(difference),
+    })
+    .await;
+    listener.end().await;
+}
+
+#[sqlx::test]
+async fn a_user_whom_the_owner_cannot_show_does_not_hold_up_the_repair_of_others(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 5).await;
+    let owner = owner_at(&curse_before(&house.service.url, &Arc::new(Mutex::new(Some(users[0])))).await);
+    let mirror = Mirror::new();
+    mirror.prepare(&house.db).await.unwrap();
+    let difference = mirror.verify(&house.db, &owner).await.unwrap();
+    assert_eq!(difference.missing.len(), users.len());
+    mirror.repair(&house.db, &owner, &difference).await.unwrap();
+    assert_eq!(mirror.verify(&house.db, &owner).await.unwrap().missing, users[..1]);
+}
+
+/// The owner was set back to an earlier state: what a backfill then tells is how it is, and what is told after it is news.
+#[sqlx::test]
+async fn after_a_backfill_of_a_restored_owner_news_is_news_again(db: PgPool) {
+    let house = House::open(db).await;
+    let drops = Drops::default();
+    let watched = drops.clone();
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.observe(watched)).await;
+    let ana = house.user(json!({})).await;
+    let handled = async |version: i64| {
+        eventually("the version to be handled", async || match listener.diary.of(&ana).last() {
+            Some(call) if call.latest == Some(version) => Ok(()),
+            last => Err(last.cloned()),
+        })
+        .await;
+    };
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    handled(3).await;
+    sqlx::query("update users set version = 1 where id = $1").bind(ana).execute(&house.db).await.unwrap();
+    let (properties, body) = notice(ana, 1, Event::Created).to_message("urn:test");
+    let mut headers = properties.headers().clone().unwrap();
+    headers.insert(topology::BACKFILL.into(), AMQPValue::LongString(Uuid::new_v4().to_string().into()));
+    listener.send(properties.with_headers(headers), &body).await;
+    handled(1).await;
+    house.amend(&ana, json!({ "city": "Rome" })).await.ok();
+    handled(2).await;
+    assert!(drops.0.lock().unwrap().iter().all(|why| *why != Dropped::Old), "{drops:?}");
     listener.end().await;
 }
 

@@ -1,6 +1,6 @@
 //! Catching up: from the place where this mirror last was to now, or from the beginning.
 
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -17,59 +17,87 @@ pub struct CaughtUp {
     pub told: u64,
     /// Users whose copy was written.
     pub written: u64,
+    /// Not everything that was committed by then has come: a transaction of the owner's that is open holds changes back, or somebody
+    /// could not be shown. To be called again in a while; consuming need not wait for that.
+    pub is_behind: bool,
 }
 
 impl Mirror {
     /// Applies every change since this mirror last caught up; everything, the first time. It can be broken off at any moment and
-    /// goes on where it was.
+    /// goes on where it was. A user whom the owner cannot show holds up nobody: he is told to the log, and asked for again the next time.
+    ///
+    /// After a restore or a failover of the owner everybody is fetched again, each taken as he is, and forgotten who is not shown any more.
     ///
     /// # Errors
     /// When the owner does not answer or the mirror's database fails; what was done by then stays done.
     pub async fn catch_up(&self, pool: &PgPool, owner: &Owner) -> Result<CaughtUp, MirrorError> {
         let mut cursor = store::cursor(pool).await?;
-        let mut done = CaughtUp::default();
+        let (mut done, mut unseen) = (CaughtUp::default(), vec![]);
         loop {
-            let page = match owner.changes(cursor.as_ref()).await {
-                // Another database than the one we know: its versions may have run backwards. Begin anew.
-                Err(FetchError::Refused { status: 410, .. }) if cursor.is_some() => {
-                    store::forget_cursor(pool).await?;
-                    cursor = None;
+            let page = match (owner.changes(cursor.as_ref()).await, &cursor) {
+                // Another database than the one we know: its versions may have run backwards.
+                (Err(FetchError::Refused { status: 410, .. }), Some(expired)) => {
+                    store::begin_anew(pool, expired).await?;
+                    cursor = store::cursor(pool).await?;
                     continue;
                 }
-                page => page?,
+                (page, _) => page?,
             };
             done.told += page.changes.len() as u64;
-            done.written += self.take(pool, owner, &page).await?;
+            done.written += self.take(pool, owner, &page, &mut unseen).await?;
             if !page.more {
+                if !page.held_back {
+                    store::end_anew(pool, &unseen).await?;
+                }
+                done.is_behind = page.held_back || !unseen.is_empty();
                 return Ok(done);
             }
             cursor = Some(page.next);
         }
     }
 
-    /// Applies a page, and moves the cursor with it. How many copies were written.
-    async fn take(&self, pool: &PgPool, owner: &Owner, page: &Changes) -> Result<u64, MirrorError> {
+    /// Applies a page, and moves the cursor with it, but not past anybody `unseen`. How many copies were written.
+    async fn take(
+        &self,
+        pool: &PgPool,
+        owner: &Owner,
+        page: &Changes,
+        unseen: &mut Vec<Uuid>,
+    ) -> Result<u64, MirrorError> {
         let users: Vec<Uuid> = page.changes.iter().map(|change| change.user_id).collect();
         let held = store::held(pool, &users).await?;
         let news =
             page.changes.iter().filter(|change| held.get(&change.user_id).is_none_or(|held| *held < change.version));
-        let latest = fetch_all(owner, news.copied().collect()).await?;
+        let latest = fetch_all(owner, news.copied().collect(), unseen).await?;
+        let place = unseen.is_empty().then_some(&page.next);
         let states = latest.iter().map(|latest| self.state(latest)).collect();
         let gone = page.changes.iter().filter(|change| change.state == Deleted && held.contains_key(&change.user_id));
         let gone: Vec<Uuid> = gone.map(|change| change.user_id).collect();
         if gone.is_empty() || self.confirming.is_none() {
-            return Ok(store::keep(&mut *pool.acquire().await?, states, Some(&page.next)).await?);
+            return Ok(store::keep(&mut *pool.acquire().await?, states, place).await?);
         }
         // Before the cursor moves on: who is cut off here sees the page again, and confirms it again.
         let written = store::keep(&mut *pool.acquire().await?, states, None).await?;
         self.confirm(owner, gone.into_iter()).await?;
-        store::keep(&mut *pool.acquire().await?, vec![], Some(&page.next)).await?;
+        store::keep(&mut *pool.acquire().await?, vec![], place).await?;
         Ok(written)
     }
 }
 
-/// The latest state of each of these.
-async fn fetch_all(owner: &Owner, changes: Vec<Change>) -> Result<Vec<Latest>, MirrorError> {
-    let fetches = changes.into_iter().map(|change| owner.latest(change.user_id, change.version));
-    Ok(stream::iter(fetches).buffered(FETCHES).try_collect().await?)
+/// The latest state of each of these whom the owner can show; the others are `unseen`.
+async fn fetch_all(owner: &Owner, changes: Vec<Change>, unseen: &mut Vec<Uuid>) -> Result<Vec<Latest>, FetchError> {
+    let fetch = async |Change { user_id, version, .. }| (user_id, owner.latest(user_id, version).await);
+    let mut fetched = stream::iter(changes.into_iter().map(fetch)).buffered(FETCHES);
+    let mut found = vec![];
+    while let Some((user, latest)) = fetched.next().await {
+        match latest {
+            Ok(latest) => found.push(latest),
+            Err(outage) if outage.is_outage() => return Err(outage),
+            Err(refusal) => {
+                tracing::warn!(user_id = %user, "a user is passed over for now: {refusal}");
+                unseen.push(user);
+            }
+        }
+    }
+    Ok(found)
 }

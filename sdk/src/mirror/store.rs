@@ -24,8 +24,11 @@ begin
   create table if not exists tidings_cursor (
     -- One row.
     is_only boolean primary key default true check (is_only),
+    -- Empty: at the beginning.
     cursor text not null
   );
+  -- Whether the owner has another history than what is held, and whoever is not shown by the end of the feed is to be forgotten.
+  alter table tidings_cursor add column if not exists is_anew boolean not null default false;
 end
 $$
 ";
@@ -87,11 +90,34 @@ delete from tidings_users
 ";
 
 const CURSOR: &str = "
-select cursor from tidings_cursor
+select nullif(cursor, '') from tidings_cursor
 ";
 
-const FORGET_CURSOR: &str = "
-delete from tidings_cursor
+/// Back to the beginning, unless another process has gone there already. Every state of the owner's is newer than version 0.
+const BEGIN_ANEW: &str = "
+with begun as (
+  update tidings_cursor
+     set cursor = '', is_anew = true
+   where cursor = $1
+  returning cursor
+)
+update tidings_users
+   set version = 0
+ where exists (select from begun)
+";
+
+/// Who still has version 0 was not shown, or could not be fetched.
+const END_ANEW: &str = "
+with ended as (
+  update tidings_cursor
+     set is_anew = false
+   where is_anew
+  returning cursor
+)
+delete from tidings_users
+ where exists (select from ended)
+   and version = 0
+   and id <> all($1)
 ";
 
 pub(super) async fn create(pool: &PgPool) -> sqlx::Result<()> {
@@ -149,10 +175,17 @@ pub(super) async fn drop_at(pool: &PgPool, user: Uuid, version: i64) -> sqlx::Re
 }
 
 pub(super) async fn cursor(pool: &PgPool) -> sqlx::Result<Option<Cursor>> {
-    let cursor: Option<String> = sqlx::query_scalar(CURSOR).fetch_optional(pool).await?;
-    Ok(cursor.map(Cursor))
+    let cursor: Option<Option<String>> = sqlx::query_scalar(CURSOR).fetch_optional(pool).await?;
+    Ok(cursor.flatten().map(Cursor))
 }
 
-pub(super) async fn forget_cursor(pool: &PgPool) -> sqlx::Result<()> {
-    sqlx::query(FORGET_CURSOR).execute(pool).await.map(drop)
+/// Prepares for a full pass through the feed of another history: what is held gives way to whatever is shown. `expired` is the place that the
+/// feed does not know.
+pub(super) async fn begin_anew(pool: &PgPool, Cursor(expired): &Cursor) -> sqlx::Result<()> {
+    sqlx::query(BEGIN_ANEW).bind(expired).execute(pool).await.map(drop)
+}
+
+/// Ends such a pass, if there is one: forgets whom it has not shown, but for those who are there and could not be fetched.
+pub(super) async fn end_anew(pool: &PgPool, unseen: &[Uuid]) -> sqlx::Result<()> {
+    sqlx::query(END_ANEW).bind(unseen).execute(pool).await.map(drop)
 }

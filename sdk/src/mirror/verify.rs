@@ -64,18 +64,26 @@ impl Mirror {
         Ok(difference)
     }
 
-    /// Fetches what differs and applies it.
+    /// Fetches what differs and applies it. A user whom the owner cannot show is told to the log and passed over.
     ///
     /// # Errors
     /// When the owner does not answer or the mirror's database fails; what was mended by then stays so.
     pub async fn repair(&self, pool: &PgPool, owner: &Owner, difference: &Difference) -> Result<(), MirrorError> {
         for user in difference.missing.iter().chain(&difference.stale).chain(&difference.ghosts) {
+            let held = match difference.held.get(user) {
+                Some(held) => Some(*held),
+                // A tombstone may be what keeps the user out.
+                None => store::held(pool, &[*user]).await?.remove(user),
+            };
             let latest = match owner.latest(*user, 1).await {
                 Ok(latest) => Some(latest),
                 Err(FetchError::UnknownUser) => None,
-                Err(error) => return Err(error.into()),
+                Err(outage) if outage.is_outage() => return Err(outage.into()),
+                Err(refusal) => {
+                    tracing::warn!(user_id = %user, "a user cannot be repaired: {refusal}");
+                    continue;
+                }
             };
-            let held = difference.held.get(user).copied();
             self.mend(pool, *user, held, latest.as_ref()).await?;
             let was_erased = held.is_some() && matches!(latest, Some(Latest::Gone(_)));
             self.confirm(owner, was_erased.then_some(*user).into_iter()).await?;
@@ -90,8 +98,9 @@ impl Mirror {
         held: Option<i64>,
         latest: Option<&Latest>,
     ) -> Result<(), MirrorError> {
-        // What the owner never had, or what is ahead of the owner (restored from a backup), no comparison of versions would ever mend.
-        if let Some(held) = held.filter(|held| latest.is_none_or(|latest| latest.version() < *held)) {
+        // What the owner never had, or what is no older than what the owner has and differs (restored from a backup), no comparison of
+        // versions would ever mend.
+        if let Some(held) = held.filter(|held| latest.is_none_or(|latest| latest.version() <= *held)) {
             store::drop_at(pool, user, held).await?;
         }
         if let Some(latest) = latest {

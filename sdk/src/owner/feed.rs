@@ -33,6 +33,10 @@ pub struct Changes {
     pub next: Cursor,
     /// Whether there is more already.
     pub more: bool,
+    /// Whether changes that are committed wait for a transaction of the owner's that is still open. Where there is no more, and this is
+    /// false, everything that was committed when it was asked for has been told.
+    #[serde(default)]
+    pub held_back: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
