@@ -6,7 +6,7 @@
 //! ./dev app orders list
 //! ```
 //!
-//! It is woken for `user.deleted` alone, and never asks the owner anything.
+//! It is woken for `user.deleted` alone, and asks the owner for nothing but what it may have missed.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 #[path = "../app/mod.rs"]
@@ -14,7 +14,10 @@ mod app;
 
 use clap::{Parser, Subcommand};
 use sqlx::PgPool;
-use tidings_sdk::consumer::{CatchUp, Failure, Gap, Handler, News};
+use tidings_sdk::{
+    consumer::{CatchUp, Failure, Gap, Handler, News},
+    owner::{FetchError, Latest, Owner},
+};
 use uuid::Uuid;
 
 /// The row in `people` is what placing and cancelling wait for each other on: no order slips in between.
@@ -132,14 +135,17 @@ impl Orders {
 /// What may have been missed: only people with something to cancel matter.
 struct Missed {
     orders: Orders,
-    owner: tidings_sdk::owner::Owner,
+    owner: Owner,
 }
 
 impl CatchUp for Missed {
     async fn catch_up(&self, _: Gap) -> Result<(), Failure> {
         for person in self.orders.waiting().await? {
-            if self.owner.latest(person, 1).await?.living().is_none() {
-                self.orders.forget(person).await?;
+            match self.owner.latest(person, 1).await {
+                Ok(Latest::Gone(_)) => self.orders.forget(person).await?,
+                // Nobody ever had the id that somebody mistyped.
+                Ok(Latest::Living(_)) | Err(FetchError::UnknownUser) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
