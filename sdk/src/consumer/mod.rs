@@ -185,7 +185,7 @@ impl Consumer {
     }
 
     /// How long one attempt may take; 30 s unless told otherwise. Then it is dropped where it stands, and has failed. Within it an outage of
-    /// the owner is waited out for a third of that at most, so that it is told as one.
+    /// the owner is waited out for a quarter of that at most, so that it is told as one.
     #[must_use]
     pub fn handler_deadline(mut self, deadline: Duration) -> Self {
         self.settings.handler_deadline = deadline;

@@ -40,9 +40,9 @@ pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For handlers that run when the connection is lost: their messages will come again, and one user is not handled twice at once.
 const LOSS_FAREWELL: Duration = Duration::from_secs(5);
-/// An outage of the owner's has to be told before the call is out of time, which would count as a failed attempt. A user who is not shown
-/// costs patience twice: once to be shown, once to be known at all.
-const WAITS_IN_A_CALL: u32 = 3;
+/// An outage of the owner's has to be told before the call is out of time, which would count as a failed attempt. At the worst patience
+/// is needed to be answered among others, to get a turn alone, to be shown, and to be known at all.
+const WAITS_IN_A_CALL: u32 = 4;
 const ABORT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a session ended.

@@ -19,7 +19,6 @@ use hyper::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
@@ -179,8 +178,8 @@ impl Owner {
         answer.is_denial().then(|| answer.refusal())
     }
 
-    /// How long an outage of the owner is waited out within one call; 10 s unless told otherwise. A call that has not been answered
-    /// by then fails with [`FetchError::Unavailable`].
+    /// How long an outage of the owner is waited out for one question; 10 s unless told otherwise. What has not been answered by then
+    /// fails with [`FetchError::Unavailable`], and no other question is asked in its place.
     #[must_use]
     pub fn patience(self, patience: Duration) -> Self {
         let http = Arc::new(self.http.with_patience(patience));
@@ -203,19 +202,18 @@ impl Owner {
     /// # Errors
     /// [`FetchError`].
     pub async fn latest(&self, user: Uuid, at_least: i64) -> Result<Latest, FetchError> {
-        let end = self.http.end();
         // Gathered answers may be too old, or none: then the user is asked for alone, as the last word.
-        let _turn = match self.gatherer.ask(user, self.trace, end).await {
+        let _turn = match self.gatherer.ask(user, self.trace, self.http.end()).await {
             Ok(Some(latest)) if latest.version() >= at_least => return Ok(latest),
             Ok(_) => None,
             Err(outage) if outage.is_outage() => return Err(outage),
-            Err(_) => Some(self.gatherer.turn_alone(end).await?),
+            Err(_) => Some(self.gatherer.turn_alone(self.http.end()).await?),
         };
-        self.alone(user, at_least, end).await
+        self.alone(user, at_least).await
     }
 
-    async fn alone(&self, user: Uuid, at_least: i64, end: Instant) -> Result<Latest, FetchError> {
-        match self.get_until(end, user, at_least, None).await {
+    async fn alone(&self, user: Uuid, at_least: i64) -> Result<Latest, FetchError> {
+        match self.get(user, at_least, None).await {
             Ok(Fetched::New(latest)) => Ok(latest),
             Ok(Fetched::Unchanged) => Err(FetchError::Malformed),
             // Somebody whom the owner does not know at all is not waited for as somebody who is late.
@@ -234,20 +232,10 @@ impl Owner {
     /// # Errors
     /// [`FetchError`].
     pub async fn get(&self, user: Uuid, at_least: i64, held: Option<i64>) -> Result<Fetched, FetchError> {
-        self.get_until(self.http.end(), user, at_least, held).await
-    }
-
-    async fn get_until(
-        &self,
-        end: Instant,
-        user: Uuid,
-        at_least: i64,
-        held: Option<i64>,
-    ) -> Result<Fetched, FetchError> {
         let ask = Ask::get(format!("/v1/users/{user}?min_version={}", at_least.max(1)))
             .with(IF_NONE_MATCH, held.map(|version| format!("\"{version}\"")))
             .with(TRACEPARENT, self.trace.map(|trace| trace.to_string()));
-        let answer = self.http.ask_until(end, ask).await?;
+        let answer = self.http.ask(ask).await?;
         let latest = match answer.status {
             StatusCode::OK => Latest::Living(answer.read()?),
             StatusCode::NOT_MODIFIED => return Ok(Fetched::Unchanged),
