@@ -179,7 +179,7 @@ impl Owner {
     }
 
     /// How long an outage of the owner is waited out for one question; 10 s unless told otherwise. What has not been answered by then
-    /// fails with [`FetchError::Unavailable`], and no other question is asked in its place.
+    /// fails with [`FetchError::Unavailable`].
     #[must_use]
     pub fn patience(self, patience: Duration) -> Self {
         let http = Arc::new(self.http.with_patience(patience));
