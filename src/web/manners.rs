@@ -91,7 +91,9 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(X_REQUEST_ID, id);
     }
-    let (status, took_ms) = (response.status().as_u16(), began.elapsed().as_millis() as u64);
+    let took = began.elapsed();
+    limits.traffic.answered(&method, &route, response.status(), took);
+    let (status, took_ms) = (response.status().as_u16(), took.as_millis() as u64);
     // What clients can bring about as often as they like is counted, and does not fill the log.
     let deliberate = response.extensions().get().is_some_and(|code| DELIBERATE.contains(code));
     if response.status().is_server_error() && !deliberate {

@@ -1,22 +1,43 @@
-//! Traffic: what the limits did, as numbers.
+//! Traffic: how requests fare and what the limits did, as numbers.
 //!
-//! Promise: whoever was turned away or cut off is counted, under a name that says why.
-//! Not here, on purpose: the limits.
+//! Promise: each answer is counted, and whoever was turned away or cut off under a name that says why.
+//! Not here, on purpose: the limits; and names that whoever asks could make up: a route is its template, and a method one of ours.
 
+use std::time::Duration;
+
+use axum::http::{Method, StatusCode};
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
 /// Shared by everything that limits.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Traffic {
+    answers: Family<Answered, Counter>,
+    durations: Family<Route, Histogram>,
     connections: Gauge,
     under_way: Gauge,
     ended: Family<Reason, Counter>,
     shed: Counter,
     limited: Family<Whose, Counter>,
+}
+
+/// The bounds of the histogram, in seconds; a request has 30.
+const BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0];
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Answered {
+    method: &'static str,
+    route: String,
+    status: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Route {
+    method: &'static str,
+    route: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,8 +50,32 @@ struct Whose {
     of: &'static str,
 }
 
+impl Default for Traffic {
+    fn default() -> Self {
+        Self {
+            answers: Family::default(),
+            durations: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
+            connections: Gauge::default(),
+            under_way: Gauge::default(),
+            ended: Family::default(),
+            shed: Counter::default(),
+            limited: Family::default(),
+        }
+    }
+}
+
 impl Traffic {
     pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "http_requests",
+            "Requests that were answered, by method, route (its template; unknown when there is none) and class of status",
+            self.answers.clone(),
+        );
+        registry.register(
+            "http_request_duration_seconds",
+            "From the head of a request until its answer begins, by method and route",
+            self.durations.clone(),
+        );
         registry.register("connections", "Connections that are open", self.connections.clone());
         registry.register("requests_under_way", "Requests to /v1 that have a place", self.under_way.clone());
         registry.register(
@@ -56,6 +101,12 @@ impl Traffic {
         for of in ["client", "address"] {
             drop(self.limited.get_or_create(&Whose { of }));
         }
+    }
+
+    pub(super) fn answered(&self, method: &Method, route: &str, status: StatusCode, took: Duration) {
+        let of = Route { method: name(method), route: route.to_owned() };
+        self.durations.get_or_create(&of).observe(took.as_secs_f64());
+        self.answers.get_or_create(&Answered { method: of.method, route: of.route, status: class(status) }).inc();
     }
 
     pub(super) fn connected(&self) -> Counted {
@@ -92,6 +143,29 @@ impl Traffic {
 
     pub fn limited_address(&self) {
         self.limited.get_or_create(&Whose { of: "address" }).inc();
+    }
+}
+
+/// Whoever asks may make up methods.
+fn name(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        _ => "other",
+    }
+}
+
+fn class(status: StatusCode) -> &'static str {
+    match status.as_u16() / 100 {
+        2 => "2xx",
+        3 => "3xx",
+        4 => "4xx",
+        5 => "5xx",
+        _ => "1xx",
     }
 }
 
