@@ -69,6 +69,7 @@ begin
   -- idempotency_keys: what came of requests, kept by the API and let go after a day.
   grant select, insert, update, delete on idempotency_keys to tidings_api;
 
-  -- _sqlx_migrations: the owner's alone.
+  -- _sqlx_migrations: the owner's; whoever serves looks whether its version's are there.
+  grant select (version) on _sqlx_migrations to tidings_api, tidings_relay;
 end
 $$;

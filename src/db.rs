@@ -13,6 +13,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
 use tokio::time::timeout;
+use url::Url;
 
 use crate::telemetry::with_causes;
 
@@ -26,7 +27,24 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// network that swallows packets.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(8);
 
-static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+/// For a connection that comes back to its pool to show that it lives. What was still under way on it the server has ended by then.
+const RETURN_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The versions of the schema that were applied.
+pub const APPLIED: &str = "
+select version
+  from _sqlx_migrations
+ order by version
+";
+
+/// What a crash of the server would take with it: commits that were not on the disk yet, or a page that was torn as it was written.
+pub const FORGETS: &str = "
+select name
+  from pg_settings
+ where name in ('fsync', 'full_page_writes', 'synchronous_commit')
+   and setting = 'off'
+ order by name
+";
 
 /// Where the database is, and the manners of every session there.
 #[derive(Clone)]
@@ -136,11 +154,19 @@ impl Db {
     }
 
     /// A small pool for queries outside the hot paths (list, health, metrics), each in a task of its own; `settings` as for a line.
-    pub fn pool<const N: usize>(&self, purpose: &str, settings: [(&str, &str); N]) -> PgPool {
+    pub fn pool<const N: usize>(&self, purpose: &str, connections: u32, settings: [(&str, &str); N]) -> PgPool {
         PgPoolOptions::new()
-            .max_connections(4)
+            .max_connections(connections)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
+            // The pool asks whoever comes back whether it lives, and keeps its place for it however long it says nothing: on a network
+            // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    let alive = timeout(RETURN_DEADLINE, connection.ping()).await;
+                    alive.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                })
+            })
             .connect_lazy_with(self.options.clone().application_name(&format!("tidings {purpose}")).options(settings))
     }
 
@@ -155,7 +181,23 @@ impl Db {
     /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         let mut connection = self.maintenance("migrate").await?;
-        MIGRATIONS.run(&mut connection).await.context("the migrations did not complete")?;
+        let mut migrations = sqlx::migrate!();
+        // What a later version added is no obstacle: it only adds, so that the version before goes on beside it, and after a rollback.
+        migrations.set_ignore_missing(true);
+        migrations.run(&mut connection).await.context("the migrations did not complete")?;
+        Ok(connection.close().await?)
+    }
+
+    /// Refuses a database that lacks a migration of this binary's: statements on what is not there would fail one after the other.
+    ///
+    /// # Errors
+    /// When one is missing, or the database does not tell.
+    pub async fn check_migrated(&self) -> anyhow::Result<()> {
+        let mut connection = self.maintenance("schema check").await?;
+        let applied: Vec<i64> =
+            sqlx::query_scalar(APPLIED).fetch_all(&mut connection).await.map_err(Trouble::from).map_err(explained)?;
+        let missing = sqlx::migrate!().iter().filter(|migration| !applied.contains(&migration.version)).count();
+        anyhow::ensure!(missing == 0, "the database lacks {missing} of this version's migrations\n{MIGRATE}");
         Ok(connection.close().await?)
     }
 
@@ -184,15 +226,10 @@ impl Db {
     /// Refuses a database that forgets what it acknowledged.
     ///
     /// # Errors
-    /// When `fsync` or `synchronous_commit` is off, or the database cannot be reached.
+    /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, or the database cannot be reached.
     pub async fn check_durability(&self) -> anyhow::Result<()> {
         let mut connection = connect(&self.options).await?;
-        let off: Vec<String> = sqlx::query_scalar(
-            "select name from pg_settings where name in ('fsync', 'synchronous_commit') and setting = 'off' order by name",
-        )
-        .fetch_all(&mut connection)
-        .await
-        .map_err(Trouble::from)?;
+        let off: Vec<String> = sqlx::query_scalar(FORGETS).fetch_all(&mut connection).await.map_err(Trouble::from)?;
         anyhow::ensure!(
             off.is_empty(),
             "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",
@@ -202,10 +239,38 @@ impl Db {
     }
 }
 
+const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";
+
+/// A refusal that is mostly a step of an upgrade that was left out, with that step.
+pub fn explained(trouble: Trouble) -> anyhow::Error {
+    let hint = match &trouble {
+        // What is asked for is not there.
+        Trouble::Refused { code, .. } if code == "42P01" || code == "42703" => Some(MIGRATE),
+        Trouble::Refused { code, .. } if code == "42501" => {
+            Some("hint: this role lacks rights; deploy/postgres-grants.sql gives them, after each migration")
+        }
+        _ => None,
+    };
+    match hint {
+        Some(hint) => anyhow::anyhow!("{}\n{hint}", trouble.report()),
+        None => trouble.into(),
+    }
+}
+
+/// Ends a pool, within bounds: a server that does not answer holds up no leaving.
+pub async fn close(pool: &PgPool) {
+    let _ = timeout(RETURN_DEADLINE, pool.close()).await;
+}
+
 /// Whether a host is this machine.
 pub fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
+/// Whether what is said at this URL travels in the clear, to somewhere else than this machine.
+pub fn is_overheard(url: &Url) -> bool {
+    url.scheme() == "http" && !url.host_str().is_some_and(is_loopback)
 }
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
@@ -283,5 +348,16 @@ mod tests {
         }
         assert!(is_overheard("postgres://db/x?sslrootcert=/ca.pem"), "a certificate that nobody checks");
         assert!(!is_overheard("postgres://db/x?sslmode=verify-full"));
+    }
+
+    #[test]
+    fn a_url_in_the_clear_is_overheard_beyond_this_machine() {
+        let is_overheard = |url: &str| is_overheard(&url.parse().unwrap());
+        for alone in ["http://127.0.0.1:15672", "http://[::1]/", "http://localhost", "https://broker:15671"] {
+            assert!(!is_overheard(alone), "{alone}");
+        }
+        for heard in ["http://broker:15672", "http://10.0.0.1"] {
+            assert!(is_overheard(heard), "{heard}");
+        }
     }
 }

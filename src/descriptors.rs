@@ -5,7 +5,7 @@
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-/// Kept free of connections: for the database (at most 25 with a relay), the broker, the listener, the runtime, the schema file, and
+/// Kept free of connections: for the database (at most 45 where it leads everything), the broker, the listener, the runtime, the schema file, and
 /// clients that are being turned away.
 pub const RESERVE: u64 = 192;
 

@@ -21,18 +21,18 @@ use crate::{
     broker::Broker,
     clients::{self, Clients, Processing},
     config,
-    db::{Db, Trouble},
+    db::{self, Db, Trouble},
     dead_letters::{Collector, DeadLetters},
     deletions::{Deletions, Ledger, Reminder},
     descriptors,
     feed::{self, Feed},
     lead,
     lifecycle::{Roles, leave_on_signal},
-    ops::Ops,
+    ops::{Looks, Ops},
     outbox::Bell,
     profile::Schema,
     relay::{Relay, Status},
-    subscriptions::{self, Desk, Subscriptions, Watch},
+    subscriptions::{self, Desk, Management, Subscriptions, Watch},
     users::{self, Users},
     web::{self, LimitSettings, Limits},
 };
@@ -67,14 +67,20 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    warn_of_listeners(&db, broker.as_ref());
+    warn_of_listeners(&db, broker.as_ref(), management.as_ref());
     let listener = listen(address)?;
     let Some(found) = stop.run_until_cancelled(await_database(&db, !settings.no_migrate)).await else { return Ok(()) };
     found?;
+    if settings.no_migrate {
+        db.check_migrated().await?;
+    }
+    if !asks_nobody {
+        clients::check(&db).await?;
+    }
     refuse_schema_without_declared_fields(&db, &schema).await?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
-    let (bell, queries) = (Bell::default(), db.pool("queries", []));
+    let (bell, queries) = (Bell::default(), db.pool("queries", 4, []));
     let telling_stop = CancellationToken::new();
     let registry = broker.as_ref().map(Broker::as_registry);
     let desk = registry.clone().map(Desk::new);
@@ -95,7 +101,9 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let deletions = Deletions::open(&db, ledger.clone(), &keeping);
     telling.spawn("deletions", lead::serve(Reminder::new(&db, deadline), db.clone(), telling_stop.clone()));
     let limits = within_descriptors(limits);
-    let ops = Ops::new(queries.clone(), Some(deletions.clone()), status, &limits.traffic);
+    let looks = Looks::new(&db);
+    let serving = Some((clients.clone(), deletions.clone()));
+    let ops = Ops::new(queries.clone(), looks.clone(), serving, status, &limits.traffic);
     let desks = Desks {
         users: Users::open(&db, queries.clone(), schema.clone(), bell, settings.require_if_match, &keeping),
         feed: feed.clone(),
@@ -114,10 +122,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
-    feed.close().await;
-    subscriptions.close().await;
-    ledger.close().await;
-    queries.close().await;
+    tokio::join!(feed.close(), subscriptions.close(), ledger.close(), db::close(&queries), looks.close());
     ensure!(answered && kept && told, "a role fell, see the log");
     Ok(())
 }
@@ -129,7 +134,7 @@ fn warn_of_unknown_settings() {
 }
 
 /// Of what strangers on the network could read or forge.
-fn warn_of_listeners(db: &Db, broker: Option<&Broker>) {
+fn warn_of_listeners(db: &Db, broker: Option<&Broker>, management: Option<&Management>) {
     if db.is_overheard() {
         tracing::warn!(
             "DATABASE_URL: the database is on another machine, and anybody between could read or be it; add ?sslmode=verify-full"
@@ -138,6 +143,12 @@ fn warn_of_listeners(db: &Db, broker: Option<&Broker>) {
     if broker.is_some_and(Broker::is_overheard) {
         tracing::warn!(
             "AMQP_URL or AMQP_REGISTRY_URL: the broker is on another machine, and anybody between could read or be it; use amqps://"
+        );
+    }
+    if management.is_some_and(Management::is_overheard) {
+        tracing::warn!(
+            "TIDINGS_RABBITMQ_MANAGEMENT_URL: the management API is on another machine, and anybody between could read its password or be \
+             it; use https://"
         );
     }
 }
@@ -173,20 +184,21 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
 
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
-    warn_of_listeners(&db, Some(&broker));
+    warn_of_listeners(&db, Some(&broker), None);
     let listener = listen(address)?;
     let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
     found?;
     let telling = Roles::new(stop.clone());
     let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
-    let queries = db.pool("queries", []);
     let limits = within_descriptors(limits);
-    let app = app::ops_only(Ops::new(queries.clone(), None, Some(status), &limits.traffic), limits.clone());
+    let (queries, looks) = (db.pool("queries", 1, []), Looks::new(&db));
+    let ops = Ops::new(queries.clone(), looks.clone(), None, Some(status), &limits.traffic);
+    let app = app::ops_only(ops, limits.clone());
 
     announce(&listener)?;
     let answered = answer(listener, app, limits, stop).await;
     let told = telling.ended().await;
-    queries.close().await;
+    tokio::join!(db::close(&queries), looks.close());
     ensure!(answered && told, "a role fell, see the log");
     Ok(())
 }

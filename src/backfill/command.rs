@@ -91,5 +91,5 @@ fn words(backfill: &Backfill) -> String {
 }
 
 fn open(servers: &SubscriptionServers, faults: &mut Faults) -> Option<Backfills> {
-    Some(Backfills::new(servers.database.open(faults)?.pool("command", [])))
+    Some(Backfills::new(servers.database.open(faults)?.pool("command", 4, [])))
 }

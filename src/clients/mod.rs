@@ -18,7 +18,7 @@ pub(crate) use http::field_forbidden;
 pub use http::{Administer, Allowed, Guarded, ManageSubscriptions, Mine, Permission, ReadUsers, WriteUsers};
 pub use key::{Key, KeyId};
 pub use model::{Caller, Client, InvalidName, InvalidScope, NewClient, Scope};
-pub use roster::Clients;
+pub use roster::{Clients, check};
 pub use store::{
     CLIENT_OF, CREATE, DECLARED, EXISTS, FIND, ISSUE, KEYS, LIVE_KEYS, PROCESSING, RETIRE, REVOKE, REVOKE_KEY, ROSTER,
     USED, create, declared_fields, exists, issue,

@@ -127,6 +127,17 @@ impl Clients {
         Ok(caller)
     }
 
+    /// Waits until it is known who may ask.
+    ///
+    /// # Errors
+    /// When the database has not said so for a second, and does not now.
+    pub async fn known_now(&self) -> Result<(), Unknowable> {
+        match &self.roster {
+            Some(roster) if roster.latest().is_none() => roster.look_now().await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether `caller` may look after this subscription; `None` when there is none of this name.
     ///
     /// # Errors
@@ -246,13 +257,29 @@ impl Asker {
     }
 }
 
+/// One look, before anybody asks.
+///
+/// # Errors
+/// When the database does not let itself be asked, with what is to be done.
+pub async fn check(db: &Db) -> anyhow::Result<()> {
+    let mut line = db.line("clients", []);
+    look(&mut line).await.map_err(db::explained)?;
+    line.hang_up().await;
+    Ok(())
+}
+
 /// Looks, and looks again, until nobody wants to know.
 async fn look_on(mut line: Line, looks: watch::Sender<Look>, wanted: Arc<Notify>, used: Used) {
     // An outage is told once.
     let (mut is_well, mut noted) = (true, Instant::now());
     while !looks.is_closed() {
         let began = Instant::now();
-        let seen = match look(&mut line).await {
+        let looked = tokio::select! {
+            looked = look(&mut line) => looked,
+            // A database that does not answer holds up no leaving.
+            () = looks.closed() => break,
+        };
+        let seen = match looked {
             Ok(seen) => {
                 is_well = true;
                 Some(Arc::new(seen))

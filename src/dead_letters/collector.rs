@@ -56,7 +56,7 @@ type Ended = (SubscriptionName, anyhow::Result<()>);
 
 impl Collector {
     pub fn new(db: &Db, broker: Broker) -> Self {
-        Self { broker, queries: db.pool("collector", []), complained: HashSet::new() }
+        Self { broker, queries: db.pool("collector", 4, []), complained: HashSet::new() }
     }
 }
 

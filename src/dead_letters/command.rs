@@ -128,5 +128,5 @@ fn parse_reason(name: &str) -> anyhow::Result<Reason> {
 fn open(servers: &SubscriptionServers, with_broker: bool, faults: &mut Faults) -> Option<DeadLetters> {
     let db = servers.database.open(faults);
     let broker = if with_broker { servers.amqp.open(faults).map(|broker| broker.as_registry()) } else { None };
-    Some(DeadLetters::new(db?.pool("command", []), broker))
+    Some(DeadLetters::new(db?.pool("command", 4, []), broker))
 }

@@ -63,11 +63,11 @@ pub enum Error {
 impl Ledger {
     /// `deadline`: how long after a deletion its confirmations may take.
     pub fn new(db: &Db, deadline: Duration) -> Self {
-        Self { queries: db.pool("deletions", BY_INDEX), deadline }
+        Self { queries: db.pool("deletions", 4, BY_INDEX), deadline }
     }
 
     pub async fn close(&self) {
-        self.queries.close().await;
+        db::close(&self.queries).await;
     }
 
     /// A deletion, with everybody who has to confirm it or has.

@@ -96,11 +96,11 @@ pub enum Error {
 
 impl Feed {
     pub fn open(db: &Db) -> Self {
-        Self { queries: db.pool("feed", IN_ORDER), digesting: Arc::new(Semaphore::new(1)) }
+        Self { queries: db.pool("feed", 4, IN_ORDER), digesting: Arc::new(Semaphore::new(1)) }
     }
 
     pub async fn close(self) {
-        self.queries.close().await;
+        db::close(&self.queries).await;
     }
 
     /// Up to `limit` changes past `after`; from the very first user without it.

@@ -3,7 +3,10 @@
 //! Promise: the answers come within seconds whatever is broken, and hold numbers and names only.
 //! Not here, on purpose: deciding what to do about it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json,
@@ -19,11 +22,16 @@ use prometheus_client::{
 use serde::Serialize;
 use sqlx::PgPool;
 use std::sync::atomic::AtomicU64;
-use tokio::time::timeout;
+use tokio::{
+    sync::Mutex,
+    time::{sleep, timeout},
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    db, dead_letters,
+    clients::Clients,
+    db::{self, Db},
+    dead_letters,
     deletions::{Deletions, Ledger},
     outbox, relay, subscriptions,
     web::{Code, Problem, Refusals, Traffic},
@@ -31,16 +39,44 @@ use crate::{
 
 /// For a look at the database: a probe that hangs is as bad as one that fails.
 const LOOK: Duration = Duration::from_secs(2);
+/// Between two looks for metrics: whoever asks for them costs the database five looks a second, however often he asks.
+const GAP: Duration = Duration::from_millis(200);
 
 /// What the operator's questions are answered from.
 #[derive(Clone)]
 pub struct Ops {
     queries: PgPool,
+    looks: Looks,
     /// `None` in an instance that serves no API.
+    clients: Option<Clients>,
     ledger: Option<Ledger>,
     /// `None` in an instance that runs no relay.
     relay: Option<relay::Status>,
     metrics: Arc<Metrics>,
+}
+
+/// The looks at the database that metrics are told from: one at a time, which all share who asked before it began.
+#[derive(Clone)]
+pub struct Looks {
+    /// Of their own, so that readiness is not behind them.
+    queries: PgPool,
+    last: Arc<Mutex<Last>>,
+}
+
+#[derive(Default)]
+struct Last {
+    began: Option<Instant>,
+    floor: outbox::Floor,
+}
+
+impl Looks {
+    pub fn new(db: &Db) -> Self {
+        Self { queries: db.pool("metrics", 2, outbox::BY_PLACE), last: Arc::default() }
+    }
+
+    pub async fn close(&self) {
+        db::close(&self.queries).await;
+    }
 }
 
 struct Metrics {
@@ -58,10 +94,11 @@ struct OfSubscription {
 }
 
 impl Ops {
-    /// `deletions`: of an instance that serves the API. `telling`: the relay and the watch of one that has a broker.
+    /// `serving`: of an instance that serves the API. `telling`: the relay and the watch of one that has a broker.
     pub fn new(
         queries: PgPool,
-        deletions: Option<Deletions>,
+        looks: Looks,
+        serving: Option<(Clients, Deletions)>,
         telling: Option<(relay::Status, subscriptions::Status)>,
         traffic: &Traffic,
     ) -> Self {
@@ -69,12 +106,12 @@ impl Ops {
         let mut registry = Registry::with_prefix("tidings");
         registry.register(
             "outbox_pending",
-            "Committed events that the broker has not confirmed yet; exact below 10,000, estimated above; -1 when the database does not answer",
+            "Committed events that the broker has not confirmed yet; exact below 10,000, estimated above; -1 when the database does not say so in time",
             pending.clone(),
         );
         registry.register(
             "outbox_oldest_seconds",
-            "Age of the oldest such event; 0 when there is none; -1 when the database does not answer",
+            "Age of the oldest such event; 0 when there is none; -1 when the database does not say so in time",
             oldest_seconds.clone(),
         );
         let dead_letters = Family::<OfSubscription, Gauge>::default();
@@ -86,7 +123,7 @@ impl Ops {
         );
         let erasures_overdue = Family::<OfSubscription, Gauge>::default();
         let erasures_oldest_seconds = Family::<OfSubscription, Gauge<f64, AtomicU64>>::default();
-        let ledger = deletions.map(|deletions| {
+        let serving = serving.map(|(clients, deletions)| {
             registry.register(
                 "erasures_overdue",
                 "Deletions that a subscription has not confirmed in time; exact below 10,000, more show as so many; absent when the \
@@ -99,8 +136,9 @@ impl Ops {
                 erasures_oldest_seconds.clone(),
             );
             deletions.recorder().register(&mut registry);
-            deletions.ledger().clone()
+            (clients, deletions.ledger().clone())
         });
+        let (clients, ledger) = serving.unzip();
         traffic.register(&mut registry);
         let relay = telling.map(|(relay, watch)| {
             relay.register(&mut registry);
@@ -109,25 +147,49 @@ impl Ops {
         });
         let metrics =
             Metrics { registry, pending, oldest_seconds, dead_letters, erasures_overdue, erasures_oldest_seconds };
-        Self { queries, ledger, relay, metrics: Arc::new(metrics) }
+        Self { queries, looks, clients, ledger, relay, metrics: Arc::new(metrics) }
     }
 
-    /// Whether the database answers. It is asked nothing that takes longer when there is more: an instance is not sent away because
-    /// somebody's long transaction keeps dead rows in the outbox, which [`outbox::lag`] walks over.
+    /// Whether the database answers, and says who may ask: without that every request hears 503. It is asked nothing that takes longer
+    /// when there is more.
     async fn database(&self) -> Result<(), String> {
         let queries = self.queries.clone();
-        let answered = timeout(LOOK, db::ask(async move { sqlx::query("select").execute(&queries).await })).await;
-        answered.map_err(|_| format!("no answer within {LOOK:?}"))?.map(drop).map_err(|trouble| trouble.report())
+        let answers = async {
+            let answered = db::ask(async move { sqlx::query("select").execute(&queries).await }).await;
+            answered.map(drop).map_err(|trouble| trouble.report())?;
+            let Some(clients) = &self.clients else { return Ok(()) };
+            clients.known_now().await.map_err(|_| "the database does not say who may ask; the log has why".to_owned())
+        };
+        timeout(LOOK, answers).await.unwrap_or_else(|_| Err(format!("no answer within {LOOK:?}")))
     }
 
-    async fn lag(&self) -> Result<outbox::Lag, String> {
-        let queries = self.queries.clone();
-        let lag = timeout(LOOK, db::ask(async move { outbox::lag(&queries).await })).await;
-        lag.map_err(|_| format!("no answer within {LOOK:?}"))?.map_err(|trouble| trouble.report())
+    /// Looks at the database, unless somebody did since this was asked.
+    async fn look(self) {
+        let asked = Instant::now();
+        let mut last = self.looks.last.lock().await;
+        if last.began.is_some_and(|began| began >= asked) {
+            return;
+        }
+        if let Some(began) = last.began {
+            sleep(GAP.saturating_sub(began.elapsed())).await;
+        }
+        last.began = Some(Instant::now());
+        tokio::join!(self.measure_lag(&mut last.floor), self.count_dead_letters(), self.count_overdue_erasures());
+    }
+
+    async fn measure_lag(&self, floor: &mut outbox::Floor) {
+        let (queries, place) = (self.looks.queries.clone(), floor.place());
+        let lag = timeout(LOOK, db::ask(async move { outbox::lag(&queries, place).await })).await;
+        let lag = lag.ok().and_then(Result::ok);
+        if let Some(lag) = &lag {
+            floor.note(lag, Instant::now());
+        }
+        self.metrics.pending.set(lag.map_or(-1, |lag| lag.pending));
+        self.metrics.oldest_seconds.set(lag.map_or(-1.0, |lag| lag.oldest_seconds));
     }
 
     async fn count_dead_letters(&self) {
-        let queries = self.queries.clone();
+        let queries = self.looks.queries.clone();
         let counts = timeout(LOOK, db::ask(async move { dead_letters::counts(&queries).await })).await;
         self.metrics.dead_letters.clear();
         for (subscription, count) in counts.ok().and_then(Result::ok).into_iter().flatten() {
@@ -187,7 +249,7 @@ enum Readily {
 #[utoipa::path(get, path = "/readyz", tag = "operations", operation_id = "readiness", security(()),
     responses(
         (status = 200, description = "Send requests: ready or degraded", body = Readiness),
-        (status = 503, description = "Send none: the database does not answer", body = Readiness),
+        (status = 503, description = "Send none: the database does not answer, or does not say who may ask", body = Readiness),
     ))]
 async fn readyz(State(ops): State<Ops>) -> Response {
     let database = ops.database().await.err();
@@ -212,10 +274,8 @@ async fn readyz(State(ops): State<Ops>) -> Response {
         Refusals<()>,
     ))]
 async fn metrics(State(ops): State<Ops>) -> Result<Response, Problem> {
-    let lag = ops.lag().await.unwrap_or(outbox::Lag { pending: -1, oldest_seconds: -1.0 });
-    ops.metrics.pending.set(lag.pending);
-    ops.metrics.oldest_seconds.set(lag.oldest_seconds);
-    tokio::join!(ops.count_dead_letters(), ops.count_overdue_erasures());
+    // In a task of its own: whoever asks and hangs up must not end a look that others share, nor begin more of them.
+    tokio::spawn(ops.clone().look()).await.map_err(|_| Problem::from(Code::Internal))?;
     let mut text = String::new();
     encode(&mut text, &ops.metrics.registry).map_err(|_| Problem::from(Code::Internal))?;
     Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response())

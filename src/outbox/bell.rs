@@ -13,7 +13,7 @@ use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::Entry;
-use crate::db::Line;
+use crate::db::{self, Line};
 
 /// The Postgres channel of the hint. Its payload is empty.
 const CHANNEL: &str = "tidings_outbox";
@@ -129,7 +129,7 @@ impl Bell {
                 let _ = stop.run_until_cancelled(sleep(PAUSE)).await;
             }
         }
-        pool.close().await;
+        db::close(&pool).await;
     }
 
     async fn listen_once(&self, pool: &PgPool) -> sqlx::Result<()> {

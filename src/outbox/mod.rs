@@ -4,10 +4,12 @@
 //! Not here, on purpose: adding a row. The one statement that does so also writes the user (`users::store`).
 
 mod bell;
+mod lag;
 
 pub use bell::{AT_HAND, Bell, Heard};
+pub use lag::{Floor, LAG, Lag, lag, lag_in};
 
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{PgConnection, types::Json};
 use tidings_sdk::envelope::{Event, FieldName, Notice};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -75,23 +77,6 @@ pub const LAST_ID: &str = "
 select coalesce(pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass), 0)
 ";
 
-/// How far behind the telling is. Counts exactly up to a limit and estimates beyond it by the span of ids: the cost of looking must
-/// not grow with the backlog.
-pub const LAG: &str = "
-select case
-         when counted.pending < $1 then counted.pending
-         else greatest(counted.pending, (select max(id) - min(id) + 1 from outbox))
-       end as pending,
-       coalesce(
-         (select extract(epoch from clock_timestamp() - occurred_at)::float8 from outbox order by id limit 1),
-         0
-       ) as oldest_seconds
-  from (select count(*) as pending from (select from outbox limit $1) as first_rows) as counted
-";
-
-/// Rows counted one by one before [`LAG`] estimates.
-const COUNT_LIMIT: i64 = 10_000;
-
 pub async fn claim(
     connection: &mut PgConnection,
     past: OutboxId,
@@ -129,24 +114,6 @@ pub async fn last_id(connection: &mut PgConnection) -> sqlx::Result<OutboxId> {
 pub async fn settle(connection: &mut PgConnection, confirmed: &[Confirmed]) -> sqlx::Result<()> {
     let (ids, message_ids): (Vec<_>, Vec<_>) = confirmed.iter().map(|event| (event.id, event.message_id)).unzip();
     sqlx::query(SETTLE).bind(ids).bind(message_ids).execute(connection).await.map(drop)
-}
-
-/// How far behind the telling is.
-#[derive(Debug, Clone, Copy, PartialEq, sqlx::FromRow)]
-pub struct Lag {
-    /// Events that the broker has not confirmed yet.
-    pub pending: i64,
-    /// Age of the oldest of them; 0 when there is none.
-    pub oldest_seconds: f64,
-}
-
-pub async fn lag(pool: &PgPool) -> sqlx::Result<Lag> {
-    sqlx::query_as(LAG).bind(COUNT_LIMIT).fetch_one(pool).await
-}
-
-/// The same, for who has a connection of its own.
-pub async fn lag_in(connection: &mut PgConnection) -> sqlx::Result<Lag> {
-    sqlx::query_as(LAG).bind(COUNT_LIMIT).fetch_one(connection).await
 }
 
 #[derive(sqlx::FromRow)]

@@ -106,7 +106,7 @@ fn open(
         unreachable!("no faults, so all are there")
     };
     let desk = Some(Desk::new(broker.as_registry()));
-    Ok((name, Subscriptions::new(&db, db.pool("queries", []), Arc::new(schema), desk, management, IDLE_AFTER)))
+    Ok((name, Subscriptions::new(&db, db.pool("queries", 4, []), Arc::new(schema), desk, management, IDLE_AFTER)))
 }
 
 fn named(name: Option<SubscriptionName>) -> SubscriptionName {

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::model::Registered;
-use crate::{broker::Broker, telemetry::with_causes};
+use crate::{broker::Broker, db::is_overheard, telemetry::with_causes};
 
 /// For one question: nobody waits for a broker that is busy with itself.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -100,6 +100,11 @@ impl Management {
         let http = Client::builder(TokioExecutor::new()).build(broker.trust().for_http(DEADLINE)?);
         let (vhost, exchange) = (broker.vhost().to_owned(), broker.exchange().to_owned());
         Ok(Self { http, url, login: login.into(), vhost, exchange })
+    }
+
+    /// Whether user and password travel in the clear, to somewhere else than this machine.
+    pub fn is_overheard(&self) -> bool {
+        is_overheard(&self.url)
     }
 
     /// All queues that hear us; `None` when the API does not tell, which the log says.

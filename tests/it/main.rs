@@ -33,6 +33,7 @@ mod import;
 mod limits;
 mod messages;
 mod mirror;
+mod operations;
 mod outbox;
 mod privacy;
 mod races;

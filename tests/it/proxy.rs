@@ -22,6 +22,8 @@ pub struct Weather {
     pub hold_answers: bool,
     /// How often the connections that stood were cut.
     cuts: usize,
+    /// How often the connections that stood were silenced.
+    silences: usize,
 }
 
 pub struct Proxy {
@@ -53,6 +55,11 @@ impl Proxy {
         self.weather.send_modify(|weather| weather.cuts += 1);
     }
 
+    /// Nothing arrives any more on the connections that stand, and none breaks; new ones get through.
+    pub fn silence(&self) {
+        self.weather.send_modify(|weather| weather.silences += 1);
+    }
+
     /// Half-open: the server hears the client, and its answers do not arrive.
     pub fn hold_answers(&self) {
         self.set(Weather { hold_answers: true, ..Weather::default() });
@@ -69,7 +76,8 @@ impl Proxy {
     }
 
     fn set(&self, weather: Weather) {
-        self.weather.send_modify(|before| *before = Weather { cuts: before.cuts, ..weather });
+        self.weather
+            .send_modify(|before| *before = Weather { cuts: before.cuts, silences: before.silences, ..weather });
     }
 }
 
@@ -106,10 +114,11 @@ async fn pump(
     mut weather: watch::Receiver<Weather>,
     is_held: fn(&Weather) -> bool,
 ) {
+    let silences = weather.borrow().silences;
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         // What was held back when the line is cut is lost.
-        if weather.wait_for(|weather| !weather.down && !is_held(weather)).await.is_err()
+        if weather.wait_for(|weather| !weather.down && !is_held(weather) && weather.silences == silences).await.is_err()
             || to.write_all(&buffer[..length]).await.is_err()
         {
             return;

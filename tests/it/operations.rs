@@ -1,0 +1,222 @@
+//! Operations: an upgrade that was left half done, a network that swallows packets, too many who ask how it is. What an operator is
+//! told is true, and an instance that can serve is not taken for one that cannot.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use tidings::{db, outbox};
+use tokio::time::timeout;
+
+use crate::{
+    house::{Answer, House, PATIENCE, eventually, tidings},
+    sessions,
+    subscribed::Subscribed,
+};
+
+const RULES: &str = include_str!("../../deploy/prometheus-rules.yml");
+
+async fn run(sql: &str, on: &PgPool) {
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(on).await.unwrap();
+}
+
+/// What it says of itself once it has this status.
+async fn ready(house: &House, status: u16) -> Answer {
+    eventually(&format!("the readiness to be {status}"), async || {
+        let answer = house.page("/readyz").await;
+        if answer.status.as_u16() == status { Ok(answer) } else { Err(answer) }
+    })
+    .await
+}
+
+/// Why a service does not start.
+async fn refused(house: &House) -> String {
+    let ended = timeout(PATIENCE, tidings(&["serve"], house.settings()).output()).await;
+    let output = ended.expect("it starts").unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[sqlx::test]
+async fn an_instance_that_cannot_tell_who_asks_is_not_ready(db: PgPool) {
+    let house = House::open(db).await;
+    ready(&house, 200).await;
+    run("revoke select on client_keys from tidings_test_api", &house.db).await;
+    let unready = ready(&house, 503).await;
+    assert!(unready.body["database"].as_str().unwrap().contains("who may ask"), "{unready:?}");
+    assert_eq!(house.page("/v1/users").await.status, 503);
+    run("grant select on client_keys to tidings_test_api", &house.db).await;
+    ready(&house, 200).await;
+    house.page("/v1/users").await.ok();
+}
+
+#[sqlx::test]
+async fn a_step_of_an_upgrade_that_was_left_out_is_named_at_start(db: PgPool) {
+    let house = House::open(db).await;
+    let last = "(select max(version) from _sqlx_migrations)";
+    run(&format!("create table held as select * from _sqlx_migrations where version = {last}"), &house.db).await;
+    run(&format!("delete from _sqlx_migrations where version = {last}"), &house.db).await;
+    let why = refused(&house).await;
+    assert!(why.contains("lacks 1 of this version's migrations\nhint: `tidings migrate`"), "{why}");
+    run("insert into _sqlx_migrations select * from held", &house.db).await;
+    for table in ["client_keys", "_sqlx_migrations"] {
+        run(&format!("revoke select on {table} from tidings_test_api, tidings_test_relay"), &house.db).await;
+        let why = refused(&house).await;
+        assert!(why.contains("hint: this role lacks rights; deploy/postgres-grants.sql"), "{table}: {why}");
+        run(&format!("grant select on {table} to tidings_test_api, tidings_test_relay"), &house.db).await;
+    }
+}
+
+#[sqlx::test]
+async fn a_version_goes_on_beside_what_a_later_one_added(db: PgPool) {
+    let mut house = House::open(db).await;
+    let later = "
+        insert into _sqlx_migrations (version, description, success, checksum, execution_time)
+        values (29990101000001, 'of a later version', true, '', 0)
+    ";
+    run(later, &house.db).await;
+    house.migrate().await;
+    house.service.kill().await;
+    house.restart().await;
+    house.user(json!({})).await;
+}
+
+/// A change that first asks, over a pool, whether it was made already.
+async fn create_once(house: &House) -> StatusCode {
+    let request = house.request(Method::POST, "/v1/users").header("idempotency-key", uuid::Uuid::new_v4().to_string());
+    request.json(&json!({ "profile": {} })).send().await.unwrap().status()
+}
+
+/// A pool asks a connection that comes back whether it lives: on a network that swallows packets it must not wait for the answer.
+#[sqlx::test]
+async fn connections_that_fell_silent_do_not_take_the_pools_along(db: PgPool) {
+    let house = House::open(db).await;
+    let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    sqlx::raw_sql("begin; lock table idempotency_keys in access exclusive mode").execute(&mut holder).await.unwrap();
+    let is_silent = AtomicBool::new(false);
+    // As many as the pool has connections, and more: each asks again until the silence, so that it meets all of them at work.
+    let asking = join_all((0..8).map(async |_| {
+        while !is_silent.load(Ordering::Relaxed) {
+            create_once(&house).await;
+        }
+    }));
+    let silence = async {
+        sessions::all_blocked(&house.db, "tidings queries", 4).await;
+        house.postgres.silence();
+        is_silent.store(true, Ordering::Relaxed);
+        holder.close().await.unwrap();
+    };
+    tokio::join!(asking, silence);
+    let again = async {
+        ready(&house, 200).await;
+        eventually("changes with a key to be made again", async || match create_once(&house).await {
+            StatusCode::CREATED => Ok(()),
+            status => Err(status),
+        })
+        .await;
+    };
+    timeout(Duration::from_secs(20), again).await.expect("the pools are lost");
+}
+
+#[sqlx::test]
+async fn many_who_ask_for_metrics_share_a_look_and_readiness_is_not_behind_them(db: PgPool) {
+    let house = House::open(db).await;
+    ready(&house, 200).await;
+    let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    sqlx::raw_sql("begin; lock table outbox in access exclusive mode").execute(&mut holder).await.unwrap();
+    let scrapes =
+        join_all((0..50).map(async |_| house.request(Method::GET, "/metrics").send().await.unwrap().status()));
+    let meanwhile = async {
+        sessions::blocked(&house.db, "tidings metrics").await;
+        assert_eq!(house.page("/readyz").await.status, 200);
+        let looking = "
+            select count(*) from pg_stat_activity
+             where datname = current_database() and wait_event_type = 'Lock' and query like '%as oldest_seconds%'
+        ";
+        sqlx::query_scalar::<_, i64>(looking).fetch_one(&house.db).await.unwrap()
+    };
+    let (answers, looking) = tokio::join!(scrapes, meanwhile);
+    assert!(looking <= 1, "{looking} looks for {} scrapes", answers.len());
+    assert!(answers.iter().all(|status| *status == 200), "{answers:?}");
+    assert_eq!(house.metric("tidings_outbox_oldest_seconds").await, -1.0, "not known, while somebody holds the table");
+    holder.close().await.unwrap();
+    assert_eq!(house.metric("tidings_outbox_oldest_seconds").await, 0.0);
+}
+
+/// Rows that died below the floor are not walked over.
+#[sqlx::test]
+async fn a_look_at_the_outbox_begins_at_its_floor(db: PgPool) {
+    let house = House::open(db).await;
+    house.broker.down();
+    for _ in 0..3 {
+        house.user(json!({})).await;
+    }
+    let first: i64 = sqlx::query_scalar("select min(id) from outbox").fetch_one(&house.db).await.unwrap();
+    let pending = async |floor| outbox::lag(&house.db, floor).await.unwrap().pending;
+    assert_eq!(
+        [pending(0).await, pending(first).await, pending(first + 1).await, pending(first + 3).await],
+        [3, 3, 2, 0]
+    );
+    house.broker.up();
+    house.settle().await;
+}
+
+#[sqlx::test]
+async fn every_answer_is_counted_by_its_route_and_nobody_makes_up_names(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    house.get(&ana).await.ok();
+    house.page(&format!("/v1/users/{}", uuid::Uuid::new_v4())).await.refusal(404);
+    let made_up = Method::from_bytes(b"ANA").unwrap();
+    assert_eq!(house.request(made_up, "/nowhere/ana").send().await.unwrap().status(), 404);
+    let count = async |labels: &str| house.metric(&format!("tidings_http_requests_total{{{labels}}}")).await;
+    assert_eq!(count(r#"method="POST",route="/v1/users",status="2xx""#).await, 1.0);
+    assert_eq!(count(r#"method="GET",route="/v1/users/{id}",status="2xx""#).await, 1.0);
+    assert_eq!(count(r#"method="GET",route="/v1/users/{id}",status="4xx""#).await, 1.0);
+    assert_eq!(count(r#"method="other",route="unknown",status="4xx""#).await, 1.0);
+    let took = r#"tidings_http_request_duration_seconds_count{method="GET",route="/v1/users/{id}"}"#;
+    assert_eq!(house.metric(took).await, 2.0);
+}
+
+#[sqlx::test]
+async fn each_metric_that_an_alert_rests_on_is_there(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["user.deleted"], &[]).await;
+    house.page("/v1/users").await.ok();
+    let text = house.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let expressions = RULES.lines().filter(|line| line.trim_start().starts_with("expr:"));
+    let named: Vec<&str> =
+        expressions.flat_map(|line| line.split(|c| !is_word(c)).filter(|word| word.starts_with("tidings_"))).collect();
+    assert!(named.len() >= 6, "{named:?}");
+    for metric in named {
+        let is_sample = |line: &str| line.strip_prefix(metric).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        assert!(text.lines().any(is_sample), "no {metric} in {text}");
+    }
+    orders.end().await;
+}
+
+/// User and password of the management API are sent every few seconds.
+#[sqlx::test]
+async fn a_management_api_in_the_clear_is_warned_of(db: PgPool) {
+    // An address that is nobody's.
+    let house = House::with(db, &[("TIDINGS_RABBITMQ_MANAGEMENT_URL", "http://monitor:s3cret@192.0.2.1:15672")]).await;
+    let log = house.service.log();
+    assert!(log.contains("TIDINGS_RABBITMQ_MANAGEMENT_URL: the management API is on another machine"), "{log}");
+    assert!(!log.contains("s3cret"), "{log}");
+}
+
+/// The settings of a server cannot be another's for one test: the statement is asked of a list in their place.
+#[sqlx::test]
+async fn each_setting_that_lets_a_crash_take_changes_is_found(db: PgPool) {
+    let off = "with pg_settings (name, setting) as (values
+        ('fsync', 'off'), ('full_page_writes', 'off'), ('synchronous_commit', 'off'), ('autovacuum', 'off'))";
+    let found: Vec<String> =
+        sqlx::query_scalar(AssertSqlSafe(format!("{off} {}", db::FORGETS))).fetch_all(&db).await.unwrap();
+    assert_eq!(found, ["fsync", "full_page_writes", "synchronous_commit"]);
+}
