@@ -10,9 +10,12 @@ use super::{
     lines::Place,
     progress::Progress,
     report::Report,
-    service::{Ended, Outcome, is_overheard},
+    service::{Ended, Outcome},
 };
-use crate::config::{Faults, Import, ImportSettings, Input};
+use crate::{
+    config::{Faults, Import, ImportSettings, Input},
+    db::is_overheard,
+};
 
 pub struct Book {
     place: Place,
@@ -61,7 +64,7 @@ impl Book {
     }
 
     fn greet(&self, settings: &ImportSettings) {
-        if !self.dry_run && is_overheard(&settings.url) {
+        if !self.dry_run && settings.url.parse().is_ok_and(|url| is_overheard(&url)) {
             self.progress.say(
                 "warning: TIDINGS_URL: the service is on another machine, and anybody between could read users and key; use https://",
             );

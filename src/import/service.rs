@@ -30,7 +30,7 @@ use super::{
     line::{Person, Refused},
     pace::Pace,
 };
-use crate::{db::is_loopback, json::Fault, users::ENTRIES_LIMIT_BYTES};
+use crate::{json::Fault, users::ENTRIES_LIMIT_BYTES};
 
 /// For one try. The service gives itself 30 s and then says so.
 const DEADLINE: Duration = Duration::from_secs(35);
@@ -424,11 +424,6 @@ pub fn address(url: &str) -> Result<String, &'static str> {
     }
 }
 
-/// Whether what is said to the service travels in the clear, to somewhere else than this machine.
-pub fn is_overheard(url: &str) -> bool {
-    url.parse::<Url>().is_ok_and(|url| url.scheme() == "http" && !url.host_str().is_some_and(is_loopback))
-}
-
 /// No answer, or one that asks to come again.
 struct Outage {
     what: String,
@@ -518,13 +513,5 @@ mod tests {
         for wrong in ["", "127.0.0.1:8080", "amqp://x", "http://ana:s3cret@x", "http://x?y=1", "http://x#y"] {
             assert!(address(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn what_stays_on_this_machine_or_is_encrypted_is_not_overheard() {
-        for safe in ["https://users.example.org", "http://localhost:8080", "http://127.0.0.1", "http://[::1]:1"] {
-            assert!(!is_overheard(safe), "{safe}");
-        }
-        assert!(is_overheard("http://users.example.org") && is_overheard("http://10.0.0.1:8080"));
     }
 }

@@ -21,7 +21,8 @@ select case
        end as pending,
        coalesce(extract(epoch from clock_timestamp() - oldest.occurred_at)::float8, 0) as oldest_seconds,
        oldest.id as oldest,
-       latest.id as latest
+       latest.id as latest,
+       ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int as timeline
   from (select count(*) as pending from (select from outbox where id >= $2 order by id limit $1) as first_rows) as counted
  cross join (select max(id) as id from outbox where id >= $2) as latest
   left join (select id, occurred_at from outbox where id >= $2 order by id limit 1) as oldest on true
@@ -41,6 +42,8 @@ pub struct Lag {
     pub oldest_seconds: f64,
     oldest: Option<OutboxId>,
     latest: Option<OutboxId>,
+    /// Another one since a standby took over, or the database was set back.
+    timeline: i32,
 }
 
 /// From this place on.
@@ -60,6 +63,7 @@ pub struct Floor {
     /// The first place that somebody waited at, of each look.
     seen: VecDeque<(Instant, OutboxId)>,
     latest: OutboxId,
+    timeline: i32,
 }
 
 impl Floor {
@@ -73,6 +77,10 @@ impl Floor {
 
     /// A look from [`Self::place`] on has seen this.
     pub fn note(&mut self, lag: &Lag, now: Instant) {
+        // Its places are given out anew, from below where they had come to.
+        if self.timeline != lag.timeline {
+            *self = Self { timeline: lag.timeline, ..Self::default() };
+        }
         self.latest = self.latest.max(lag.latest.unwrap_or(0));
         self.seen.push_back((now, lag.oldest.unwrap_or(self.latest + 1)));
         while self.seen.get(1).is_some_and(|(second, _)| now.duration_since(*second) >= SETTLED_AFTER) {
@@ -86,8 +94,12 @@ mod tests {
     use super::*;
 
     fn saw(floor: &mut Floor, waiting: Option<(OutboxId, OutboxId)>, now: Instant) {
+        saw_on(1, floor, waiting, now);
+    }
+
+    fn saw_on(timeline: i32, floor: &mut Floor, waiting: Option<(OutboxId, OutboxId)>, now: Instant) {
         let (oldest, latest) = waiting.unzip();
-        floor.note(&Lag { pending: 0, oldest_seconds: 0.0, oldest, latest }, now);
+        floor.note(&Lag { pending: 0, oldest_seconds: 0.0, oldest, latest, timeline }, now);
     }
 
     #[test]
@@ -120,6 +132,19 @@ mod tests {
         assert_eq!(floor.place(), 50, "the last look that saw it was a minute ago at most");
         saw(&mut floor, None, at(165));
         assert_eq!(floor.place(), 901);
+    }
+
+    #[test]
+    fn a_database_that_was_set_back_is_looked_at_from_the_start() {
+        let (began, mut floor) = (Instant::now(), Floor::default());
+        let at = |seconds| began + Duration::from_secs(seconds);
+        saw(&mut floor, Some((100, 900)), began);
+        saw(&mut floor, None, at(60));
+        assert_eq!(floor.place(), 100);
+        saw_on(2, &mut floor, None, at(61));
+        assert_eq!(floor.place(), 0);
+        saw_on(2, &mut floor, Some((70, 80)), at(121));
+        assert_eq!(floor.place(), 1, "what was seen from a floor of before proves nothing");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
 use tidings::{
-    outbox::{self, OutboxId},
+    outbox::{self, Confirmed, OutboxId},
     users, web,
 };
 
@@ -104,8 +104,6 @@ impl Stage {
         let share = |n: u64, of: u64| first + size * n as OutboxId / of as OutboxId;
         let again: Vec<OutboxId> = (0..SKIPPED).map(|n| share(n, SKIPPED)).collect();
         let under_way: Vec<OutboxId> = (first..first + UNDER_WAY).collect();
-        let confirmed =
-            |n: u64| -> Vec<OutboxId> { (first + n as OutboxId * BATCH as OutboxId..).take(BATCH).collect() };
         taken
             .on(&mut db, "claim of 500", async |db, n| outbox::claim(db, share(n, TIMES), BATCH, &[]).await.map(drop))
             .await?;
@@ -118,7 +116,14 @@ impl Stage {
             .on(&mut db, "sweep of 500", async |db, _| outbox::sweep(db, last, BATCH, &under_way).await.map(drop))
             .await?;
         taken.on(&mut db, "lag", async |db, _| outbox::lag_in(db).await.map(drop)).await?;
-        taken.on(&mut db, "settle of 500", async |db, n| outbox::settle(db, &confirmed(n)).await).await?;
+        let told = outbox::claim(&mut db, first - 1, TIMES as usize * BATCH, &[]).await?;
+        let confirmed: Vec<_> =
+            told.iter().map(|entry| Confirmed { id: entry.id, message_id: entry.notice.message_id }).collect();
+        taken
+            .on(&mut db, "settle of 500", async |db, n| {
+                outbox::settle(db, &confirmed[n as usize * BATCH..][..BATCH]).await
+            })
+            .await?;
         // Too old only now: the service purges by itself.
         self.database.run(&keys(TIMES * PURGE.unsigned_abs(), "2 days")).await?;
         taken
