@@ -65,7 +65,7 @@ impl Jwt {
 
 #[derive(Debug, Args)]
 pub struct Watching {
-    /// A subscription without a consumer for so long is told to be idle.
+    /// A subscription without a consumer for so long is reported as idle.
     #[arg(long, env = "TIDINGS_SUBSCRIPTION_IDLE_AFTER", default_value = "7d", value_name = "DURATION")]
     pub subscription_idle_after: String,
     /// Between two looks at all subscriptions.
