@@ -16,6 +16,8 @@ use serde_json::{Map, Number, Value};
 pub const MAX_DEPTH: usize = 32;
 /// Faults named in one answer; a document with more has been described well enough.
 pub const MAX_FAULTS: usize = 50;
+/// Characters of each text in a fault, at most: fifty times a name of 64 KiB would be an answer of megabytes.
+pub const LONGEST_TEXT: usize = 500;
 /// 2^53 - 1: beyond it neighbours share a double, and JavaScript readers would see another number (RFC 7493, section 2.2).
 const MAX_INTEGER: f64 = 9_007_199_254_740_991.0;
 
@@ -38,11 +40,27 @@ impl Fault {
         Self { pointer: pointer.into(), code: code.into(), detail: detail.into() }
     }
 
+    /// The same with a bounded size: a place repeats names that somebody chose.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        let Self { pointer, code, detail } = self;
+        Self { pointer: cut(pointer), code: cut(code), detail: cut(detail) }
+    }
+
     /// The same in a document in which what was looked at stands at `pointer`.
     #[must_use]
     pub fn below(self, pointer: &str) -> Self {
         Self { pointer: format!("{pointer}{}", self.pointer), ..self }
     }
+}
+
+/// The first [`LONGEST_TEXT`] characters; what is left out is told by `…`.
+pub fn cut(mut text: String) -> String {
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
 }
 
 /// Why a body is not a document we take.

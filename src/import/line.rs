@@ -9,13 +9,10 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::{
-    json::{self, Fault, MAX_FAULTS, Rejected, step},
+    json::{self, Fault, MAX_FAULTS, Rejected, cut, step},
     users::ExternalId,
     web::{BODY_LIMIT_BYTES, Id},
 };
-
-/// Characters of a text that is kept of a refusal; of a longer one the beginning is.
-const LONGEST_TEXT: usize = 500;
 
 /// A user as the line has it. No Debug: it holds values.
 pub struct Person {
@@ -50,8 +47,7 @@ impl Refused {
     #[must_use]
     pub fn bounded(self) -> Self {
         let Self { status, code, detail, request_id, errors } = self;
-        let fault = |Fault { pointer, code, detail }| Fault::new(cut(pointer), cut(code), cut(detail));
-        let errors = errors.into_iter().take(MAX_FAULTS).map(fault).collect();
+        let errors = errors.into_iter().take(MAX_FAULTS).map(Fault::bounded).collect();
         Self { status, code: cut(code), detail: cut(detail), request_id: request_id.map(cut), errors }
     }
 }
@@ -131,14 +127,6 @@ fn object(text: &[u8]) -> Result<Map<String, Value>, Refused> {
     }
 }
 
-fn cut(mut text: String) -> String {
-    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
-        text.truncate(end);
-        text.push('…');
-    }
-    text
-}
-
 fn places(code: &str, faults: Vec<Fault>) -> Refused {
     Refused::here(code, "the line cannot be taken, see errors", faults)
 }
@@ -146,6 +134,7 @@ fn places(code: &str, faults: Vec<Fault>) -> Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::json::LONGEST_TEXT;
 
     fn places(text: &str) -> Vec<String> {
         let refused = parse(text.as_bytes()).err().unwrap();

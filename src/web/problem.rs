@@ -54,8 +54,7 @@ impl Problem {
 
     #[must_use]
     pub fn with_errors(mut self, errors: Vec<Fault>) -> Self {
-        self.errors = errors;
-        self.errors.truncate(MAX_FAULTS);
+        self.errors = errors.into_iter().take(MAX_FAULTS).map(Fault::bounded).collect();
         self
     }
 

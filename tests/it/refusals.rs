@@ -131,6 +131,17 @@ async fn a_body_that_cannot_be_taken_names_every_fault_by_pointer(db: PgPool) {
     assert_eq!(users.body["users"].as_array().unwrap().len(), 1, "{users:?}");
 }
 
+/// A name is the client's own, and each fault in its place would repeat it.
+#[sqlx::test]
+async fn a_refusal_is_short_however_long_the_names_are(db: PgPool) {
+    let house = House::open(db).await;
+    let (name, twice) = ("n".repeat(30_000), r#""a":1,"#.repeat(51) + r#""a":1"#);
+    let answer = post(&house, format!(r#"{{"profile":{{"{name}":{{{twice}}}}}}}"#)).await;
+    assert_eq!(answer.refusal(422), "unacceptable_json");
+    let cut = "/profile/".to_owned() + &name[..491] + "…";
+    assert_eq!(faults(&answer), [(&*cut, "duplicate_key"); 50]);
+}
+
 #[sqlx::test]
 async fn nesting_has_a_bottom(db: PgPool) {
     let house = House::open(db).await;
