@@ -29,7 +29,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (outbox::CLAIM, 8),
         (outbox::SWEEP, 8),
         (outbox::SETTLE, 0),
-        (outbox::LAG, 4),
+        (outbox::LAG, 5),
         (outbox::LAST_ID, 1),
         (clients::CLIENT_OF, 1),
         (clients::CREATE, 0),
