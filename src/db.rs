@@ -10,6 +10,7 @@ use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
+    migrate::Migrator,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
 use tokio::time::timeout;
@@ -181,10 +182,7 @@ impl Db {
     /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         let mut connection = self.maintenance("migrate").await?;
-        let mut migrations = sqlx::migrate!();
-        // What a later version added is no obstacle: it only adds, so that the version before goes on beside it, and after a rollback.
-        migrations.set_ignore_missing(true);
-        migrations.run(&mut connection).await.context("the migrations did not complete")?;
+        migrations().run(&mut connection).await.context("the migrations did not complete")?;
         Ok(connection.close().await?)
     }
 
@@ -196,7 +194,7 @@ impl Db {
         let mut connection = self.maintenance("schema check").await?;
         let applied: Vec<i64> =
             sqlx::query_scalar(APPLIED).fetch_all(&mut connection).await.map_err(Trouble::from).map_err(explained)?;
-        let missing = sqlx::migrate!().iter().filter(|migration| !applied.contains(&migration.version)).count();
+        let missing = migrations().iter().filter(|migration| !applied.contains(&migration.version)).count();
         anyhow::ensure!(missing == 0, "the database lacks {missing} of this version's migrations\n{MIGRATE}");
         Ok(connection.close().await?)
     }
@@ -237,6 +235,13 @@ impl Db {
         );
         Ok(connection.close().await?)
     }
+}
+
+/// This version's. What a later one added is no obstacle: it only adds, so that the version before goes on beside it, and after a rollback.
+fn migrations() -> Migrator {
+    let mut migrations = sqlx::migrate!();
+    migrations.set_ignore_missing(true);
+    migrations
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";

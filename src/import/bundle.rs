@@ -39,7 +39,7 @@ pub enum Content {
 pub struct Named {
     pub line: u64,
     pub id: Uuid,
-    /// One of them at least is that of every other line about the same user.
+    /// One of them at least is that of every other line that names the same user alike.
     pub keys: Vec<Uuid>,
     pub person: Person,
 }

@@ -1,6 +1,7 @@
-//! Turns: requests about the same user are sent one after the other, in the order of the file.
+//! Turns: requests about the same user are sent one after the other.
 //!
-//! Promise: the last line about a user is the one that holds.
+//! Promise: whoever took his turn later goes later.
+//! Not here, on purpose: which line holds. Lines that name a user alike take their turns in the order of the file; for others see `held`.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -411,8 +411,8 @@ async fn keep_any(connection: &mut PgConnection, batch: &Batch<'_>) -> sqlx::Res
         let mut transaction = connection.begin().await?;
         let rows = statement.fetch_all(&mut *transaction).await?;
         let kept: HashSet<Uuid> = rows.iter().filter(|row| row.is_kept).map(|row| row.user_id).collect();
-        let gone: Vec<Uuid> = stacks.iter().filter(|stack| stack.is_deleted()).map(|stack| stack.id().0).collect();
-        let gone: Vec<Uuid> = gone.into_iter().filter(|user| kept.contains(user)).collect();
+        let deleted = stacks.iter().filter(|stack| stack.is_deleted()).map(|stack| stack.id().0);
+        let gone: Vec<Uuid> = deleted.filter(|user| kept.contains(user)).collect();
         sqlx::query(FORGET).bind(gone).execute(&mut *transaction).await?;
         transaction.commit().await?;
         rows

@@ -7,7 +7,8 @@ use std::{
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use sqlx::PgPool;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::time::sleep;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Mirror;
 use crate::{
@@ -26,7 +27,7 @@ pub struct Keeper {
     pool: PgPool,
     owner: Owner,
     /// What goes on beside consuming. It ends with the last clone.
-    beside: Arc<Mutex<JoinSet<()>>>,
+    beside: Arc<Mutex<Option<AbortOnDropHandle<()>>>>,
 }
 
 impl Mirror {
@@ -49,10 +50,10 @@ impl CatchUp for Keeper {
     async fn catch_up(&self, gap: Gap) -> Result<(), Failure> {
         let done = self.mirror.catch_up(&self.pool, &self.owner).await?;
         tracing::info!(?gap, told = done.told, written = done.written, is_behind = done.is_behind, "caught up");
-        let mut beside = JoinSet::new();
-        if done.is_behind {
-            beside.spawn(go_on(self.mirror.clone(), self.pool.clone(), self.owner.clone()));
-        }
+        let beside = done.is_behind.then(|| {
+            let going_on = go_on(self.mirror.clone(), self.pool.clone(), self.owner.clone());
+            AbortOnDropHandle::new(tokio::spawn(going_on))
+        });
         *self.beside.lock().unwrap_or_else(PoisonError::into_inner) = beside;
         Ok(())
     }
