@@ -17,7 +17,10 @@ use lapin::{Acker, message::Delivery, options::BasicAckOptions};
 use reqwest::StatusCode;
 use serde_json::Value;
 use tidings_sdk::envelope::Notice;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -209,9 +212,9 @@ async fn fetch(mirror: Arc<Mirror>, mut letters: mpsc::Receiver<Letter>) {
     }
 }
 
-/// On a connection that is gone this does nothing, and the message comes again.
+/// On a connection that is gone this does nothing, and the message comes again. lapin (4.12) may never say so.
 async fn acknowledge(acker: &Acker) {
-    let _ = acker.ack(BasicAckOptions::default()).await;
+    let _ = timeout(PAUSE, acker.ack(BasicAckOptions::default())).await;
 }
 
 async fn reconnect(queue: &Queue) -> Session {

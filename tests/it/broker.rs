@@ -6,9 +6,10 @@ use std::{
 };
 
 use lapin::{
-    Channel, Connection, ExchangeKind,
+    BasicProperties, Channel, Connection, ExchangeKind,
     options::{
-        ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
+        BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
+        QueuePurgeOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -24,7 +25,7 @@ use crate::{
 
 /// Somebody with every right at the broker.
 struct Admin {
-    _connection: Connection,
+    connection: Connection,
     channel: Channel,
 }
 
@@ -32,7 +33,7 @@ impl Admin {
     async fn at(amqp_url: &str) -> Self {
         let connection = connect(amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
-        Self { _connection: connection, channel }
+        Self { connection, channel }
     }
 
     async fn delete_exchange(&self, exchange: &str) {
@@ -59,6 +60,21 @@ impl Admin {
             table.insert((*name).into(), value.clone());
         }
         self.channel.queue_declare(name.into(), durable, table).await.unwrap();
+    }
+
+    /// A queue that goes with the connection.
+    async fn queue_of_its_own(&self, name: &str) {
+        let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+        self.channel.queue_declare(name.into(), exclusive, FieldTable::default()).await.unwrap();
+    }
+
+    /// Whether the broker is in an alarm, which it says to who publishes.
+    async fn is_held_back(&self) -> bool {
+        let (properties, nobody) = (BasicProperties::default(), "nobody");
+        let sent =
+            self.channel.basic_publish("".into(), nobody.into(), BasicPublishOptions::default(), &[], properties);
+        sent.await.unwrap();
+        self.connection.status().blocked()
     }
 
     /// A queue that has all it takes, one event, and refuses what comes after.
@@ -395,12 +411,14 @@ async fn what_nobody_is_bound_for_does_not_end_the_session_in_an_alarm(db: PgPoo
     let house = House::at(db, &broker.amqp_url, &[]).await;
     load::ready(&house).await;
     let admin = Admin::at(&broker.amqp_url).await;
-    let (queue, exchange) = (house.audit.queue.as_str(), house.exchange.as_str());
-    admin.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+    admin.unbind(&house, "#").await;
+    let now = format!("{}.now", house.exchange);
+    broker.alarm_at(&now).await;
     // The answers come when the alarm is there, and what it says behind them.
     house.broker.hold_answers();
     load::users(&house, 3).await;
-    broker.alarm().await;
+    admin.queue_of_its_own(&now).await;
+    eventually("the alarm", async || if admin.is_held_back().await { Ok(()) } else { Err(()) }).await;
     load::users(&house, 3).await;
     house.broker.up();
     let reason = load::degraded(&house).await;

@@ -43,6 +43,8 @@ use crate::{contract, proxy::Proxy, rights};
 
 /// How long a test waits for what has to come, while nothing moves.
 pub const PATIENCE: Duration = Duration::from_secs(40);
+/// Until a message that was acknowledged is written to the broker.
+const ACKNOWLEDGED: Duration = Duration::from_secs(2);
 /// However much moves meanwhile.
 const END_OF_PATIENCE: Duration = Duration::from_secs(240);
 
@@ -529,12 +531,10 @@ impl Drop for Audit {
     }
 }
 
+/// For as long as the test runs, whatever becomes of the broker.
 async fn listen(amqp_url: String, queue: String, heard: Arc<Mutex<Heard>>) {
     loop {
-        let lost = listen_once(&amqp_url, &queue, &heard).await;
-        if lost.is_ok() {
-            return;
-        }
+        drop(listen_once(&amqp_url, &queue, &heard).await);
         sleep(Duration::from_millis(100)).await;
     }
 }
@@ -556,9 +556,10 @@ async fn listen_once(amqp_url: &str, queue: &str, heard: &Mutex<Heard>) -> lapin
                 heard.notices.push(Notice::from_message(&delivery.properties, &delivery.data).unwrap());
             }
         }
-        delivery.ack(BasicAckOptions::default()).await?;
+        // lapin (4.12) may never answer an acknowledgement that was asked for while the connection broke.
+        let Ok(acknowledged) = timeout(ACKNOWLEDGED, delivery.ack(BasicAckOptions::default())).await else { break };
+        acknowledged?;
     }
-    // The queue was deleted.
     Ok(())
 }
 

@@ -56,6 +56,23 @@ impl HurtBroker {
         self.ctl(&["set_vm_memory_high_watermark", "0.00001"]).await;
     }
 
+    /// The same by the broker itself, as soon as it has a queue of this name: the command may take longer than the alarm may be late.
+    pub async fn alarm_at(&self, queue: &str) {
+        let wait = format!(
+            "spawn(fun() ->
+               Queue = rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>),
+               Wait = fun(Again) ->
+                 case rabbit_amqqueue:exists(Queue) of
+                   true -> vm_memory_monitor:set_vm_memory_high_watermark(0.00001);
+                   false -> timer:sleep(10), Again(Again)
+                 end
+               end,
+               Wait(Wait)
+             end)."
+        );
+        self.ctl(&["eval", &wait]).await;
+    }
+
     pub async fn end_alarm(&self) {
         self.ctl(&["set_vm_memory_high_watermark", "0.4"]).await;
     }

@@ -336,7 +336,7 @@ impl<'a> Session<'a> {
     /// Tells the broker what is done. To be called before anything is waited for.
     async fn acknowledge(&mut self) -> Result<(), Ended> {
         for Ack { tag, multiple } in self.ledger.take() {
-            self.channel.basic_ack(tag, BasicAckOptions { multiple }).await.map_err(lost)?;
+            request(self.channel.basic_ack(tag, BasicAckOptions { multiple })).await?;
         }
         Ok(())
     }
