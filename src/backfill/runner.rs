@@ -3,7 +3,11 @@
 //! Promise: what an operator asks for takes effect within a second, whichever instance leads.
 //! Not here, on purpose: memory. The table says what is to be done, and is asked twice a second.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use lapin::Connection;
@@ -24,7 +28,7 @@ use crate::{
     broker::Broker,
     db::{Db, Line},
     lead::Duty,
-    outbox,
+    outbox::{self, Floor},
     telemetry::with_causes,
 };
 
@@ -34,6 +38,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const SIDE_BY_SIDE: usize = 4;
 /// News that waits for longer than this goes first.
 const LAG_LIMIT_S: f64 = 5.0;
+/// Before one that broke off begins again.
+const REST: Duration = Duration::from_secs(3);
 /// For confirms that are under way when a backfill is to stop.
 const FAREWELL: Duration = Duration::from_secs(4);
 
@@ -56,7 +62,7 @@ impl Duty for Runner {
     async fn turn(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut table = self.db.line("backfill table", []);
         let (broker, db) = (self.broker.clone(), self.db.clone());
-        let mut runs = Runs { broker, db, tasks: JoinSet::new(), hands: HashMap::new() };
+        let mut runs = Runs { broker, db, tasks: JoinSet::new(), hands: HashMap::new(), floor: Floor::default() };
         let outcome = stop.run_until_cancelled(runs.carry_on(&mut table)).await.unwrap_or(Ok(()));
         runs.end().await;
         table.hang_up().await;
@@ -68,8 +74,9 @@ impl Duty for Runner {
 struct Runs {
     broker: Broker,
     db: Db,
-    tasks: JoinSet<(Uuid, anyhow::Result<()>)>,
+    tasks: JoinSet<Uuid>,
     hands: HashMap<Uuid, Hand>,
+    floor: Floor,
 }
 
 /// What holds one of them.
@@ -126,7 +133,9 @@ impl Runs {
         connection: &Arc<Connection>,
         wanted: &[Running],
     ) -> anyhow::Result<()> {
-        let lag = table.run(async |session| outbox::lag_in(session).await).await?;
+        let place = self.floor.place();
+        let lag = table.run(async |session| outbox::lag(session, place).await).await?;
+        self.floor.note(&lag, Instant::now());
         let news_first = lag.oldest_seconds > LAG_LIMIT_S;
         let mut others = vec![];
         for running in wanted {
@@ -144,23 +153,25 @@ impl Runs {
 
     fn begin(&mut self, connection: &Arc<Connection>, running: &Running, orders: Orders) {
         let (id, stop) = (running.id, CancellationToken::new());
+        let over = stop.clone();
         let (orders, heard) = watch::channel(orders);
         let line = self.db.line("backfill walk", []);
         let run = Run::new(running.clone(), self.broker.clone(), connection.clone(), line, heard, stop.clone());
         self.hands.insert(id, Hand { stop, orders });
-        self.tasks.spawn(async move { (id, run.carry_on().await) });
+        self.tasks.spawn(async move {
+            if let Err(error) = run.carry_on().await {
+                tracing::warn!(backfill = %id, "interrupted, and will go on: {}", with_causes(&error));
+                over.run_until_cancelled(sleep(REST)).await;
+            }
+            id
+        });
     }
 
     /// One that broke off begins again at the next look, where its row says.
     async fn see_who_ended(&mut self) {
         while let Some(ended) = self.tasks.try_join_next() {
             match ended {
-                Ok((id, outcome)) => {
-                    self.hands.remove(&id);
-                    if let Err(error) = outcome {
-                        tracing::warn!(backfill = %id, "interrupted, and will go on: {}", with_causes(&error));
-                    }
-                }
+                Ok(id) => drop(self.hands.remove(&id)),
                 // The place of the panic is in the log; whose it was is not known, so all begin again.
                 Err(_) => {
                     self.tasks.shutdown().await;

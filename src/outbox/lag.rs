@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgExecutor;
 
 use super::OutboxId;
 
@@ -47,13 +47,8 @@ pub struct Lag {
 }
 
 /// From this place on.
-pub async fn lag(pool: &PgPool, floor: OutboxId) -> sqlx::Result<Lag> {
-    sqlx::query_as(LAG).bind(COUNT_LIMIT).bind(floor).fetch_one(pool).await
-}
-
-/// All of it, for who has a connection of its own and looks seldom.
-pub async fn lag_in(connection: &mut PgConnection) -> sqlx::Result<Lag> {
-    sqlx::query_as(LAG).bind(COUNT_LIMIT).bind(0_i64).fetch_one(connection).await
+pub async fn lag(on: impl PgExecutor<'_>, floor: OutboxId) -> sqlx::Result<Lag> {
+    sqlx::query_as(LAG).bind(COUNT_LIMIT).bind(floor).fetch_one(on).await
 }
 
 /// Where the next look may begin: rows that died keep their place while an old snapshot may still see them, and to walk over an hour of
