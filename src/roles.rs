@@ -80,6 +80,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     refuse_schema_without_declared_fields(&db, &schema).await?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
+    let broker = broker.map(|broker| broker.noting_missing(subscriptions::note_missing_exchange(&db)));
     let (bell, queries) = (Bell::default(), db.pool("queries", 4, []));
     let telling_stop = CancellationToken::new();
     let registry = broker.as_ref().map(Broker::as_registry);
@@ -189,6 +190,7 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
     found?;
     let telling = Roles::new(stop.clone());
+    let broker = broker.noting_missing(subscriptions::note_missing_exchange(&db));
     let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
     let limits = within_descriptors(limits);
     let (queries, looks) = (db.pool("queries", 1, []), Looks::new(&db));
@@ -231,7 +233,7 @@ fn tell(
     telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
     telling.spawn("relay", relay.run(stop.clone()));
-    telling.spawn("ear", bell.clone().listen(db.listener_pool(), stop.clone()));
+    telling.spawn("ear", bell.clone().listen(db.clone(), stop.clone()));
     (status, watched)
 }
 

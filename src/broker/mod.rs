@@ -12,6 +12,7 @@ pub use publisher::{Outcome, Publisher, Verdict};
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
+use futures_util::future::BoxFuture;
 use lapin::{
     Channel, Connection, ConnectionProperties, ExchangeKind,
     options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
@@ -94,7 +95,11 @@ pub struct Broker {
     prefix: Option<String>,
     /// Where there is a user of its own for all but publishing to the exchange.
     registry: Option<Arc<Registry>>,
+    note_missing: Option<Note>,
 }
+
+/// What is to be done before the exchange is made because there is none.
+type Note = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
 
 /// The user who may declare, and a connection of his, dialled when it is first needed.
 struct Registry {
@@ -105,13 +110,22 @@ struct Registry {
 impl Broker {
     pub fn new(uri: AMQPUri, trust: Trust, exchange: String, prefix: Option<String>) -> Self {
         let source = cloudevents_source(&exchange);
-        Self { uri, trust, exchange, source, prefix, registry: None }
+        Self { uri, trust, exchange, source, prefix, registry: None, note_missing: None }
     }
 
     /// With another user for all but publishing to the exchange.
     #[must_use]
     pub fn with_registry(self, uri: AMQPUri) -> Self {
         Self { registry: Some(Arc::new(Registry { uri, connection: Mutex::new(None) })), ..self }
+    }
+
+    /// With something to be done before the exchange is made because there is none: what was bound to an earlier one is bound no more.
+    #[must_use]
+    pub fn noting_missing(
+        self,
+        note: impl Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { note_missing: Some(Arc::new(note)), ..self }
     }
 
     /// The same broker as the user for all but publishing to the exchange; where there is no such user, as the one there is.
@@ -199,7 +213,16 @@ impl Broker {
     }
 
     async fn channel_that_declared(&self, connection: &Connection) -> anyhow::Result<Channel> {
-        let channel = request(connection.create_channel()).await?;
+        let mut channel = request(connection.create_channel()).await?;
+        let there = request(self.declare_exchange(&channel, true)).await;
+        if there.as_ref().is_err_and(is_missing) {
+            if let Some(note) = &self.note_missing {
+                note().await.context("that the exchange is missing cannot be noted")?;
+            }
+            channel = request(connection.create_channel()).await?;
+        } else {
+            there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;
+        }
         match request(self.declare_exchange(&channel, false)).await {
             Ok(()) => Ok(channel),
             // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.

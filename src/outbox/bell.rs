@@ -4,22 +4,28 @@
 //! waiting, what is handed over saves reading too; the table is the truth, and the relay polls it anyway.
 
 use std::{
+    io::ErrorKind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use sqlx::{PgPool, postgres::PgListener};
-use tokio::{sync::Notify, time::sleep};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::Entry;
-use crate::db::{self, Line};
+use crate::db::{self, Db, Line};
 
 /// The Postgres channel of the hint. Its payload is empty.
 const CHANNEL: &str = "tidings_outbox";
 pub const HINT: &str = "notify tidings_outbox";
 /// Between two hints to other processes: a `NOTIFY` takes a lock that is global to the server, so many commits share one.
 const HINT_INTERVAL: Duration = Duration::from_millis(20);
+/// Without a ring for so long, the connection is asked whether it still stands.
+const QUIET: Duration = Duration::from_secs(10);
 /// Before listening anew after the connection was lost.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Events that wait for the relay here; it reads the others from the table. No more than it claims at once: that much room it has.
@@ -121,27 +127,39 @@ impl Bell {
     }
 
     /// Rings here when another process rang, until `stop`.
-    pub async fn listen(self, pool: PgPool, stop: CancellationToken) {
+    pub async fn listen(self, db: Db, stop: CancellationToken) {
         while !stop.is_cancelled() {
-            let heard = stop.run_until_cancelled(self.listen_once(&pool)).await;
+            // Another one each time: a session that went deaf keeps its place in the pool.
+            let pool = db.listener_pool();
+            let heard = stop.run_until_cancelled(Box::pin(self.listen_once(&pool))).await;
+            db::close(&pool).await;
             if let Some(Err(error)) = heard {
                 tracing::debug!(%error, "not listening for hints, the relay polls meanwhile");
                 let _ = stop.run_until_cancelled(sleep(PAUSE)).await;
             }
         }
-        db::close(&pool).await;
     }
 
     async fn listen_once(&self, pool: &PgPool) -> sqlx::Result<()> {
         let mut listener = PgListener::connect_with(pool).await?;
-        listener.listen(CHANNEL).await?;
+        within(listener.listen(CHANNEL)).await?;
         loop {
             // What was rung while nobody listened is found by looking once.
             self.tell_here(|heard| heard.look = true);
-            // `None`: the connection was lost and will be made anew.
-            listener.try_recv().await?;
+            loop {
+                match timeout(QUIET, listener.try_recv()).await {
+                    // `None`: the connection was lost and will be made anew.
+                    Ok(rung) => break drop(rung?),
+                    Err(_) => within(sqlx::query("select").execute(&mut listener)).await.map(drop)?,
+                }
+            }
         }
     }
+}
+
+/// Within a deadline: a session that a silent network took away does not break.
+async fn within<T>(asked: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
+    timeout(db::ANSWER_DEADLINE, asked).await.map_err(|_| sqlx::Error::Io(ErrorKind::TimedOut.into()))?
 }
 
 #[cfg(test)]

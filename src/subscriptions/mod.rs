@@ -28,6 +28,7 @@ pub use watch::Watch;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::{FutureExt, future::BoxFuture};
 use sqlx::PgPool;
 use tidings_sdk::{
     subscription::{Subscription, SubscriptionName},
@@ -45,6 +46,28 @@ use desk::Look;
 
 /// For a look at the broker while somebody waits for the answer, which does not depend on it.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// What [`Broker::noting_missing`] is to do: an exchange that is made anew has nobody bound, so that every subscription misses news until
+/// it is declared again.
+pub fn note_missing_exchange(db: &Db) -> impl Fn() -> BoxFuture<'static, anyhow::Result<()>> + use<> {
+    let db = db.clone();
+    move || {
+        let mut line = db.line("exchange", []);
+        let noted = async move {
+            let lost = line.run(async |session| store::mark_all_lost(session).await).await;
+            line.hang_up().await;
+            match lost? {
+                0 => {}
+                lost => tracing::warn!(
+                    subscriptions = lost,
+                    "the exchange was deleted at the broker: all are bound again, and told anew what changed since"
+                ),
+            }
+            Ok(())
+        };
+        noted.boxed()
+    }
+}
 
 /// The verbs of the registry. Cheap to clone.
 #[derive(Clone)]

@@ -223,7 +223,7 @@ async fn note_declared(
 ) -> Result<(), Error> {
     let noted = async |db: &mut PgConnection| {
         let mut transaction = db.begin().await?;
-        store::mark_declared(&mut transaction, name, revision).await?;
+        store::mark_declared(&mut transaction, name, revision, owed_since).await?;
         if let Some(since) = owed_since {
             backfill::make_good(&mut transaction, name, since).await?;
         }

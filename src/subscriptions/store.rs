@@ -50,11 +50,13 @@ on conflict (name) do update
 returning revision
 ";
 
-/// The broker has this revision, and nothing else is bound.
+/// The broker has this revision, and nothing else is bound. Not so while news is missing of which who declared it does not know: it was
+/// noted meanwhile, and the next who declares makes it good.
 pub const MARK_DECLARED: &str = "
 update subscriptions
    set declared_revision = revision, bound_keys = routing_keys, bound_fields = fields
  where name = $1 and revision = $2
+   and (declared_revision > 0 or missing_since is not distinct from $3)
 ";
 
 /// Takes a registration back that the broker refused: to what it was before, if it was there.
@@ -91,7 +93,7 @@ update subscriptions
  where subscriptions.name = seen.name and subscriptions.revision = seen.revision
 ";
 
-/// A queue that the broker had is gone. A loss that was not made good goes on since it began.
+/// A queue that the broker had is gone, or none of them is bound any more. A loss that was not made good goes on since it began.
 pub const MARK_LOST: &str = "
 update subscriptions
    set lost_at = now(),
@@ -101,7 +103,7 @@ update subscriptions
          else least(waiting_since, greatest((select looked_at from subscriptions_looked_at), created_at))
        end,
        declared_revision = 0
- where name = $1 and declared_revision > 0
+ where ($1::text is null or name = $1) and declared_revision > 0
 returning missing_since
 ";
 
@@ -154,8 +156,10 @@ pub async fn mark_declared(
     connection: &mut PgConnection,
     name: &SubscriptionName,
     revision: i64,
+    owed_since: Option<OffsetDateTime>,
 ) -> sqlx::Result<bool> {
-    let marked = sqlx::query(MARK_DECLARED).bind(name.as_str()).bind(revision).execute(connection).await?;
+    let marked =
+        sqlx::query(MARK_DECLARED).bind(name.as_str()).bind(revision).bind(owed_since).execute(connection).await?;
     Ok(marked.rows_affected() == 1)
 }
 
@@ -187,6 +191,11 @@ pub async fn unlock(connection: &mut PgConnection, name: &SubscriptionName) -> s
 /// Since when news may be missing; `None` when the broker was not known to have it.
 pub async fn mark_lost(connection: &mut PgConnection, name: &SubscriptionName) -> sqlx::Result<Option<OffsetDateTime>> {
     sqlx::query_scalar(MARK_LOST).bind(name.as_str()).fetch_optional(connection).await
+}
+
+/// The same of all; how many there are.
+pub async fn mark_all_lost(connection: &mut PgConnection) -> sqlx::Result<u64> {
+    Ok(sqlx::query(MARK_LOST).bind(None::<&str>).execute(connection).await?.rows_affected())
 }
 
 /// False when it is not registered.

@@ -265,6 +265,20 @@ async fn a_relay_that_lost_its_ear_goes_on_and_listens_again(db: PgPool) {
 }
 
 #[sqlx::test]
+async fn a_relay_that_went_deaf_listens_again(db: PgPool) {
+    let (house, relays) = with_relays(db, 1).await;
+    leader(&relays).await;
+    let ears = async || sessions::processes(&house.db, "tidings listener").await;
+    let deaf = eventually("an ear", async || Some(ears().await).filter(|ears| !ears.is_empty()).ok_or(())).await;
+    house.postgres.silence();
+    eventually("another ear", async || match ears().await {
+        now if now.iter().any(|ear| !deaf.contains(ear)) => Ok(()),
+        now => Err(now),
+    })
+    .await;
+}
+
+#[sqlx::test]
 async fn a_backlog_is_told_once_each_and_in_order(db: PgPool) {
     let house = House::open(db).await;
     let events = load::backlog(&house.db, 20_000).await;

@@ -51,6 +51,12 @@ pub async fn names(db: &PgPool) -> Vec<String> {
     sqlx::query_scalar(names).fetch_all(db).await.unwrap()
 }
 
+/// The processes of the sessions of this name.
+pub async fn processes(db: &PgPool, name: &str) -> Vec<i32> {
+    let processes = "select pid from pg_stat_activity where datname = current_database() and application_name = $1";
+    sqlx::query_scalar(processes).bind(name).fetch_all(db).await.unwrap()
+}
+
 /// Ends the sessions whose name matches; how many there were.
 pub async fn terminate(db: &PgPool, name: &str) -> usize {
     let terminated = "

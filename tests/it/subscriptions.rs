@@ -5,7 +5,7 @@ use lapin::{
     Channel, Connection, Consumer,
     options::{
         BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
-        ExchangeDeclareOptions, QueueDeclareOptions, QueueDeleteOptions,
+        ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::FieldTable,
 };
@@ -113,6 +113,11 @@ impl Admin {
     /// `None` when there is no such queue.
     async fn depth(&self, queue: &str) -> Option<Depth> {
         topology::depth(&self.channel().await, queue).await.ok()
+    }
+
+    async fn delete_exchange(&self, exchange: &str) {
+        let options = ExchangeDeleteOptions::default();
+        self.channel().await.exchange_delete(exchange.into(), options).await.unwrap();
     }
 
     async fn has_exchange(&self, exchange: &str) -> bool {
@@ -531,6 +536,41 @@ async fn what_happens_until_a_lost_queue_is_declared_again_is_told_too(db: PgPoo
     admin.delete_queue(&obstacle).await;
     house.comes_to_be(&orders, "queue_lost").await;
     admin.hears_of(&orders, &[(ana, 2), (ben, 1)]).await;
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// Whoever makes it anew, nobody is bound to it until the watch has looked.
+#[sqlx::test]
+async fn what_is_told_to_an_exchange_that_was_made_anew_is_told_again(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders, billing) = (Admin::new().await, unique("orders"), unique("billing"));
+    for name in [&orders, &billing] {
+        house.register(name, &wish(&["user.created"], &[])).await.ok();
+        house.comes_to_be(name, "active").await;
+    }
+    admin.delete_exchange(&house.exchange).await;
+    let ana = house.user(json!({})).await;
+    house.logs(&["WARN", "the exchange was deleted", "subscriptions=2"]).await;
+    for name in [&orders, &billing] {
+        house.comes_to_be(name, "queue_lost").await;
+        admin.hears_of(name, &[(ana, 1)]).await;
+        house.unsubscribe(name, "?waiting=discard").await.ok();
+    }
+}
+
+/// Who declares one that was lost while he did does not know of the loss.
+#[sqlx::test]
+async fn a_loss_that_is_noted_meanwhile_outlives_a_declaration(db: PgPool) {
+    let house = House::with(db, &[SELDOM]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    admin.delete_exchange(&house.exchange).await;
+    let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
+    assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(false)), "{again}");
+    let ana = house.user(json!({})).await;
+    let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
+    assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(true)), "{again}");
+    admin.hears_of(&orders, &[(ana, 1)]).await;
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
 

@@ -12,6 +12,7 @@ const FETCHES: usize = 500;
 
 /// What catching up came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct CaughtUp {
     /// Users that the owner named as changed.
     pub told: u64,

@@ -27,6 +27,7 @@ impl fmt::Debug for Cursor {
 
 /// A page of the feed: each user that changed, once, with his latest version.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
 pub struct Changes {
     pub changes: Vec<Change>,
     /// Where to go on, now or later.
