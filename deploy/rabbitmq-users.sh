@@ -27,7 +27,7 @@ EXCHANGE_PATTERN=${EXCHANGE_PATTERN-$(sed 's/[^A-Za-z0-9_-]/\\&/g' <<<"$EXCHANGE
 rights() {
     local queue=${2-} own
     queue=$(sed 's/[^A-Za-z0-9_-]/\\&/g' <<<"$queue")
-    own="$queue(\\.fields|\\.dead|\\.retry\\.[0-9]+)?"
+    own="$queue(\\.fields|\\.dead|\\.resync|\\.retry\\.[0-9]+)?"
     case $1 in
         relay) printf '%s\n' '^$' "^$EXCHANGE_PATTERN\$" '^$' ;;
         # A subscription may have any name that begins with a small letter. Not the exchange: what is published there is news.

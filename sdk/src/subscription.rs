@@ -52,7 +52,7 @@ impl SubscriptionName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a subscription's name is a lowercase letter followed by lowercase letters, digits, '.', '_' and '-', at most {} bytes; it does \
-     not begin with \"amq.\", nor end in \".dead\", \".fields\" or \".retry.\" and a number",
+     not begin with \"amq.\", nor end in \".dead\", \".fields\", \".resync\" or \".retry.\" and a number",
     SubscriptionName::MAX_BYTES
 )]
 pub struct InvalidName;
@@ -64,7 +64,7 @@ impl FromStr for SubscriptionName {
         let starts_well = name.starts_with(|c: char| c.is_ascii_lowercase()) && !name.starts_with("amq.");
         let goes_on_well =
             name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-'));
-        let is_a_part = name.ends_with(".dead") || name.ends_with(".fields") || is_retry(name);
+        let is_a_part = [".dead", ".fields", ".resync"].iter().any(|part| name.ends_with(part)) || is_retry(name);
         if starts_well && goes_on_well && !is_a_part && name.len() <= Self::MAX_BYTES {
             Ok(Self(name.to_owned()))
         } else {
@@ -204,9 +204,8 @@ mod tests {
         for right in ["orders", "o", "eu.orders-2", "billing_retry", "a.retry.x"] {
             assert!(right.parse::<SubscriptionName>().is_ok(), "{right}");
         }
-        for wrong in
-            ["", "Orders", "2nd", "amq.orders", "orders.dead", "orders.fields", "orders.retry.1000", "a b", "ö"]
-        {
+        let parts = ["orders.dead", "orders.fields", "orders.resync", "orders.retry.1000"];
+        for wrong in ["", "Orders", "2nd", "amq.orders", "a b", "ö"].into_iter().chain(parts) {
             assert_eq!(wrong.parse::<SubscriptionName>(), Err(InvalidName), "{wrong}");
         }
         assert!("x".repeat(101).parse::<SubscriptionName>().is_err());

@@ -100,6 +100,11 @@ impl SubscriptionName {
         format!("{self}.dead")
     }
 
+    /// There only while a consumer in another language has everybody still to read. Nothing of this SDK declares it.
+    pub fn resync_queue(&self) -> String {
+        format!("{self}.resync")
+    }
+
     pub fn fields_exchange(&self) -> String {
         format!("{self}.fields")
     }
@@ -194,7 +199,7 @@ pub async fn delete(channel: &Channel, name: &SubscriptionName, retry_delays: &[
         answer(&exchange, deleted).await?;
     }
     let retries = retry_delays.iter().map(|delay| name.retry_queue(*delay));
-    for queue in retries.chain([name.queue().to_owned(), name.dead_queue()]) {
+    for queue in retries.chain([name.queue().to_owned(), name.dead_queue(), name.resync_queue()]) {
         let deleted = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
         answer(&queue, deleted).await?;
     }

@@ -35,7 +35,7 @@ impl Id {
 /// A subscription's name: a lowercase letter, then lowercase letters, digits, `.`, `_` and `-`.
 #[derive(Debug, Clone, utoipa::ToSchema)]
 #[schema(as = SubscriptionName, value_type = String, example = "orders",
-         pattern = r"^(?!amq\.)(?!.*\.(dead|fields)$)(?!.*\.retry\.[0-9]+$)[a-z][a-z0-9._-]{0,99}$")]
+         pattern = r"^(?!amq\.)(?!.*\.(dead|fields|resync)$)(?!.*\.retry\.[0-9]+$)[a-z][a-z0-9._-]{0,99}$")]
 pub struct Name(pub SubscriptionName);
 
 impl<S: Send + Sync> FromRequestParts<S> for Name {

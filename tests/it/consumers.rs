@@ -35,6 +35,7 @@ use crate::{
     clients::{client, revoke},
     house::{self, House, PATIENCE, collect, env, eventually, file, proxy_before, through},
     proxy::Proxy,
+    rights::{as_user, make_user, unmake},
     tls::TlsBroker,
 };
 
@@ -193,6 +194,16 @@ impl Consumer {
 
     fn resyncs(&self) -> usize {
         self.log().matches("news may have been missed: resync").count()
+    }
+
+    /// Waits until it has begun as many.
+    async fn resyncs_anew(&self, count: usize) {
+        eventually("another resync", async || if self.resyncs() >= count { Ok(()) } else { Err(self.log()) }).await;
+    }
+
+    /// Deletes its queue under it.
+    async fn lose_queue(&self) {
+        self.channel.queue_delete(self.name.queue().into(), QueueDeleteOptions::default()).await.unwrap();
     }
 
     /// Waits until somebody consumes from its queue.
@@ -499,7 +510,7 @@ async fn heals(db: PgPool, language: Language) {
     consumer.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
     house.settle().await;
-    consumer.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    consumer.lose_queue().await;
     assert_eq!(consumer.next().await, line("resync", &ana, 2, json!({ "city": "Oslo" })));
     consumer.listens().await;
     assert_eq!(consumer.resyncs(), 2, "at its first start, and now: {}", consumer.log());
@@ -510,6 +521,58 @@ async fn heals(db: PgPool, language: Language) {
     consumer.broker.up();
     assert_eq!(consumer.next().await, line("profile.updated", &ana, 3, json!({ "city": "Bern" })));
     assert_eq!(consumer.resyncs(), 2, "{}", consumer.log());
+    consumer.end().await;
+}
+
+/// Whoever is killed in the middle of a resync leaves a queue that looks as if nothing was missed. The next process reads everybody all
+/// the same; the one after it has no need to.
+async fn resyncs_to_the_end(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({})));
+    consumer.owner.hold_answers();
+    consumer.lose_queue().await;
+    consumer.resyncs_anew(2).await;
+    consumer.process.kill().await.unwrap();
+    consumer.owner.up();
+
+    consumer.restart(&[]).await;
+    assert_eq!(consumer.next().await, line("resync", &ana, 1, json!({})));
+    consumer.listens().await;
+    consumer.restart(&[]).await;
+    let bo = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("user.created", &bo, 1, json!({})));
+    assert_eq!(consumer.resyncs(), 0, "{}", consumer.log());
+    consumer.end().await;
+}
+
+/// Its user at the broker needs no more than the rights of its role, also when its queue is lost.
+async fn lives_with_its_rights(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({})));
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+    for (role, declares) in [("declaring-consumer", "yes"), ("consumer", "no")] {
+        let user = format!("tidings-test-{}-{role}", consumer.name);
+        make_user(&user, &[role, consumer.name.as_str()]).await;
+        let url = through(&as_user(&env("AMQP_URL"), &user), &consumer.broker);
+        consumer.restart(&[("AMQP_URL", &url), ("TIDINGS_DECLARE", declares)]).await;
+        consumer.listens().await;
+        consumer.lose_queue().await;
+        if declares == "no" {
+            consumer.complains("session ended").await;
+            consumer.agrees_with_the_sdk(&house).await;
+        }
+        assert_eq!(consumer.next().await, line("resync", &ana, 1, json!({})));
+        consumer.listens().await;
+        assert_eq!(consumer.resyncs(), 1, "{}", consumer.log());
+        consumer.ask_to_leave().await;
+        assert!(consumer.leaves().await.is_empty());
+        unmake("users", &user).await;
+    }
     consumer.end().await;
 }
 
@@ -588,8 +651,8 @@ async fn waits_for_its_own_copy(db: PgPool, language: Language) {
     // What was missed is read again until it is kept, too.
     consumer.restart_on_a_full_disk().await;
     consumer.listens().await;
-    consumer.channel.queue_delete(consumer.name.queue().into(), QueueDeleteOptions::default()).await.unwrap();
-    eventually("a second resync", async || if consumer.resyncs() > 1 { Ok(()) } else { Err(consumer.log()) }).await;
+    consumer.lose_queue().await;
+    consumer.resyncs_anew(2).await;
     consumer.end().await;
 }
 
@@ -616,7 +679,7 @@ async fn verifies(db: PgPool, language: Language) {
         let (_process, _lines, log) = spawn(language, &settings);
         eventually("two attempts that came to nothing", async || {
             let log = log.lock().unwrap().clone();
-            assert!(!log.contains("resync"), "{why}: it is at work: {log}");
+            assert!(!log.contains("news may have been missed"), "{why}: it is at work: {log}");
             if log.matches("session ended").count() > 1 { Ok(()) } else { Err(log) }
         })
         .await;
@@ -654,6 +717,16 @@ macro_rules! stories {
             #[sqlx::test]
             async fn heals(db: PgPool) {
                 super::heals(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn resyncs_to_the_end(db: PgPool) {
+                super::resyncs_to_the_end(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn lives_with_its_rights(db: PgPool) {
+                super::lives_with_its_rights(db, $language).await;
             }
 
             #[sqlx::test]

@@ -78,7 +78,7 @@ async fn make_roles(db: &PgPool) {
 }
 
 /// A URL with this user in place of its own.
-fn as_user(url: &str, user: &str) -> String {
+pub fn as_user(url: &str, user: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap();
     let server = rest.rsplit_once('@').map_or(rest, |(_, server)| server);
     format!("{scheme}://{user}:{PASSWORD}@{server}")
@@ -121,7 +121,7 @@ pub async fn make_users() {
 }
 
 /// Makes a user at the broker of all tests, with these rights, such as `consumer orders`.
-async fn make_user(name: &str, of: &[&str]) {
+pub async fn make_user(name: &str, of: &[&str]) {
     let api = env("TIDINGS_RABBITMQ_MANAGEMENT_URL");
     let given = rights(of).await;
     let [configure, write, read] = given.lines().collect::<Vec<_>>().try_into().unwrap();
@@ -133,7 +133,7 @@ async fn make_user(name: &str, of: &[&str]) {
     }
 }
 
-async fn unmake(what: &str, name: &str) {
+pub async fn unmake(what: &str, name: &str) {
     let url = format!("{}/api/{what}/{name}", env("TIDINGS_RABBITMQ_MANAGEMENT_URL"));
     Client::new().delete(url).send().await.unwrap().error_for_status().unwrap();
 }

@@ -30,6 +30,7 @@ var (
 	owner    = strings.TrimSuffix(required("TIDINGS_URL"), "/")
 	exchange = setting("TIDINGS_EXCHANGE", "masterdata")
 	queue    = required("TIDINGS_QUEUE")
+	mark     = queue + ".resync" // a queue that is there as long as a resync is owed, whatever becomes of this process
 	declares = os.Getenv("TIDINGS_DECLARE") != "no"
 	patience = setting("TIDINGS_PATIENCE_S", "30") // for a state that the owner has told of and does not show
 	keys     = os.Args[1:]
@@ -251,14 +252,14 @@ func resync(ctx context.Context) error {
 	}
 }
 
-// Whether the queue exists. A channel is spent when the broker says no.
-func isThere(connection *amqp.Connection) (bool, error) {
+// Whether a queue exists. A channel is spent when the broker says no.
+func isThere(connection *amqp.Connection, name string) (bool, error) {
 	channel, err := connection.Channel()
 	if err != nil {
 		return false, err
 	}
 	defer channel.Close()
-	_, err = channel.QueueDeclarePassive(queue, true, false, false, false, nil)
+	_, err = channel.QueueDeclarePassive(name, true, false, false, false, nil)
 	if refusal := (*amqp.Error)(nil); errors.As(err, &refusal) && refusal.Code == amqp.NotFound {
 		return false, nil
 	}
@@ -314,11 +315,16 @@ func session(ctx context.Context) error {
 		return err
 	}
 	defer connection.Close() // gives back what was not acknowledged
-	there, err := isThere(connection)
+	there, err := isThere(connection, queue)
 	if err != nil {
 		return err
 	}
 	missed = missed || !there
+	if declares && !missed {
+		if missed, err = isThere(connection, mark); err != nil {
+			return err
+		}
+	}
 	channel, err := connection.Channel()
 	if err != nil {
 		return err
@@ -327,6 +333,11 @@ func session(ctx context.Context) error {
 	lost, cancelled := channel.NotifyClose(make(chan *amqp.Error, 1)), channel.NotifyCancel(make(chan string, 1))
 	if err := channel.Qos(20, 0, false); err != nil {
 		return err
+	}
+	if declares && missed { // first: the queue without it says that nothing was missed
+		if _, err := channel.QueueDeclare(mark, true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
+			return err
+		}
 	}
 	if declares {
 		if err := declare(channel); err != nil {
@@ -339,6 +350,11 @@ func session(ctx context.Context) error {
 	// After the bindings and before the first message, so that there is no gap between the two.
 	if missed {
 		if err := resync(ctx); err != nil {
+			return err
+		}
+	}
+	if declares && missed {
+		if _, err := channel.QueueDelete(mark, false, false, false); err != nil {
 			return err
 		}
 	}

@@ -48,6 +48,7 @@ public class Consumer {
     static final String OWNER = required("TIDINGS_URL").replaceAll("/$", "");
     static final String EXCHANGE = setting("TIDINGS_EXCHANGE", "masterdata");
     static final String QUEUE = required("TIDINGS_QUEUE");
+    static final String MARK = QUEUE + ".resync"; // a queue that is there as long as a resync is owed, whatever becomes of this process
     static final boolean DECLARE = !"no".equals(System.getenv("TIDINGS_DECLARE"));
     // For a state that the owner has told of and does not show.
     static final Duration PATIENCE = Duration.ofSeconds(Long.parseLong(setting("TIDINGS_PATIENCE_S", "30")));
@@ -207,10 +208,10 @@ public class Consumer {
     }
 
     /** A channel is spent when the broker says no. */
-    static boolean isThere(Connection connection) throws IOException {
+    static boolean isThere(Connection connection, String queue) throws IOException {
         Channel channel = connection.createChannel();
         try {
-            channel.queueDeclarePassive(QUEUE);
+            channel.queueDeclarePassive(queue);
             channel.close();
             return true;
         } catch (IOException | java.util.concurrent.TimeoutException refused) {
@@ -289,13 +290,16 @@ public class Consumer {
         inbox = new LinkedBlockingQueue<>();
         Connection connection = connect();
         try {
-            missed |= !isThere(connection);
+            missed = missed || !isThere(connection, QUEUE) || (DECLARE && isThere(connection, MARK));
             Channel channel = connection.createChannel();
             channel.basicQos(20);
+            // First: QUEUE without it says that nothing was missed.
+            if (DECLARE && missed) channel.queueDeclare(MARK, true, false, false, Map.of("x-queue-type", "quorum"));
             if (DECLARE) declare(channel);
             channel.queueDeclarePassive(QUEUE);
             // After the bindings and before the first message, so that there is no gap between the two.
             if (missed) resync();
+            if (DECLARE && missed) channel.queueDelete(MARK);
             missed = false;
             String tag = channel.basicConsume(QUEUE, false, into(inbox, channel));
             failures = 0;

@@ -11,6 +11,7 @@ import amqp from "amqplib";
 
 const { AMQP_URL, TIDINGS_URL, TIDINGS_EXCHANGE: EXCHANGE = "masterdata", TIDINGS_QUEUE: QUEUE } = process.env;
 const { TIDINGS_API_KEY, TIDINGS_API_KEY_FILE } = process.env;
+const MARK = `${QUEUE}.resync`; // a queue that is there as long as a resync is owed, whatever becomes of this process
 const DECLARE = process.env.TIDINGS_DECLARE !== "no";
 const PATIENCE_MS = 1000 * (process.env.TIDINGS_PATIENCE_S ?? 30); // for a state that the owner has told of and does not show
 const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
@@ -127,11 +128,11 @@ async function resync() {
   }
 }
 
-async function isThere(connection) {
+async function isThere(connection, queue) {
   const channel = await connection.createChannel();
   channel.on("error", () => {}); // or the whole process ends; the promise below tells the same
   try {
-    await channel.checkQueue(QUEUE);
+    await channel.checkQueue(queue);
     await channel.close();
     return true;
   } catch (error) {
@@ -183,14 +184,17 @@ async function session(connection) {
   ended.catch(() => {}); // it may end before anybody waits for it
   connection.on("error", end).on("close", () => end(new Error("connection closed")));
   stop.signal.addEventListener("abort", () => end());
-  missed ||= !(await isThere(connection));
+  missed ||= !(await isThere(connection, QUEUE)) || (DECLARE && (await isThere(connection, MARK)));
   const channel = await connection.createChannel();
   channel.on("error", end);
   await channel.prefetch(20);
+  // First: QUEUE without it says that nothing was missed.
+  if (DECLARE && missed) await channel.assertQueue(MARK, { arguments: { "x-queue-type": "quorum" } });
   if (DECLARE) await declare(channel);
   await channel.checkQueue(QUEUE);
   // After the bindings and before the first message, so that there is no gap between the two.
   if (missed) await resync();
+  if (DECLARE && missed) await channel.deleteQueue(MARK);
   missed = false;
   let work = Promise.resolve(); // one after the other: amqplib does not wait for a handler before it calls the next
   const { consumerTag } = await channel.consume(QUEUE, (message) => {

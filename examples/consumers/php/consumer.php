@@ -43,6 +43,7 @@ define('AMQP_URL', setting('AMQP_URL'));
 define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
 define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
 define('QUEUE', setting('TIDINGS_QUEUE'));
+define('MARK', QUEUE . '.resync'); // a queue that is there as long as a resync is owed, whatever becomes of this process
 define('DECLARES', getenv('TIDINGS_DECLARE') !== 'no');
 define('PATIENCE_S', (float) setting('TIDINGS_PATIENCE_S', '30')); // for a state that the owner has told of and does not show
 define('KEYS', array_slice($argv, 1) ?: ['#']);
@@ -227,11 +228,11 @@ final class Consumer
     }
 
     /** A channel is spent when the broker says no. */
-    private function isThere(): bool
+    private function isThere(string $queue): bool
     {
         try {
             $channel = $this->connection->channel();
-            $channel->queue_declare(QUEUE, passive: true);
+            $channel->queue_declare($queue, passive: true);
             $channel->close();
             return true;
         } catch (AMQPProtocolChannelException $refusal) {
@@ -290,9 +291,12 @@ final class Consumer
     private function session(): void
     {
         $this->connection = connect();
-        $this->missed = !$this->isThere() || $this->missed;
+        $this->missed = $this->missed || !$this->isThere(QUEUE) || (DECLARES && $this->isThere(MARK));
         $channel = $this->connection->channel();
         $channel->basic_qos(0, 20, false);
+        if (DECLARES && $this->missed) { // first: QUEUE without it says that nothing was missed
+            $channel->queue_declare(MARK, durable: true, auto_delete: false, arguments: new AMQPTable(['x-queue-type' => 'quorum']));
+        }
         if (DECLARES) {
             $this->declare($channel);
         }
@@ -300,6 +304,9 @@ final class Consumer
         // After the bindings and before the first message, so that there is no gap between the two.
         if ($this->missed) {
             $this->resync();
+        }
+        if (DECLARES && $this->missed) {
+            $channel->queue_delete(MARK);
         }
         $this->missed = false;
         $tag = $channel->basic_consume(QUEUE, callback: fn(AMQPMessage $message) => $this->deliver($message));

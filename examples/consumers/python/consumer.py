@@ -25,6 +25,7 @@ AMQP_URL = os.environ["AMQP_URL"]
 OWNER = os.environ["TIDINGS_URL"].rstrip("/")
 EXCHANGE = os.environ.get("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = os.environ["TIDINGS_QUEUE"]
+MARK = f"{QUEUE}.resync"  # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = os.environ.get("TIDINGS_DECLARE") != "no"
 PATIENCE_S = float(os.environ.get("TIDINGS_PATIENCE_S", "30"))  # for a state that the owner has told of and does not show
 KEYS = sys.argv[1:] or ["#"]
@@ -154,15 +155,19 @@ class Consumer:
         parameters = pika.URLParameters(AMQP_URL)
         parameters.heartbeat = 30  # longer than a fetch may take
         self.connection = pika.BlockingConnection(parameters)
-        self.missed = self.missed or not is_there(self.connection)
+        self.missed = self.missed or not is_there(self.connection, QUEUE) or (DECLARE and is_there(self.connection, MARK))
         channel = self.connection.channel()
         channel.basic_qos(prefetch_count=20)
+        if DECLARE and self.missed:
+            channel.queue_declare(MARK, durable=True, arguments={"x-queue-type": "quorum"})  # first: QUEUE without it says that nothing was missed
         if DECLARE:
             declare(channel)
         channel.queue_declare(QUEUE, passive=True)
         # After the bindings and before the first message, so that there is no gap between the two.
         if self.missed:
             self.resync()
+        if DECLARE and self.missed:
+            channel.queue_delete(MARK)
         self.missed = False
         # Once a second the loop looks whether it should leave.
         for delivery, properties, body in channel.consume(QUEUE, inactivity_timeout=1):
@@ -229,10 +234,10 @@ def read(properties, body):
     return user_id.lower(), version
 
 
-def is_there(connection):
+def is_there(connection, queue):
     channel = connection.channel()
     try:
-        channel.queue_declare(QUEUE, passive=True)
+        channel.queue_declare(queue, passive=True)
         channel.close()
         return True
     except ChannelClosedByBroker as error:

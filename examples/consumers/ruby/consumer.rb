@@ -12,6 +12,7 @@ AMQP_URL = ENV.fetch("AMQP_URL")
 OWNER = URI(ENV.fetch("TIDINGS_URL"))
 EXCHANGE = ENV.fetch("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = ENV.fetch("TIDINGS_QUEUE")
+MARK = "#{QUEUE}.resync" # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = ENV["TIDINGS_DECLARE"] != "no"
 PATIENCE_S = Float(ENV.fetch("TIDINGS_PATIENCE_S", "30")) # for a state that the owner has told of and does not show
 KEYS = ARGV.empty? ? ["#"] : ARGV
@@ -170,13 +171,16 @@ def session
   connection = Bunny.new(AMQP_URL, heartbeat: 30, connection_timeout: 10, automatically_recover: false, logger: Logger.new(nil),
                                    recover_from_connection_close: false, session_error_handler: inbox, verify_peer: true)
   connection.start
-  $missed = true unless connection.queue_exists?(QUEUE)
+  $missed ||= !connection.queue_exists?(QUEUE) || (DECLARE && connection.queue_exists?(MARK))
   channel = connection.create_channel
   channel.prefetch(20)
+  # First: QUEUE without it says that nothing was missed.
+  channel.queue(MARK, durable: true, arguments: { "x-queue-type" => "quorum" }) if DECLARE && $missed
   declare(channel) if DECLARE
   queue = channel.queue(QUEUE, passive: true)
   # After the bindings and before the first message, so that there is no gap between the two.
   resync if $missed
+  channel.queue_delete(MARK) if DECLARE && $missed
   $missed = false
   consumer = queue.subscribe(manual_ack: true, on_cancellation: ->(*) { inbox << :cancelled }) { |*message| inbox << message }
   $failures = 0
