@@ -36,6 +36,8 @@ async fn without_its_database_the_service_says_so_and_recovers(db: PgPool) {
     // Without keys: who asks is known for a second longer than the database, and would be refused first.
     let house = House::with(db, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
     let ana = house.user(json!({ "city": "Riga" })).await;
+    // What is confirmed and not deleted yet would be told once more.
+    house.settle().await;
     house.postgres.down();
     assert_eq!(not_now(&house.get(&ana).await), "database_unavailable");
     assert_eq!(not_now(&house.amend(&ana, json!({ "city": "Oslo" })).await), "database_unavailable");

@@ -566,7 +566,7 @@ async fn a_loss_that_is_noted_meanwhile_outlives_a_declaration(db: PgPool) {
     house.register(&orders, &wish(&["user.created"], &[])).await.ok();
     admin.delete_exchange(&house.exchange).await;
     let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
-    assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(false)), "{again}");
+    assert_eq!((&again["state"], &again["declared"]), (&json!("undeclared"), &json!(false)), "{again}");
     let ana = house.user(json!({})).await;
     let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
     assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(true)), "{again}");
