@@ -215,7 +215,8 @@ impl Broker {
     async fn channel_that_declared(&self, connection: &Connection) -> anyhow::Result<Channel> {
         let mut channel = request(connection.create_channel()).await?;
         let there = request(self.declare_exchange(&channel, true)).await;
-        if there.as_ref().is_err_and(is_missing) {
+        let is_missing = there.as_ref().is_err_and(is_missing);
+        if is_missing {
             if let Some(note) = &self.note_missing {
                 note().await.context("that the exchange is missing cannot be noted")?;
             }
@@ -223,16 +224,15 @@ impl Broker {
         } else {
             there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;
         }
+        let name = &self.exchange;
         match request(self.declare_exchange(&channel, false)).await {
             Ok(()) => Ok(channel),
-            // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.
-            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => {
-                let channel = request(connection.create_channel()).await?;
-                let there = request(self.declare_exchange(&channel, true)).await;
-                there.with_context(|| format!("exchange {:?} is missing and may not be declared", self.exchange))?;
-                Ok(channel)
+            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) && is_missing => {
+                Err(refused).with_context(|| format!("exchange {name:?} is missing and may not be declared"))
             }
-            Err(error) => Err(error).with_context(|| format!("exchange {:?} cannot be used", self.exchange)),
+            // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.
+            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => request(connection.create_channel()).await,
+            Err(error) => Err(error).with_context(|| format!("exchange {name:?} cannot be used")),
         }
     }
 

@@ -47,7 +47,7 @@ use desk::Look;
 /// For a look at the broker while somebody waits for the answer, which does not depend on it.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// What [`Broker::noting_missing`] is to do: an exchange that is made anew has nobody bound, so that every subscription misses news until
+/// What [`crate::broker::Broker::noting_missing`] is to do: an exchange that is made anew has nobody bound, so that every subscription misses news until
 /// it is declared again.
 pub fn note_missing_exchange(db: &Db) -> impl Fn() -> BoxFuture<'static, anyhow::Result<()>> + use<> {
     let db = db.clone();

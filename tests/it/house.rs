@@ -57,9 +57,10 @@ pub async fn eventually<T, Seen: Debug>(what: &str, mut look: impl AsyncFnMut() 
     let began = Instant::now();
     let (mut moved, mut last) = (began, String::new());
     loop {
-        let seen = match look().await {
-            Ok(found) => return found,
-            Err(seen) => format!("{seen:?}"),
+        let seen = match timeout(PATIENCE, look()).await {
+            Ok(Ok(found)) => return found,
+            Ok(Err(seen)) => format!("{seen:?}"),
+            Err(_) => panic!("a look for {what} has no end, last saw {last}"),
         };
         if seen != last {
             (moved, last) = (Instant::now(), seen);
