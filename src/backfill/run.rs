@@ -25,7 +25,7 @@ use super::{
     store::{self, Running},
 };
 use crate::{
-    broker::{Broker, Outcome, Parcel, Post, request},
+    broker::{self, Broker, Outcome, Parcel, Post},
     db::Line,
 };
 
@@ -148,7 +148,7 @@ impl Run {
     }
 
     async fn channel(&self) -> anyhow::Result<Channel> {
-        request(self.connection.create_channel()).await
+        broker::open(&self.connection).await
     }
 
     /// Reads a page. False when there is none.

@@ -26,6 +26,8 @@ use tokio::{sync::Mutex, time::timeout};
 
 use crate::db::is_loopback;
 
+/// Channels in a row that fail by an earlier one's error before their connection is given up.
+const NUMBERS: usize = 8;
 /// For the whole of connecting, handshake included: lapin itself would wait for a silent peer for ever.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// A peer that says nothing for twice this long is gone.
@@ -195,7 +197,7 @@ impl Broker {
     pub async fn channel_with_exchange(&self, connection: &Connection) -> anyhow::Result<Channel> {
         let Some(registry) = &self.registry else { return self.channel_that_declared(connection).await };
         self.as_registry().vouch(&registry.connection).await?;
-        request(connection.create_channel()).await
+        open(connection).await
     }
 
     /// Who may only write could not tell an exchange of another type: a passive declaration does not compare.
@@ -213,14 +215,14 @@ impl Broker {
     }
 
     async fn channel_that_declared(&self, connection: &Connection) -> anyhow::Result<Channel> {
-        let mut channel = request(connection.create_channel()).await?;
+        let mut channel = open(connection).await?;
         let there = request(self.declare_exchange(&channel, true)).await;
         let is_missing = there.as_ref().is_err_and(is_missing);
         if is_missing {
             if let Some(note) = &self.note_missing {
                 note().await.context("that the exchange is missing cannot be noted")?;
             }
-            channel = request(connection.create_channel()).await?;
+            channel = open(connection).await?;
         } else {
             there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;
         }
@@ -231,7 +233,7 @@ impl Broker {
                 Err(refused).with_context(|| format!("exchange {name:?} is missing and may not be declared"))
             }
             // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.
-            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => request(connection.create_channel()).await,
+            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => open(connection).await,
             Err(error) => Err(error).with_context(|| format!("exchange {name:?} cannot be used")),
         }
     }
@@ -250,6 +252,23 @@ impl Broker {
             .exchange_declare(self.exchange.as_str().into(), ExchangeKind::Topic, options, FieldTable::default())
             .await
     }
+}
+
+/// A channel of this connection.
+///
+/// lapin (4.12) remembers the error that closed a channel, and fails a later one of the same number with it; numbers come round after
+/// 2,047. No broker has such an error for a channel that is only being opened, so the next number is tried.
+///
+/// # Errors
+/// When the broker does not answer, or too many channels of this connection were closed by errors: then it is used up.
+pub async fn open(connection: &Connection) -> anyhow::Result<Channel> {
+    for _ in 0..NUMBERS {
+        match request(connection.create_channel()).await {
+            Err(error) if is_refusal(&error) => {}
+            outcome => return outcome,
+        }
+    }
+    anyhow::bail!("too many channels of the connection were closed by errors")
 }
 
 /// Puts a channel in confirm mode.

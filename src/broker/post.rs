@@ -17,7 +17,7 @@ use tidings_sdk::{
 };
 use uuid::Uuid;
 
-use super::{Broker, Outcome, PUBLISHED, confirm_select, request};
+use super::{Broker, Outcome, PUBLISHED, confirm_select, open};
 
 /// One message.
 pub struct Parcel {
@@ -43,7 +43,7 @@ pub struct Post {
 
 impl Post {
     pub async fn open(connection: &Connection) -> anyhow::Result<Self> {
-        let channel = request(connection.create_channel()).await?;
+        let channel = open(connection).await?;
         confirm_select(&channel).await?;
         Ok(Self { channel })
     }

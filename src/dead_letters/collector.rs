@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{model::DeadLetter, store};
 use crate::{
-    broker::{Broker, request},
+    broker::{self, Broker, request},
     db::{self, Db},
     lead::Duty,
     telemetry::with_causes,
@@ -97,7 +97,7 @@ impl Collector {
             ensure!(connection.status().connected(), "the connection to the broker is lost");
             for name in self.names().await? {
                 if open.insert(name.clone()) {
-                    let channel = request(connection.create_channel()).await?;
+                    let channel = broker::open(connection).await?;
                     mailboxes.spawn(empty(channel, name, self.queries.clone(), stop.clone()));
                 }
             }

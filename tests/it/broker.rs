@@ -22,6 +22,7 @@ use crate::{
     house::{House, bind, connect, declare, env, eventually},
     hurt::HurtBroker,
     load::{self, Load},
+    rights,
 };
 
 /// Somebody with every right at the broker.
@@ -229,6 +230,26 @@ async fn an_exchange_that_was_deleted_under_load_is_declared_again(db: PgPool) {
     assert!(house.audit.heard().len() as f64 >= routed, "{routed} counted as routed");
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     assert_eq!(house.told(&ana).await, ["user.created"], "who is bound again hears again");
+}
+
+/// The question whether the exchange is ours takes a channel each time, and one of them was closed by an error.
+#[sqlx::test]
+async fn a_channel_does_not_end_the_session_by_the_error_of_an_earlier_one(db: PgPool) {
+    let [_, (setting, url)] = rights::at_broker(&env("AMQP_URL"));
+    let house = House::with(db, &[(setting, &format!("{url}?channel_max=8"))]).await;
+    load::ready(&house).await;
+    Admin::at(&env("AMQP_URL")).await.delete_exchange(&house.exchange).await;
+    let lost = async || house.service.log().matches("session is over").count();
+    let mut before = None;
+    for told in 1..=20 {
+        house.user(json!({})).await;
+        eventually("one that reached nobody", async || match results(&house).await {
+            [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
+            others => Err(others),
+        })
+        .await;
+        assert_eq!(lost().await, *before.get_or_insert(lost().await), "{}", house.service.log());
+    }
 }
 
 #[sqlx::test]
