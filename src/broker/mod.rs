@@ -11,7 +11,7 @@ pub use publisher::{Outcome, Publisher, Verdict};
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use futures_util::future::BoxFuture;
 use lapin::{
     Channel, Connection, ConnectionProperties, ExchangeKind,
@@ -97,6 +97,7 @@ pub struct Broker {
     prefix: Option<String>,
     /// Where there is a user of its own for all but publishing to the exchange.
     registry: Option<Arc<Registry>>,
+    /// Who has none leaves a missing exchange alone.
     note_missing: Option<Note>,
 }
 
@@ -193,7 +194,7 @@ impl Broker {
     /// A channel, and the exchange is known to be a durable topic exchange.
     ///
     /// # Errors
-    /// When the exchange exists with another type, or the broker does not answer.
+    /// When the exchange exists with another type, is missing and not to be made by this one, or the broker does not answer.
     pub async fn channel_with_exchange(&self, connection: &Connection) -> anyhow::Result<Channel> {
         let Some(registry) = &self.registry else { return self.channel_that_declared(connection).await };
         self.as_registry().vouch(&registry.connection).await?;
@@ -219,9 +220,10 @@ impl Broker {
         let there = request(self.declare_exchange(&channel, true)).await;
         let is_missing = there.as_ref().is_err_and(is_missing);
         if is_missing {
-            if let Some(note) = &self.note_missing {
-                note().await.context("that the exchange is missing cannot be noted")?;
-            }
+            let Some(note) = &self.note_missing else {
+                bail!("exchange {:?} is missing; `tidings serve` and `tidings relay` make it", self.exchange)
+            };
+            note().await.context("that the exchange is missing cannot be noted")?;
             channel = open(connection).await?;
         } else {
             there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;
@@ -268,7 +270,7 @@ pub async fn open(connection: &Connection) -> anyhow::Result<Channel> {
             outcome => return outcome,
         }
     }
-    anyhow::bail!("too many channels of the connection were closed by errors")
+    bail!("too many channels of the connection were closed by errors")
 }
 
 /// Puts a channel in confirm mode.

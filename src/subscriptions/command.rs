@@ -105,6 +105,7 @@ fn open(
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
         unreachable!("no faults, so all are there")
     };
+    let broker = broker.noting_missing(super::note_missing_exchange(&db));
     let desk = Some(Desk::new(broker.as_registry()));
     Ok((name, Subscriptions::new(&db, db.pool("queries", 4, []), Arc::new(schema), desk, management, IDLE_AFTER)))
 }

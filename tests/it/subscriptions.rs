@@ -558,6 +558,29 @@ async fn what_is_told_to_an_exchange_that_was_made_anew_is_told_again(db: PgPool
     }
 }
 
+/// `tail` could not note it, and leaves it alone.
+#[sqlx::test]
+async fn no_command_makes_the_exchange_anew_without_noting_it(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_NO_RELAY", "true")]).await;
+    let (admin, orders, billing) = (Admin::new().await, unique("orders"), unique("billing"));
+    house.has_registered(&orders, 1).await;
+    admin.delete_exchange(&house.exchange).await;
+    let run = async |line: &str| {
+        let done = timeout(PATIENCE, tidings(&line.split(' ').collect::<Vec<_>>(), house.settings()).output()).await;
+        let done = done.expect("it does not end").unwrap();
+        (done.status.success(), String::from_utf8(done.stderr).unwrap())
+    };
+    let (is_well, talk) = run("tail").await;
+    assert!(!is_well && talk.contains("is missing; `tidings serve`"), "{talk}");
+    assert!(!admin.has_exchange(&house.exchange).await);
+    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null);
+    let put = format!("subscription put {billing} --key user.deleted --owner team-billing --purpose x");
+    let (is_well, talk) = run(&put).await;
+    assert!(is_well && talk.contains("the exchange was deleted"), "{talk}");
+    assert!(house.subscription(&orders).await.body["lost_at"].is_string());
+    assert!(run(&format!("subscription delete {billing}")).await.0);
+}
+
 /// Who declares one that was lost while he did does not know of the loss.
 #[sqlx::test]
 async fn a_loss_that_is_noted_meanwhile_outlives_a_declaration(db: PgPool) {
