@@ -14,6 +14,7 @@ use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
 };
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use tidings::{
     clients::Key,
@@ -243,7 +244,7 @@ pub fn document(input: &[u8]) {
         Ok(document) => document,
         Err(json::Rejected::Malformed { line, .. }) => return assert!(line <= input.len() + 1),
         Err(json::Rejected::Faulty(faults)) => {
-            assert!((1..=50).contains(&faults.len()) && serde_json::from_slice::<Value>(input).is_ok());
+            assert!((1..=50).contains(&faults.len()) && serde_json::from_slice::<IgnoredAny>(input).is_ok());
             return;
         }
     };

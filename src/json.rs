@@ -1,7 +1,7 @@
 //! JSON at the door: RFC 8259 text that is also I-JSON (RFC 7493), so that every reader of it sees the same document.
 //!
-//! Promise: what passes has unique names, no NUL, numbers that a double holds exactly enough, and at most so many levels, usually [`MAX_DEPTH`];
-//! what does not pass is named by JSON pointer (RFC 6901), all faults at once, and no value is repeated.
+//! Promise: what passes has unique names, none that Rust readers take for something else, no NUL, numbers that a double holds exactly
+//! enough, and at most so many levels, usually [`MAX_DEPTH`]; what does not pass is named by JSON pointer (RFC 6901), all faults at once, and no value is repeated.
 //! Not here, on purpose: what a document must contain. That is the profile schema's business.
 
 use std::{cell::RefCell, fmt};
@@ -18,6 +18,9 @@ pub const MAX_DEPTH: usize = 32;
 pub const MAX_FAULTS: usize = 50;
 /// Characters of each text in a fault, at most: fifty times a name of 64 KiB would be an answer of megabytes.
 pub const LONGEST_TEXT: usize = 500;
+/// What the names begin with by which serde_json marks values of its own. A Rust reader takes an object that has one for such a value:
+/// reads another document, or none.
+const RESERVED: &str = "$serde_json::private::";
 /// 2^53 - 1: beyond it neighbours share a double, and JavaScript readers would see another number (RFC 7493, section 2.2).
 const MAX_INTEGER: f64 = 9_007_199_254_740_991.0;
 
@@ -152,6 +155,13 @@ impl Node<'_> {
         }
     }
 
+    fn check_name(&self, name: &str) {
+        self.check_text(name);
+        if name.starts_with(RESERVED) {
+            self.fault("reserved_name", "names that begin like this are read as something else in Rust");
+        }
+    }
+
     fn check_integer(&self, in_range: bool) {
         if !in_range {
             self.fault(
@@ -230,7 +240,7 @@ impl<'de> Visitor<'de> for Node<'_> {
         }
         while let Some(name) = members.next_key::<String>()? {
             let child = self.child(Place::Member(&self.place, &name));
-            child.check_text(&name);
+            child.check_name(&name);
             if object.contains_key(&name) {
                 child.fault("duplicate_key", "this name occurs twice in its object");
             }
@@ -278,6 +288,18 @@ mod tests {
                 code("/n/2", "number_out_of_range"),
             ]
         );
+    }
+
+    /// serde_json itself reads them as JSON inside of a string, and fails where it is none.
+    #[test]
+    fn an_object_that_rust_would_misread_is_refused() {
+        let raw = |text: &str| json!({ "a": { "$serde_json::private::RawValue": text } }).to_string();
+        assert_ne!(serde_json::from_str::<Value>(&raw("1")).unwrap().to_string(), raw("1"));
+        assert!(serde_json::from_str::<Value>(&raw("x")).is_err());
+        for text in ["1", "x"] {
+            let place = "/a/$serde_json::private::RawValue".to_owned();
+            assert_eq!(faults(&raw(text)), [(place, "reserved_name".to_owned())]);
+        }
     }
 
     #[test]

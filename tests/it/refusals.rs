@@ -87,6 +87,11 @@ async fn a_body_that_cannot_be_taken_names_every_fault_by_pointer(db: PgPool) {
         (r#"{"profile":{"first_name":"\u0000"}}"#, "unacceptable_json", &[("/profile/first_name", "nul_character")]),
         (r#"{"profile":{"social":{"a\u0000":1}}}"#, "unacceptable_json", &[("/profile/social/a\0", "nul_character")]),
         (
+            r#"{"profile":{"social":{"$serde_json::private::RawValue":"x"}}}"#,
+            "unacceptable_json",
+            &[("/profile/social/$serde_json::private::RawValue", "reserved_name")],
+        ),
+        (
             r#"{"profile":{"district":9223372036854775808}}"#,
             "unacceptable_json",
             &[("/profile/district", "number_out_of_range")],
