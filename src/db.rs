@@ -28,7 +28,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// network that swallows packets.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(8);
 
-/// For a connection that comes back to its pool to show that it lives. What was still under way on it the server has ended by then.
+/// For a connection that comes back, to its pool or after a refusal, to show that it lives. What was still under way on it the server
+/// has ended by then.
 const RETURN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The versions of the schema that were applied.
@@ -46,6 +47,9 @@ select name
    and setting = 'off'
  order by name
 ";
+
+/// Whether the server only follows another one (a standby).
+pub const FOLLOWS: &str = "select pg_is_in_recovery()";
 
 /// Where the database is, and the manners of every session there.
 #[derive(Clone)]
@@ -160,6 +164,7 @@ impl Db {
             .max_connections(connections)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
+            .after_connect(|connection, _| Box::pin(refuse_follower(connection)))
             // The pool asks whoever comes back whether it lives, and keeps its place for it however long it says nothing: on a network
             // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
             .after_release(|connection, _| {
@@ -279,11 +284,25 @@ pub fn is_overheard(url: &Url) -> bool {
 }
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
-    match timeout(CONNECT_DEADLINE, options.connect()).await {
+    let dial = async {
+        let mut connection = options.connect().await?;
+        refuse_follower(&mut connection).await?;
+        Ok::<_, sqlx::Error>(connection)
+    };
+    match timeout(CONNECT_DEADLINE, dial).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(Trouble::Unreachable(error.into())),
         Err(_) => Err(Trouble::Unreachable(anyhow::anyhow!("no answer within {CONNECT_DEADLINE:?}"))),
     }
+}
+
+/// While a failover goes on, the address may still lead to the server that led before: what that answers is old, and it keeps nothing.
+async fn refuse_follower(connection: &mut PgConnection) -> sqlx::Result<()> {
+    let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(connection).await?;
+    if follows {
+        return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
+    }
+    Ok(())
 }
 
 /// One connection that one task owns, dialled when it is first needed and again after it was lost.
@@ -292,10 +311,21 @@ pub struct Line {
     connection: Option<PgConnection>,
 }
 
+/// Whether a session that was refused with this code would be refused for ever, where a new one may not be: a migration ran under it
+/// ("cached plan must not change result type", 0A000), it is read-only, or in a transaction that has failed or was given up (class 25).
+fn is_stuck(code: &str) -> bool {
+    code == "0A000" || code.starts_with("25")
+}
+
+/// Has what a refused transaction holds rolled back now, and not when the session is next used. Whether that was done.
+async fn settles(connection: &mut PgConnection) -> bool {
+    matches!(timeout(RETURN_DEADLINE, connection.ping()).await, Ok(Ok(())))
+}
+
 impl Line {
     /// Runs `work` on the connection, within the deadline.
     ///
-    /// After anything but success or a refusal by the database the connection is dropped, never reused.
+    /// After anything but success, or a refusal that a repetition may not meet, the connection is dropped and never reused.
     pub async fn run<T>(&mut self, work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>) -> Result<T, Trouble> {
         // Taken out while in use: when this future is dropped or fails, the connection goes with it.
         let mut connection = match self.connection.take() {
@@ -308,8 +338,7 @@ impl Line {
         };
         let keeps = match &outcome {
             Ok(_) => true,
-            // "cached plan must not change result type": a migration ran under us; a new session has no cached plans.
-            Err(Trouble::Refused { code, .. }) => code != "0A000",
+            Err(Trouble::Refused { code, .. }) => !is_stuck(code) && settles(&mut connection).await,
             Err(_) => false,
         };
         self.connection = keeps.then_some(connection);

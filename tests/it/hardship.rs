@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, eventually, http_with, new_client},
+    hurt::Standby,
     limits::under_way,
     sessions,
 };
@@ -29,6 +30,12 @@ use crate::{
 fn not_now(answer: &Answer) -> &str {
     assert_eq!(answer.headers["retry-after"], "1", "{answer:?}");
     answer.refusal(503)
+}
+
+/// The first change after the sessions broke finds out; from then on it is known that nothing was sent.
+async fn no_change_is_taken(house: &House) {
+    let created = [house.create(json!({})).await, house.create(json!({})).await];
+    assert_eq!(created.each_ref().map(not_now), ["outcome_unknown", "database_unavailable"]);
 }
 
 #[sqlx::test]
@@ -43,9 +50,7 @@ async fn without_its_database_the_service_says_so_and_recovers(db: PgPool) {
     assert_eq!(not_now(&house.amend(&ana, json!({ "city": "Oslo" })).await), "database_unavailable");
     assert_eq!(not_now(&house.delete(&ana).await), "database_unavailable");
     assert_eq!(not_now(&house.page("/v1/users").await), "database_unavailable");
-    // The first one to be written finds the connection broken under it; from then on it is known that nothing was sent.
-    let created = [house.create(json!({})).await, house.create(json!({})).await];
-    assert_eq!(created.each_ref().map(not_now), ["outcome_unknown", "database_unavailable"]);
+    no_change_is_taken(&house).await;
 
     house.postgres.up();
     house.amend(&ana, json!({ "city": "Bern" })).await.ok();
@@ -92,6 +97,48 @@ async fn a_row_held_by_somebody_fails_its_own_change_and_no_other(db: PgPool) {
     house.amend(&users[7], json!({ "nickname": "A" })).await.ok();
     assert_eq!(house.told(&users[7]).await, ["user.created", "profile.updated[nickname]"]);
     assert_eq!(house.told(&users[6]).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// The next change would find the session ended by the server, which does not wait long for the end of a transaction.
+#[sqlx::test]
+async fn a_refused_deletion_leaves_no_transaction_open(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let holder = sessions::hold(&house.db, &ana).await;
+    assert_eq!(not_now(&house.delete(&ana).await), "database_unavailable");
+    assert_eq!(sessions::states(&house.db, "tidings writer").await, ["idle"]);
+    holder.close().await.unwrap();
+}
+
+/// As a provider does it whose disk is nearly full.
+#[sqlx::test]
+async fn a_database_that_was_read_only_for_a_while_is_written_to_again(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    sessions::are_read_only(&house.db, true).await;
+    no_change_is_taken(&house).await;
+    assert_eq!(house.get(&ana).await.version(), 1, "who only reads is served");
+    sessions::are_read_only(&house.db, false).await;
+    house.amend(&ana, json!({ "city": "Bern" })).await.ok();
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// In a failover the address may still lead to the server that led before, which now follows another: what it answers is old.
+#[tokio::test]
+async fn a_standby_is_not_taken_for_the_database() {
+    let server = Standby::borrow().await;
+    let house = House::with(server.database().await, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    house.settle().await;
+    server.follow().await;
+    assert_eq!(not_now(&house.get(&ana).await), "database_unavailable");
+    assert_eq!(not_now(&house.page("/v1/users").await), "database_unavailable");
+    assert_eq!(house.page("/readyz").await.status, 503);
+    no_change_is_taken(&house).await;
+    server.lead().await;
+    house.amend(&ana, json!({ "city": "Bern" })).await.ok();
+    assert_eq!(house.get(&ana).await.version(), 2);
+    assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
 }
 
 /// A session that lets nobody change a user, whichever, until it is closed.

@@ -37,6 +37,7 @@ use tokio::{
     process::{Child, Command},
     time::{sleep, timeout},
 };
+use url::Url;
 use uuid::Uuid;
 
 use crate::{contract, proxy::Proxy, rights};
@@ -91,9 +92,11 @@ pub async fn proxy_before(url: &str) -> Proxy {
 
 /// The address of a test's own database.
 pub fn database_url(db: &PgPool) -> String {
-    let url = env("DATABASE_URL");
-    let (server, _) = url.rsplit_once('/').unwrap();
-    format!("{server}/{}", db.connect_options().get_database().unwrap())
+    let (options, mut url) = (db.connect_options(), Url::parse(&env("DATABASE_URL")).unwrap());
+    url.set_host(Some(options.get_host())).unwrap();
+    url.set_port(Some(options.get_port())).unwrap();
+    url.set_path(options.get_database().unwrap());
+    url.into()
 }
 
 pub struct House {

@@ -1,17 +1,21 @@
-//! Brokers to be hurt, beside that of all tests: one that tests borrow one at a time, and a cluster.
+//! Servers to be hurt, beside those of all tests: a broker that tests borrow one at a time, a cluster, and a Postgres that becomes a standby.
 
 use std::path::Path;
 
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgPoolOptions};
+use tidings::db;
 use tokio::{
     process::Command,
     sync::{Mutex, MutexGuard, OnceCell},
 };
+use uuid::Uuid;
 
 use crate::rights;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 static HURT_HAS_USERS: OnceCell<()> = OnceCell::const_new();
 static ONE_CLUSTER_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+static ONE_STANDBY_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 pub struct HurtBroker {
     pub amqp_url: String,
@@ -123,6 +127,53 @@ impl Cluster {
 
     pub async fn tear_down(self) {
         forget_nodes().await;
+    }
+}
+
+/// A Postgres for one test at a time, which can be made a standby, of nobody in particular.
+pub struct Standby {
+    admin: PgPool,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Standby {
+    /// Not one yet.
+    pub async fn borrow() -> Self {
+        let turn = ONE_STANDBY_AT_A_TIME.lock().await;
+        let started = dev(&["database", "start", "standby"]).await.unwrap();
+        let admin = PgPool::connect(started.trim().strip_prefix("DATABASE_URL=").unwrap()).await.unwrap();
+        let server = Self { admin, _turn: turn };
+        if sqlx::query_scalar(db::FOLLOWS).fetch_one(&server.admin).await.unwrap() {
+            // A test that failed has left it so.
+            server.lead().await;
+        }
+        server
+    }
+
+    /// A new database there, with our tables.
+    pub async fn database(&self) -> PgPool {
+        let name = format!("test_{}", Uuid::new_v4().simple());
+        self.run(&format!("create database {name}")).await;
+        let options = (*self.admin.connect_options()).clone().database(&name);
+        let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+        sqlx::migrate!().run(&pool).await.unwrap();
+        pool
+    }
+
+    /// Starts it anew as a standby.
+    pub async fn follow(&self) {
+        self.run("copy (select) to program 'cat > standby.signal'").await;
+        dev(&["database", "stop", "standby"]).await.unwrap();
+        dev(&["database", "start", "standby"]).await.unwrap();
+    }
+
+    /// Makes it lead.
+    pub async fn lead(&self) {
+        self.run("select pg_promote()").await;
+    }
+
+    async fn run(&self, sql: &str) {
+        sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&self.admin).await.unwrap();
     }
 }
 

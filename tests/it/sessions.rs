@@ -1,6 +1,6 @@
 //! What Postgres says of the service's sessions, and what it may do to them.
 
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::house::eventually;
@@ -49,6 +49,22 @@ pub async fn names(db: &PgPool) -> Vec<String> {
          where datname = current_database() and application_name like 'tidings%'
     ";
     sqlx::query_scalar(names).fetch_all(db).await.unwrap()
+}
+
+/// What the sessions of this name are doing.
+pub async fn states(db: &PgPool, name: &str) -> Vec<String> {
+    let states = "select state from pg_stat_activity where datname = current_database() and application_name = $1";
+    sqlx::query_scalar(states).bind(name).fetch_all(db).await.unwrap()
+}
+
+/// The sessions that begin from now on are read-only, or no longer. To be so they all have to begin anew.
+pub async fn are_read_only(db: &PgPool, on: bool) {
+    let database = db.connect_options().get_database().unwrap().to_owned();
+    let alter = format!("alter database \"{database}\" set default_transaction_read_only = {on}");
+    sqlx::raw_sql(AssertSqlSafe(alter)).execute(db).await.unwrap();
+    if on {
+        terminate(db, "tidings%").await;
+    }
 }
 
 /// The processes of the sessions of this name.
