@@ -54,13 +54,14 @@ async fn create(asked_for: ClientCreate, mut faults: Faults) -> anyhow::Result<(
     let rate = faults.note("--rate-limit", asked_for.rate_limit.as_deref().map(str::parse).transpose()).flatten();
     let db = asked_for.database.open(&mut faults);
     faults.none()?;
-    let client = NewClient { fields, write_fields, rate, purpose: asked_for.purpose, ..client.expect("no faults") };
+    let (purpose, takes_tokens) = (asked_for.purpose, asked_for.no_key);
+    let client = NewClient { fields, write_fields, rate, purpose, takes_tokens, ..client.expect("no faults") };
 
     let mut connection = open(db).await?;
     let created = asked(store::create(&mut connection, &client).await)?;
     ensure!(created, "there is a client {} already\nhint: `tidings client rotate` gives it another key", client.name);
     if asked_for.no_key {
-        eprintln!("{} is made, without a key", client.name);
+        eprintln!("{} is made, without a key: it comes with tokens", client.name);
         return Ok(());
     }
     let (key, text) = Key::generate()?;
@@ -171,6 +172,7 @@ struct Shown<'a> {
     write_fields: Option<&'a [String]>,
     purpose: Option<&'a str>,
     rate_limit: Option<&'a str>,
+    takes_tokens: bool,
     subscriptions: &'a [String],
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
@@ -200,6 +202,7 @@ fn print_json(clients: &[Client], keys: &[KeyFacts]) -> anyhow::Result<()> {
             write_fields: client.write_fields.as_deref(),
             purpose: client.purpose.as_deref(),
             rate_limit: client.rate_limit.as_deref(),
+            takes_tokens: client.takes_tokens,
             subscriptions: &client.subscriptions,
             created_at: client.created_at,
             revoked_at: client.revoked_at,
@@ -224,7 +227,11 @@ fn print_table(clients: &[Client], keys: &[KeyFacts]) -> anyhow::Result<()> {
     let mut out = stdout().lock();
     for client in clients {
         let fields = client.fields.as_ref().map_or_else(|| "every field".to_owned(), |fields| fields.join(","));
-        let state = if client.revoked_at.is_some() { "  revoked" } else { "" };
+        let state = match client {
+            Client { revoked_at: Some(_), .. } => "  revoked",
+            Client { takes_tokens: true, .. } => "  takes tokens",
+            _ => "",
+        };
         writeln!(out, "{}  {}  {fields}{state}", client.name, client.scopes.join(","))?;
         for key in keys.iter().filter(|key| key.client == client.name) {
             let used = key.last_used_at.map_or_else(|| "never used".to_owned(), |at| format!("used {}", text(at)));

@@ -177,6 +177,8 @@ pub struct NewClient {
     pub purpose: Option<String>,
     /// `None`: as often as everybody.
     pub rate: Option<Rate>,
+    /// Whether a token of the identity provider may name it.
+    pub takes_tokens: bool,
 }
 
 impl NewClient {
@@ -192,7 +194,8 @@ impl NewClient {
             return Err(InvalidName);
         }
         let scopes = scopes.into_iter().collect();
-        Ok(Self { name: name.to_owned(), scopes, fields: None, write_fields: None, purpose: None, rate: None })
+        let (fields, write_fields, purpose, rate) = (None, None, None, None);
+        Ok(Self { name: name.to_owned(), scopes, fields, write_fields, purpose, rate, takes_tokens: false })
     }
 }
 
@@ -205,6 +208,7 @@ pub struct Client {
     pub write_fields: Option<Vec<String>>,
     pub purpose: Option<String>,
     pub rate_limit: Option<String>,
+    pub takes_tokens: bool,
     pub subscriptions: Vec<String>,
     pub created_at: OffsetDateTime,
     pub revoked_at: Option<OffsetDateTime>,

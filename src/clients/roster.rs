@@ -71,6 +71,7 @@ struct Look {
 
 struct Seen {
     by_key: HashMap<KeyId, ([u8; 32], Caller)>,
+    /// Only who takes tokens: who can give names at the identity provider has not all that keys open.
     by_name: HashMap<String, Caller>,
 }
 
@@ -99,29 +100,41 @@ impl Clients {
         self.roster.is_none()
     }
 
-    /// Whether nobody had this key or token when the database last said whose they are, however long ago: whoever makes the machine
-    /// slow gains nothing by it, and nobody whom it had known becomes a stranger. False while the database does not answer.
-    pub fn is_strange(&self, bearer: &str) -> bool {
-        let Some(roster) = &self.roster else { return false };
-        let Some(seen) = roster.looks.borrow().seen.clone() else { return false };
-        roster.sought(bearer).and_then(|sought| sought.in_roster(&seen)).is_none()
+    /// A key, or a token that was verified before: what can be told for nothing.
+    pub fn recall(&self, bearer: &str) -> Option<Sought> {
+        if Key::is_meant(bearer) {
+            return bearer.parse().ok().map(Sought::Key);
+        }
+        self.roster.as_ref()?.tokens.as_ref()?.recall(bearer).map(Sought::Token)
     }
 
-    /// Whose key or token this is, if that is known already; without a look at the database.
-    pub fn known(&self, bearer: &str) -> Option<Caller> {
+    /// A token whose signature is right, which takes the processor a while to tell.
+    pub fn verify(&self, bearer: &str) -> Option<Sought> {
+        self.roster.as_ref()?.tokens.as_ref()?.verify(bearer).map(Sought::Token)
+    }
+
+    /// Whether nobody had this when the database last said whose it is, however long ago: whoever makes the machine slow gains
+    /// nothing by it, and nobody whom it had known becomes a stranger. False while the database does not answer.
+    pub fn is_strange(&self, sought: &Sought) -> bool {
+        let Some(roster) = &self.roster else { return false };
+        let Some(seen) = roster.looks.borrow().seen.clone() else { return false };
+        sought.in_roster(&seen).is_none()
+    }
+
+    /// Whose it is, if that is known already; without a look at the database.
+    pub fn known(&self, sought: &Sought) -> Option<Caller> {
         let roster = self.roster.as_ref()?;
-        let caller = roster.sought(bearer)?.in_roster(&*roster.latest()?)?;
+        let caller = sought.in_roster(&*roster.latest()?)?;
         roster.note_use(&caller);
         Some(caller)
     }
 
-    /// Whose key or token this is; `None` when it opens nothing.
+    /// Whose it is; `None` when it opens nothing.
     ///
     /// # Errors
     /// When the database has not said so for a second, and does not now.
-    pub async fn caller(&self, bearer: &str) -> Result<Option<Caller>, Unknowable> {
+    pub async fn caller(&self, sought: &Sought) -> Result<Option<Caller>, Unknowable> {
         let Some(roster) = &self.roster else { return Ok(Some(Caller::anonymous())) };
-        let Some(sought) = roster.sought(bearer) else { return Ok(None) };
         let caller = roster.find(|seen| sought.in_roster(seen)).await?;
         caller.iter().for_each(|caller| roster.note_use(caller));
         Ok(caller)
@@ -150,14 +163,6 @@ impl Clients {
 }
 
 impl Roster {
-    /// What to look for; `None` when it is neither a key nor a token of ours.
-    fn sought(&self, bearer: &str) -> Option<Sought> {
-        if Key::is_meant(bearer) {
-            return bearer.parse().ok().map(Sought::Key);
-        }
-        self.tokens.as_ref()?.verify(bearer).map(Sought::Token)
-    }
-
     /// What was seen last, if that was lately.
     fn latest(&self) -> Option<Arc<Seen>> {
         let latest = self.looks.borrow().clone();
@@ -191,8 +196,8 @@ impl Roster {
     }
 }
 
-/// What somebody came with.
-enum Sought {
+/// What somebody came with: something that may have been made by us, or by who may.
+pub enum Sought {
     Key(Key),
     Token(Claimed),
 }
@@ -221,7 +226,8 @@ impl Seen {
             Some((id.clone(), (sha256, asker.caller(Some(id)))))
         };
         let by_key = keys.into_iter().filter_map(entry).collect();
-        let by_name = callers.iter().map(|(name, asker)| (name.clone(), asker.caller(None))).collect();
+        let take_tokens = callers.iter().filter(|(_, asker)| asker.takes_tokens);
+        let by_name = take_tokens.map(|(name, asker)| (name.clone(), asker.caller(None))).collect();
         Self { by_key, by_name }
     }
 

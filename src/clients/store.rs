@@ -25,7 +25,7 @@ select id, client, sha256
 
 /// Clients that may ask, and what their subscriptions declare.
 pub const ROSTER: &str = "
-select name, scopes, fields, write_fields, rate_limit,
+select name, scopes, fields, write_fields, rate_limit, takes_tokens,
        array(select subscriptions.name from subscriptions where client = clients.name order by subscriptions.name) as subscriptions,
        array(select distinct unnest(routing_keys) from subscriptions where client = clients.name) as declared_keys,
        array(select distinct unnest(subscriptions.fields) from subscriptions where client = clients.name) as declared_fields
@@ -48,14 +48,15 @@ with before as (
    where client = (select name from clients where name = $1 and revoked_at is not null)
      and revoked_at is null
 )
-insert into clients (name, scopes, fields, write_fields, purpose, rate_limit)
-values ($1, $2, $3, $4, $5, $6)
+insert into clients (name, scopes, fields, write_fields, purpose, rate_limit, takes_tokens)
+values ($1, $2, $3, $4, $5, $6, $7)
 on conflict (name) do update
    set scopes = excluded.scopes,
        fields = excluded.fields,
        write_fields = excluded.write_fields,
        purpose = excluded.purpose,
        rate_limit = excluded.rate_limit,
+       takes_tokens = excluded.takes_tokens,
        created_at = now(),
        revoked_at = null
  where clients.revoked_at is not null
@@ -102,7 +103,7 @@ update client_keys
 
 /// All clients, the revoked ones last.
 pub const FIND: &str = "
-select name, scopes, fields, write_fields, purpose, rate_limit, created_at, revoked_at,
+select name, scopes, fields, write_fields, purpose, rate_limit, takes_tokens, created_at, revoked_at,
        array(select subscriptions.name from subscriptions where client = clients.name order by subscriptions.name) as subscriptions
   from clients
  order by revoked_at is not null, name
@@ -173,6 +174,7 @@ pub(super) struct Asker {
     pub declared_keys: Vec<BindingKey>,
     pub declared_fields: BTreeSet<FieldName>,
     pub rate: Option<Rate>,
+    pub takes_tokens: bool,
 }
 
 #[derive(sqlx::FromRow)]
@@ -182,6 +184,7 @@ struct AskerRow {
     fields: Option<Vec<String>>,
     write_fields: Option<Vec<String>>,
     rate_limit: Option<String>,
+    takes_tokens: bool,
     subscriptions: Vec<String>,
     declared_keys: Vec<String>,
     declared_fields: Vec<String>,
@@ -200,6 +203,7 @@ pub(super) async fn roster(connection: &mut PgConnection) -> sqlx::Result<(Vec<K
             declared_keys: parsed(&row.declared_keys)?,
             declared_fields: parsed(&row.declared_fields)?,
             rate: row.rate_limit.as_ref().map(one).transpose()?,
+            takes_tokens: row.takes_tokens,
             name: row.name,
         })
     };
@@ -233,6 +237,7 @@ pub async fn create(on: impl PgExecutor<'_>, client: &NewClient) -> sqlx::Result
         .bind(client.write_fields.as_ref().map(texts))
         .bind(&client.purpose)
         .bind(client.rate.map(|rate| rate.to_string()))
+        .bind(client.takes_tokens)
         .execute(on)
         .await?;
     Ok(created.rows_affected() == 1)

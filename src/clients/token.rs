@@ -3,28 +3,39 @@
 //! Promise: a token only says who asks; what he may is kept here, so that a revoked client is refused although its token still lives.
 //! Not here, on purpose: anything fetched. The keys are pinned by a file, and what a token's header says of others is not looked at.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{
+    collections::HashMap,
+    fs,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use anyhow::{Context, bail, ensure};
 use jsonwebtoken::{
-    Algorithm, DecodingKey, Validation, decode, decode_header,
+    Algorithm, DecodingKey, Validation, decode, decode_header, get_current_timestamp,
     jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse},
 };
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 /// Between the clocks of two machines, in seconds.
 const LEEWAY_S: u64 = 30;
 /// A larger one is somebody's attempt.
 const LIMIT_BYTES: usize = 8 * 1024;
 
+/// Tokens that are remembered. Each has some hundred bytes.
+const MOST_REMEMBERED: usize = 10_000;
+
 /// What tokens are checked against.
 pub struct Tokens {
     keys: HashMap<String, (DecodingKey, Validation)>,
     client_claim: String,
+    /// What was verified, by the token's SHA-256, and when it ends.
+    verified: Mutex<HashMap<[u8; 32], (Claimed, u64)>>,
 }
 
 /// What a valid token says.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claimed {
     pub client: String,
     /// The scopes that it is limited to; `None`: all that its client has.
@@ -53,10 +64,20 @@ impl Tokens {
             let key = DecodingKey::from_jwk(jwk).with_context(|| format!("key {id:?}"))?;
             ensure!(keys.insert(id.clone(), (key, validation)).is_none(), "two keys have the kid {id:?}");
         }
-        Ok(Self { keys, client_claim: client_claim.to_owned() })
+        Ok(Self { keys, client_claim: client_claim.to_owned(), verified: Mutex::default() })
     }
 
-    /// What the token says, if it is valid now.
+    /// What the token says, if it was verified before and has not ended.
+    pub fn recall(&self, token: &str) -> Option<Claimed> {
+        if token.len() > LIMIT_BYTES {
+            return None;
+        }
+        let verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        let (claimed, ends) = verified.get(&<[u8; 32]>::from(Sha256::digest(token)))?;
+        (get_current_timestamp() < ends.saturating_add(LEEWAY_S)).then(|| claimed.clone())
+    }
+
+    /// What the token says, if it is valid now; looks at its signature.
     pub fn verify(&self, token: &str) -> Option<Claimed> {
         if token.len() > LIMIT_BYTES {
             return None;
@@ -73,7 +94,20 @@ impl Tokens {
             Some(Value::String(scopes)) => Some(scopes.split(' ').map(str::to_owned).collect()),
             Some(_) => return None,
         };
-        Some(Claimed { client: claims.get(&self.client_claim)?.as_str()?.to_owned(), scopes })
+        let claimed = Claimed { client: claims.get(&self.client_claim)?.as_str()?.to_owned(), scopes };
+        if let Some(ends) = claims.get("exp").and_then(Value::as_u64) {
+            self.remember(token, claimed.clone(), ends);
+        }
+        Some(claimed)
+    }
+
+    fn remember(&self, token: &str, claimed: Claimed, ends: u64) {
+        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified.len() >= MOST_REMEMBERED {
+            // Rarely, and it costs each of them one look at its signature.
+            verified.clear();
+        }
+        verified.insert(Sha256::digest(token).into(), (claimed, ends));
     }
 }
 
@@ -107,4 +141,67 @@ fn algorithm(jwk: &Jwk) -> anyhow::Result<Algorithm> {
         "its algorithm does not go with its type"
     );
     Ok(algorithm)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::env::temp_dir;
+
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use jsonwebtoken::{EncodingKey, Header, encode};
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// With the key pair of RFC 8037, appendix A.
+    fn tokens() -> (Tokens, impl Fn(&Value) -> String) {
+        let public = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo";
+        let private = b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20".to_vec();
+        let seed = URL_SAFE_NO_PAD.decode("nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A").unwrap();
+        let signing = EncodingKey::from_ed_der(&[private, seed].concat());
+        let jwks = temp_dir().join(Uuid::new_v4().to_string());
+        let set = json!({ "keys": [{ "kty": "OKP", "crv": "Ed25519", "kid": "one", "x": public }] });
+        fs::write(&jwks, set.to_string()).unwrap();
+        let tokens = Tokens::pinned(&jwks, "https://id.example.org", "tidings", "sub").unwrap();
+        fs::remove_file(jwks).unwrap();
+        let header = Header { kid: Some("one".to_owned()), ..Header::new(Algorithm::EdDSA) };
+        (tokens, move |claims| encode(&header, claims, &signing).unwrap())
+    }
+
+    fn claims(ends_in_s: i64) -> Value {
+        let ends = get_current_timestamp().saturating_add_signed(ends_in_s);
+        json!({ "iss": "https://id.example.org", "aud": "tidings", "sub": "crm", "exp": ends })
+    }
+
+    #[test]
+    fn a_signature_is_looked_at_once() {
+        let (tokens, token) = tokens();
+        let (good, over) = (token(&claims(300)), token(&claims(-60)));
+        assert_eq!(tokens.recall(&good), None);
+        let claimed = tokens.verify(&good).unwrap();
+        assert_eq!(tokens.recall(&good), Some(claimed));
+        let forged = format!("{good}A");
+        assert_eq!((tokens.verify(&forged), tokens.recall(&forged)), (None, None));
+        assert_eq!((tokens.verify(&over), tokens.recall(&over)), (None, None));
+    }
+
+    #[test]
+    fn what_is_remembered_ends_with_its_token() {
+        let (tokens, token) = tokens();
+        let ending = token(&claims(0));
+        let claimed = tokens.verify(&ending).unwrap();
+        assert!(tokens.recall(&ending).is_some(), "clocks may differ");
+        tokens.remember(&ending, claimed, get_current_timestamp() - LEEWAY_S);
+        assert_eq!(tokens.recall(&ending), None);
+    }
+
+    #[test]
+    fn no_more_is_remembered_than_there_is_room_for() {
+        let (tokens, _) = tokens();
+        for n in 0..=MOST_REMEMBERED {
+            tokens.remember(&n.to_string(), Claimed { client: "crm".to_owned(), scopes: None }, u64::MAX);
+        }
+        assert_eq!(tokens.verified.lock().unwrap().len(), 1);
+    }
 }

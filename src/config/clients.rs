@@ -52,7 +52,7 @@ pub struct ClientCreate {
     /// Requests a second and at once, such as 100/500. Without: those of TIDINGS_RATE_LIMIT.
     #[arg(long, value_name = "PER_SECOND/BURST")]
     pub rate_limit: Option<String>,
-    /// Make no key: it comes with tokens of an identity provider (`tidings serve --jwt-jwks`).
+    /// Make no key: it comes with tokens of an identity provider (`tidings serve --jwt-jwks`), which no other client can.
     #[arg(long, conflicts_with = "expires_after")]
     pub no_key: bool,
     /// Its key ends after so long, such as 90d. Without: never.

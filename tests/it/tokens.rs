@@ -132,6 +132,8 @@ async fn a_token_that_is_not_right_in_every_point_is_refused(db: PgPool) {
         ("without a client", token(&header(), &without("sub"))),
         ("with a client that is no text", token(&header(), &with("sub", json!(7)))),
         ("of a client that nobody made", token(&header(), &with("sub", json!("nobody")))),
+        // That of all tests.
+        ("of a client that has a key", token(&header(), &with("sub", json!("tests")))),
         ("with scopes that are no text", token(&header(), &with("scope", json!(["users:read"])))),
         ("without the id of a key", token(&key(None), &claims())),
         ("of a key that is not pinned", token(&key(Some("two")), &claims())),
