@@ -6,8 +6,8 @@ use uuid::Uuid;
 /// A history of a database: a restore or a failover begins another, in which the same numbers may stand for other transactions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Epoch {
-    /// The cluster's system identifier.
-    pub system: i64,
+    /// Of the cluster, the database and the table in it.
+    pub home: i64,
     /// Of the write-ahead log; another one after each promotion and each recovery to a point in time.
     pub timeline: i32,
 }
@@ -31,9 +31,9 @@ const LENGTH: usize = 1 + 8 + 4 + 8 + 16;
 
 impl Cursor {
     pub fn to_text(self) -> String {
-        let Self { epoch: Epoch { system, timeline }, place: Place { xid, user } } = self;
+        let Self { epoch: Epoch { home, timeline }, place: Place { xid, user } } = self;
         let parts: [&[u8]; 5] =
-            [&[FORM], &system.to_be_bytes(), &timeline.to_be_bytes(), &xid.to_be_bytes(), user.as_bytes()];
+            [&[FORM], &home.to_be_bytes(), &timeline.to_be_bytes(), &xid.to_be_bytes(), user.as_bytes()];
         URL_SAFE_NO_PAD.encode(parts.concat())
     }
 
@@ -41,10 +41,10 @@ impl Cursor {
     pub fn from_text(text: &str) -> Option<Self> {
         let bytes: [u8; LENGTH] = URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok()?;
         let (form, rest) = bytes.split_first_chunk::<1>()?;
-        let (system, rest) = rest.split_first_chunk()?;
+        let (home, rest) = rest.split_first_chunk()?;
         let (timeline, rest) = rest.split_first_chunk()?;
         let (xid, user) = rest.split_first_chunk()?;
-        let epoch = Epoch { system: i64::from_be_bytes(*system), timeline: i32::from_be_bytes(*timeline) };
+        let epoch = Epoch { home: i64::from_be_bytes(*home), timeline: i32::from_be_bytes(*timeline) };
         let place = Place { xid: i64::from_be_bytes(*xid), user: Uuid::from_slice(user).ok()? };
         (*form == [FORM] && place.xid >= 0).then_some(Self { epoch, place })
     }
@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn a_cursor_comes_back_as_it_was_and_nothing_else_is_one() {
-        let epoch = Epoch { system: -7_000_000_000_000_000_001, timeline: 3 };
+        let epoch = Epoch { home: -7_000_000_000_000_000_001, timeline: 3 };
         let cursor = Cursor { epoch, place: Place { xid: i64::MAX, user: Uuid::from_u128(5) } };
         let text = cursor.to_text();
         assert_eq!(Cursor::from_text(&text), Some(cursor));

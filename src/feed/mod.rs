@@ -107,16 +107,16 @@ impl Feed {
     async fn changes(&self, after: Option<Cursor>, limit: usize) -> Result<Page, Error> {
         let queries = self.queries.clone();
         db::ask(async move {
-            // One session, so one history: whoever is promoted meanwhile ends it.
-            let mut connection = queries.acquire().await?;
-            // Before the page is read: what is not held back now is in it.
-            let now = store::epoch(&mut connection).await?;
+            // One session, so one history: whoever is promoted meanwhile ends it. And one moment: what is not held back is in the page.
+            let mut moment = queries.begin_with(store::ONE_MOMENT).await?;
+            let now = store::epoch(&mut moment).await?;
             if after.is_some_and(|cursor| cursor.epoch != now.epoch || cursor.place.xid >= now.next_xid) {
                 return Ok(Err(Error::Expired));
             }
             let after = after.map_or(Place::default(), |cursor| cursor.place);
             // One more than asked for tells whether there is another page.
-            let mut found = store::page(&mut connection, after, limit + 1).await?;
+            let mut found = store::page(&mut moment, after, limit + 1).await?;
+            moment.commit().await?;
             let more = found.len() > limit;
             found.truncate(limit);
             let place = found.last().map_or(after, |(place, _)| *place);

@@ -25,7 +25,9 @@ pub const IN_ORDER: [(&str, &str); 6] = [
 /// Which history of which database this is, the first transaction that it does not know of yet, and whether there are changes that the
 /// feed does not show yet.
 pub const EPOCH: &str = "
-select system_identifier,
+select system_identifier
+         -- A dump that is read into another database of the same cluster begins another history there.
+         # (((select oid::bigint from pg_database where datname = current_database()) << 32) | 'changes'::regclass::oid::bigint) as home,
        -- Not the control file's: that one is behind for a while after a promotion.
        ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int as timeline,
        pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_xid,
@@ -103,9 +105,12 @@ pub struct Now {
     pub is_held_back: bool,
 }
 
+/// One moment's picture for several statements.
+pub const ONE_MOMENT: &str = "begin transaction isolation level repeatable read, read only";
+
 pub async fn epoch(connection: &mut PgConnection) -> sqlx::Result<Now> {
-    let (system, timeline, next_xid, is_held_back) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
-    Ok(Now { epoch: Epoch { system, timeline }, next_xid, is_held_back })
+    let (home, timeline, next_xid, is_held_back) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    Ok(Now { epoch: Epoch { home, timeline }, next_xid, is_held_back })
 }
 
 pub async fn page(connection: &mut PgConnection, after: Place, limit: usize) -> sqlx::Result<Vec<(Place, Change)>> {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::join;
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool, migrate::Migrator};
 use tidings::users::AMEND;
@@ -13,7 +14,9 @@ use uuid::Uuid;
 
 use crate::{
     house::{Answer, House, eventually},
+    hurt::Standby,
     load::{Load, users},
+    sessions,
 };
 
 /// What is known of users: version, and whether they live.
@@ -231,6 +234,58 @@ async fn a_cursor_of_another_history_has_expired(db: PgPool) {
     for query in ["limit=0", "limit=1001", "limit=-1", "limit=many", "since=7", "limit=1&limit=2"] {
         assert_eq!(house.page(&format!("/v1/changes?{query}")).await.refusal(400), "invalid_query", "{query}");
     }
+}
+
+#[tokio::test]
+async fn a_cursor_ends_with_its_history() {
+    let server = Standby::borrow().await;
+    let mut house = House::with(server.database().await, &[]).await;
+    users(&house, 1).await;
+    let mut poller = Poller::default();
+    poller.catch_up(&house).await;
+    let cursor = poller.cursor.take().unwrap();
+    let with = async |house: &House, cursor: &str| house.page(&format!("/v1/changes?after={cursor}")).await;
+    with(&house, &cursor).await.ok();
+
+    // A failover.
+    server.follow().await;
+    server.lead().await;
+    assert_eq!(with(&house, &cursor).await.refusal(410), "cursor_expired");
+    poller.catch_up(&house).await;
+    let cursor = poller.cursor.unwrap();
+    with(&house, &cursor).await.ok();
+
+    // A restore into another database of the same server.
+    house.service.kill().await;
+    let restored = House::with(server.copy(house.db).await, &[]).await;
+    assert_eq!(with(&restored, &cursor).await.refusal(410), "cursor_expired");
+}
+
+/// Of what is not there yet either all is in the page, or it says that it is not.
+#[sqlx::test]
+async fn a_page_and_whether_it_is_all_are_of_one_moment(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({ "first_name": "Ana" })).await;
+    let mut poller = Poller::default();
+    poller.catch_up(&house).await;
+    house.amend(&ana, json!({ "first_name": "Eve" })).await.ok();
+    // Two transactions that are open: the older one stays so, the younger one changes her while the page is being read.
+    let (mut older, mut younger) = (house.db.begin().await.unwrap(), house.db.begin().await.unwrap());
+    sqlx::query("select pg_current_xact_id()").execute(&mut *older).await.unwrap();
+    sqlx::query("lock table users").execute(&mut *younger).await.unwrap();
+    let change = async {
+        sessions::blocked(&house.db, "tidings feed").await;
+        amend_within(&mut younger, ana, 2).await;
+        younger.commit().await.unwrap();
+    };
+    let after = poller.cursor.clone().unwrap();
+    let path = format!("/v1/changes?after={after}");
+    let (page, ()) = join(house.page(&path), change).await;
+    let page = page.ok();
+    let shown: Vec<i64> =
+        page.body["changes"].as_array().unwrap().iter().map(|change| change["version"].as_i64().unwrap()).collect();
+    assert!(shown == [2] || page.body["held_back"] == true, "{page:?}");
+    older.rollback().await.unwrap();
 }
 
 /// A dump read into a new cluster, whose own transactions have lower numbers.

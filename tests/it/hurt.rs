@@ -160,6 +160,15 @@ impl Standby {
         pool
     }
 
+    /// Another database there, which has what is in this one, to which nobody may be connected.
+    pub async fn copy(&self, original: PgPool) -> PgPool {
+        let options = original.connect_options();
+        original.close().await;
+        let (name, copy) = (options.get_database().unwrap(), format!("test_{}", Uuid::new_v4().simple()));
+        self.run(&format!("create database {copy} template {name}")).await;
+        PgPoolOptions::new().max_connections(2).connect_with((*options).clone().database(&copy)).await.unwrap()
+    }
+
     /// Starts it anew as a standby.
     pub async fn follow(&self) {
         self.run("copy (select) to program 'cat > standby.signal'").await;
