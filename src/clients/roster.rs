@@ -65,8 +65,8 @@ type Used = Arc<Mutex<HashSet<KeyId>>>;
 struct Look {
     /// When it began: what was committed before is in it.
     began: Instant,
-    /// `None` when it failed.
-    seen: Option<Arc<Seen>>,
+    /// Or why it failed.
+    seen: Result<Arc<Seen>, Unknowable>,
 }
 
 struct Seen {
@@ -76,14 +76,14 @@ struct Seen {
 }
 
 /// Why nobody can be told who asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("it cannot be told now whose key this is")]
-pub struct Unknowable;
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the database does not say who may ask: {0}")]
+pub struct Unknowable(Arc<str>);
 
 impl Clients {
     /// Starts looking, on `roles`. Looks until the last clone is gone.
     pub fn open(db: &Db, queries: PgPool, tokens: Option<Tokens>, roles: &Roles) -> Self {
-        let nothing = Look { began: Instant::now(), seen: None };
+        let nothing = Look { began: Instant::now(), seen: Err(Unknowable("it was not asked yet".into())) };
         let (sender, looks) = watch::channel(nothing);
         let (wanted, used) = <(Arc<Notify>, Used)>::default();
         roles.spawn("clients", look_on(db.line("clients", []), sender, wanted.clone(), used.clone()));
@@ -117,7 +117,7 @@ impl Clients {
     /// nothing by it, and nobody whom it had known becomes a stranger. False while the database does not answer.
     pub fn is_strange(&self, sought: &Sought) -> bool {
         let Some(roster) = &self.roster else { return false };
-        let Some(seen) = roster.looks.borrow().seen.clone() else { return false };
+        let Ok(seen) = roster.looks.borrow().seen.clone() else { return false };
         sought.in_roster(&seen).is_none()
     }
 
@@ -166,7 +166,7 @@ impl Roster {
     /// What was seen last, if that was lately.
     fn latest(&self) -> Option<Arc<Seen>> {
         let latest = self.looks.borrow().clone();
-        latest.seen.filter(|_| latest.began.elapsed() < BELIEVED)
+        latest.seen.ok().filter(|_| latest.began.elapsed() < BELIEVED)
     }
 
     async fn find(&self, find: impl Fn(&Seen) -> Option<Caller>) -> Result<Option<Caller>, Unknowable> {
@@ -182,9 +182,11 @@ impl Roster {
         let asked = Instant::now();
         let mut looks = self.looks.clone();
         self.wanted.notify_one();
-        let look = timeout(PATIENCE, looks.wait_for(|look| look.began >= asked)).await;
-        let look = look.map_err(|_| Unknowable)?.map_err(|_| Unknowable)?.clone();
-        look.seen.ok_or(Unknowable)
+        match timeout(PATIENCE, looks.wait_for(|look| look.began >= asked)).await {
+            Ok(Ok(look)) => look.seen.clone(),
+            Ok(Err(_)) => Err(Unknowable("nobody asks it any more".into())),
+            Err(_) => Err(Unknowable(format!("no answer within {PATIENCE:?}").into())),
+        }
     }
 
     fn note_use(&self, caller: &Caller) {
@@ -288,16 +290,14 @@ async fn look_on(mut line: Line, looks: watch::Sender<Look>, wanted: Arc<Notify>
         let seen = match looked {
             Ok(seen) => {
                 is_well = true;
-                Some(Arc::new(seen))
+                Ok(Arc::new(seen))
             }
             Err(trouble) => {
+                let why = trouble.report();
                 if std::mem::take(&mut is_well) {
-                    tracing::warn!(
-                        "clients cannot be told from strangers until the database answers: {}",
-                        trouble.report()
-                    );
+                    tracing::warn!("clients cannot be told from strangers until the database answers: {why}");
                 }
-                None
+                Err(Unknowable(why.into()))
             }
         };
         looks.send_replace(Look { began, seen });
@@ -342,7 +342,7 @@ mod tests {
     /// While the database neither answers nor refuses, nothing else tells that what was seen may be over.
     #[tokio::test(start_paused = true)]
     async fn a_look_is_believed_for_less_than_a_second() {
-        let seen = Some(Arc::new(Seen::of(vec![], vec![])));
+        let seen = Ok(Arc::new(Seen::of(vec![], vec![])));
         let (_looks, looks) = watch::channel(Look { began: Instant::now(), seen });
         let roster = Roster { tokens: None, looks, wanted: Arc::default(), used: Used::default() };
         assert!(roster.latest().is_some());

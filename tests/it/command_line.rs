@@ -17,7 +17,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{self, House, PATIENCE, Service, collect, database_url, env, eventually, file, tidings};
+use crate::{
+    house::{self, House, PATIENCE, Service, collect, database_url, env, eventually, file, tidings},
+    sessions,
+};
 
 /// What a command that ends by itself has said.
 #[derive(Debug)]
@@ -287,6 +290,19 @@ async fn readiness_waits_for_no_table(db: PgPool) {
     sqlx::query("lock table outbox, users in access exclusive mode").execute(&mut *somebody).await.unwrap();
     assert_eq!(readiness(&house.service.url).await["database"], "ok");
     somebody.rollback().await.unwrap();
+}
+
+/// Whoever asks needs no key: however many do, none of them takes a session from a request that has one.
+#[sqlx::test]
+async fn who_asks_for_readiness_takes_nobodys_session(db: PgPool) {
+    let house = House::open(db).await;
+    sessions::terminate(&house.db, "tidings queries").await;
+    for _ in 0..10 {
+        assert_eq!(readiness(&house.service.url).await["database"], "ok");
+    }
+    let names = sessions::names(&house.db).await;
+    assert!(names.iter().any(|name| name == "tidings clients"), "{names:?}");
+    assert!(!names.iter().any(|name| name == "tidings queries"), "{names:?}");
 }
 
 #[sqlx::test]
