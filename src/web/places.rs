@@ -130,7 +130,8 @@ impl Place {
         let _ = self.client.set(client.clone());
     }
 
-    /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there.
+    /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there, and until what goes on
+    /// [to its end](Self::to_the_end) has come there.
     ///
     /// # Errors
     /// `overloaded` when too many requests of this client wait already.
@@ -155,6 +156,22 @@ impl Place {
         // A second one of the same request is given back at once.
         let _ = self.turn.set(turn);
         Ok(())
+    }
+
+    /// Does what goes on although its client hangs up, as a query does at the database: place and turn are kept meanwhile.
+    ///
+    /// # Errors
+    /// `internal` when it panics.
+    pub async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let kept = self.clone();
+        let done = tokio::spawn(async move {
+            let _kept = kept;
+            work.await
+        });
+        done.await.map_err(|_| Code::Internal.into())
     }
 
     /// Lets this request's body be a large one. Kept until the answer is there.
