@@ -25,6 +25,7 @@ use crate::{
     house::{Answer, House, connect, env, eventually, http_with, owner_at, tidings},
     proxy::Proxy,
     sdk::{Diary, SOON},
+    sessions,
 };
 
 /// A House that waits for receipts for a second, and for a long time.
@@ -691,5 +692,39 @@ async fn being_observed_costs_a_client_nothing(db: PgPool) {
         }
     })
     .await;
+    unregister(&house, &format!("{}.crm", house.exchange)).await;
+}
+
+/// A fetch comes once: a session that the database ended in between costs no note, and a note that is lost is counted.
+#[sqlx::test]
+async fn what_is_observed_outlives_its_session_or_is_counted(db: PgPool) {
+    let house = House::open(db).await;
+    let crm = client(&house, "crm", &["crm"]).await;
+    let (ana, bo, eve) = (deleted(&house).await, deleted(&house).await, deleted(&house).await);
+    let fetch = async |user: &Uuid| {
+        let url = format!("{}/v1/users/{user}", house.service.url);
+        assert_eq!(Answer::to(crm.get(url)).await.refusal(410), "user_deleted");
+    };
+    eventually("to be seen fetching", async || {
+        fetch(&ana).await;
+        match stand(&house, &ana).await {
+            seen if seen == ["crm fetched"] => Ok(()),
+            seen => Err(seen),
+        }
+    })
+    .await;
+    assert_eq!(sessions::terminate(&house.db, "tidings deletions recorder").await, 1);
+    fetch(&bo).await;
+    stands(&house, &bo, &["crm fetched"]).await;
+
+    let mut holder = house.db.begin().await.unwrap();
+    sqlx::query("lock table deletion_receipts").execute(&mut *holder).await.unwrap();
+    fetch(&eve).await;
+    eventually("the loss to be counted", async || match house.metric("tidings_erasures_not_observed_total").await {
+        1.0 => Ok(()),
+        lost => Err(lost),
+    })
+    .await;
+    holder.rollback().await.unwrap();
     unregister(&house, &format!("{}.crm", house.exchange)).await;
 }
