@@ -187,6 +187,20 @@ async fn a_changed_registration_owes_what_it_was_told_of(db: PgPool) {
     unregister(&house, &orders).await;
 }
 
+/// A standby that takes over may have a clock that is behind: a duty that would end before it began ends when it began.
+#[sqlx::test]
+async fn a_clock_that_was_set_back_keeps_nobody_from_giving_up_his_duty(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let later = "update deletion_duties set since = now() + interval '1 hour' where subscription = $1";
+    sqlx::query(later).bind(&orders).execute(&house.db).await.unwrap();
+    register(&house, "orders", &["user.created"]).await;
+    let over = "select until = since from deletion_duties where subscription = $1";
+    let over: Option<bool> = sqlx::query_scalar(over).bind(&orders).fetch_one(&house.db).await.unwrap();
+    assert_eq!(over, Some(true));
+    unregister(&house, &orders).await;
+}
+
 /// While the broker does not have its queue a subscription is told of nothing, and so owes nothing.
 #[sqlx::test]
 async fn who_is_not_declared_yet_owes_nothing(db: PgPool) {
