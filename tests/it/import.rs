@@ -504,6 +504,24 @@ async fn a_dry_run_tells_what_is_wrong_and_sends_nothing(db: PgPool) {
     assert!(!PathBuf::from(format!("{}.import", lines.display())).exists());
 }
 
+/// It keeps no journal: the same command would begin anew.
+#[tokio::test]
+async fn a_dry_run_that_was_stopped_says_how_to_go_on() {
+    let mut command = Import::command("http://127.0.0.1:1", &["-", "--dry-run"]);
+    command.stdin(Stdio::piped());
+    let mut under_way = Import::spawn(command);
+    let mut input = under_way.child.stdin.take().unwrap();
+    let lines = "{\"profile\":{}}\n".repeat(100_000);
+    // More than a pipe holds: it has begun to read.
+    input.write_all(lines.as_bytes()).await.unwrap();
+    under_way.signal("-INT").await;
+    // It looks up after each line; the pipe ends when it leaves.
+    while input.write_all(lines.as_bytes()).await.is_ok() {}
+    let ended = under_way.ends().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    ended.says(&["ended before the end, after line", "`tidings import - --dry-run --from-line ", "goes on from there"]);
+}
+
 #[sqlx::test]
 async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) {
     let house = House::open(db).await;
