@@ -37,12 +37,15 @@ impl Faults {
     }
 }
 
+/// A hundred years: so long that nobody means it, and short enough to be added to a date, here and in the database.
+const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 60 * 60);
+
 /// A time such as `90s`, `10m`, `12h` or `7d`.
 ///
 /// # Errors
-/// When it is none, or nothing.
+/// When it is none, nothing, or more than a hundred years.
 pub fn duration(text: &str) -> Result<Duration, &'static str> {
-    const WRONG: &str = "expected a number and a unit, such as 30s, 10m, 12h or 7d";
+    const WRONG: &str = "expected a number and a unit, such as 30s, 10m, 12h or 7d, and 36500d at most";
     let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or(WRONG)?;
     let unit_s = match unit {
         "s" => 1,
@@ -52,7 +55,8 @@ pub fn duration(text: &str) -> Result<Duration, &'static str> {
         _ => return Err(WRONG),
     };
     let number: u32 = number.parse().map_err(|_| WRONG)?;
-    if number == 0 { Err(WRONG) } else { Ok(Duration::from_secs(u64::from(number) * unit_s)) }
+    let duration = Duration::from_secs(u64::from(number) * unit_s);
+    if (1..=LONGEST.as_secs()).contains(&duration.as_secs()) { Ok(duration) } else { Err(WRONG) }
 }
 
 /// So many that nobody means it, and few enough for a semaphore.
@@ -73,4 +77,19 @@ pub(super) fn secret(name: &str, file: Option<&PathBuf>) -> Result<SecretString,
     };
     let text = text.trim();
     if text.is_empty() { Err("is empty".to_owned()) } else { Ok(text.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_has_a_unit_and_an_end() {
+        let seconds = |text| duration(text).map(|duration| duration.as_secs()).ok();
+        assert_eq!(["90s", "10m", "12h", "7d"].map(seconds), [90, 600, 43_200, 604_800].map(Some));
+        assert_eq!(seconds("36500d"), Some(3_153_600_000));
+        for wrong in ["", "s", "7", "-1s", "1w", "0s", "ä", "36501d", "876001h", "9999999d", "5000000000s"] {
+            assert_eq!(seconds(wrong), None, "{wrong}");
+        }
+    }
 }

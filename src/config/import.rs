@@ -13,7 +13,8 @@ use crate::profile::Schema;
 pub(super) const IMPORT_HELP: &str = "\
 A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and external_id may be left out.
   with id             the user gets this id, or is replaced under it
-  with external_id    the user who has it is replaced; if there is none, one is created
+  with external_id    the user who has it is replaced; if there is none, one is created; but where nobody has it any more to whom an
+                      import gave it, the line is refused (external_id_changed): it needs the external_id of now, or an id
   with neither        a user is created, and once only as long as the journal is there
 
 Examples:

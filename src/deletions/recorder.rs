@@ -1,8 +1,9 @@
 //! Recorder: one task keeps the receipts of everybody.
 //!
 //! Promise: a receipt that was answered is kept; what is merely observed costs who is observed nothing, and is dropped rather than
-//! waited for.
-//! Not here, on purpose: retries. A receipt that could not be kept is sent again by whoever sent it.
+//! waited for, and counted.
+//! Not here, on purpose: retries, but for the one that a lost connection is worth. A receipt that could not be kept is sent again by
+//! whoever sent it.
 
 use std::sync::{Arc, atomic::AtomicU64};
 
@@ -44,13 +45,14 @@ impl Recorder {
     /// The handle, and the task's body. The task ends when the last handle is gone.
     pub fn new(line: Line) -> (Self, impl Future<Output = ()>) {
         let (queue, entries) = mpsc::channel(QUEUE);
-        (Self { queue, unobserved: Counter::default() }, run(line, entries))
+        let unobserved = Counter::default();
+        (Self { queue, unobserved: unobserved.clone() }, run(line, entries, unobserved))
     }
 
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "erasures_not_observed",
-            "Fetches that would have confirmed a deletion and were not noted, as too much was waiting",
+            "Fetches that would have confirmed a deletion and were not noted: too much was waiting, or the database did not keep them",
             self.unobserved.clone(),
         );
     }
@@ -78,11 +80,10 @@ impl Recorder {
     }
 }
 
-async fn run(mut line: Line, mut queue: mpsc::Receiver<Entry>) {
+async fn run(mut line: Line, mut queue: mpsc::Receiver<Entry>, unobserved: Counter<u64, AtomicU64>) {
     let mut entries = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut entries, BATCH).await > 0 {
-        let batch = entries.iter().map(|entry| &entry.asked);
-        match line.run(async |connection| store::record(connection, batch.clone()).await).await {
+        match record(&mut line, &entries).await {
             Ok(recorded) => {
                 for (entry, recorded) in entries.drain(..).zip(recorded) {
                     entry.say(Ok(recorded));
@@ -90,12 +91,22 @@ async fn run(mut line: Line, mut queue: mpsc::Receiver<Entry>) {
             }
             Err(trouble) => {
                 tracing::warn!(receipts = entries.len(), "receipts could not be kept: {}", trouble.report());
+                unobserved.inc_by(entries.iter().filter(|entry| entry.answer.is_none()).count() as u64);
                 let trouble = Arc::new(trouble);
                 entries.drain(..).for_each(|entry| entry.say(Err(trouble.clone())));
             }
         }
     }
     line.hang_up().await;
+}
+
+/// Keeps them. What was perhaps kept before the connection was lost is kept once.
+async fn record(line: &mut Line, entries: &[Entry]) -> Result<Vec<Recorded>, Trouble> {
+    let batch = entries.iter().map(|entry| &entry.asked);
+    match line.run(async |connection| store::record(connection, batch.clone()).await).await {
+        Err(Trouble::Broken(_)) => line.run(async |connection| store::record(connection, batch.clone()).await).await,
+        outcome => outcome,
+    }
 }
 
 impl Entry {

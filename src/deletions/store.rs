@@ -23,7 +23,8 @@ pub const BY_INDEX: [(&str, &str); 6] = [
 pub const DUTY: &str = "
 with ended as (
   update deletion_duties
-     set until = now()
+     -- A clock that was set back ends none before it began.
+     set until = greatest(now(), since)
    where subscription = $1
      and until is null
      and not $2

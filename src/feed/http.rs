@@ -52,7 +52,7 @@ async fn changes(
     let limit = limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
     place.turn(&caller.client).await?;
-    let page = feed.changes(after, limit).await?;
+    let page = place.to_the_end(async move { feed.changes(after, limit).await }).await??;
     let (next, held_back) = (page.next.to_text(), page.is_held_back);
     Ok(Json(Changes { changes: page.changes, next, more: page.more, held_back }))
 }
@@ -100,7 +100,8 @@ async fn list_bucket(
     }
     place.turn(&caller.client).await?;
     // One more than asked for tells whether there is a next page.
-    let mut users = feed.bucket(bucket, buckets, after, limit as i64 + 1).await?;
+    let read = async move { feed.bucket(bucket, buckets, after, limit as i64 + 1).await };
+    let mut users = place.to_the_end(read).await??;
     let is_last = users.len() <= limit;
     users.truncate(limit);
     let next = users.last().filter(|_| !is_last).map(|user| cursor(user.id));

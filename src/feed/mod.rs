@@ -129,15 +129,19 @@ impl Feed {
 
     /// What up to `limit` living users past `after` come to. Not one moment's picture: it takes a while, and changes go on.
     async fn digest(&self, buckets: u32, after: Option<Uuid>, limit: usize) -> Result<Sum, Error> {
-        let _turn = self.digesting.try_acquire().map_err(|_| Error::Overloaded)?;
+        let turn = Arc::new(self.digesting.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?);
         let mut digests = BTreeMap::<u32, Digest>::new();
         let (mut after, mut left) = (after.unwrap_or_default(), limit);
         loop {
             let size = left.min(CHUNK);
-            // A task for each chunk: when the client hangs up, what is under way ends in order, and nothing follows it. One more than
-            // asked for tells whether there are others.
-            let queries = self.queries.clone();
-            let mut users = db::ask(async move { store::living(&queries, after, size as i64 + 1).await }).await?;
+            // A task for each chunk: when the client hangs up, what is under way ends in order, and the turn with it; nothing follows.
+            // One more than asked for tells whether there are others.
+            let (queries, turn) = (self.queries.clone(), turn.clone());
+            let read = async move {
+                let _turn = turn;
+                store::living(&queries, after, size as i64 + 1).await
+            };
+            let mut users = db::ask(read).await?;
             let more = users.len() > size;
             users.truncate(size);
             for Entry { id, version } in &users {

@@ -1,6 +1,6 @@
 //! Book: what became of the lines, kept in the journal, told in the report, shown as progress.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::anyhow;
 use uuid::Uuid;
@@ -91,6 +91,11 @@ impl Book {
     fn again(&self) -> String {
         let next = self.place.line + 1;
         match &self.input {
+            // It keeps no journal.
+            input if self.dry_run => {
+                let file = if let Input::File(file) = input { file } else { Path::new("-") }.display();
+                format!("`tidings import {file} --dry-run --from-line {next}` goes on from there")
+            }
             Input::File(file) => format!("`tidings import {}` goes on from there", file.display()),
             Input::Stdin => {
                 let import_id = self.import_id;

@@ -231,11 +231,11 @@ impl Kept {
         Self { head, place: Place::default(), tally: Tally::default(), bytes: 0 }
     }
 
-    /// `None` when the journal is empty.
+    /// `None` when the journal is empty, or has half a first line.
     fn read(journal: &File) -> anyhow::Result<Option<Self>> {
         let mut reader = entries(journal.try_clone()?);
         let Some((line, mut bytes)) = next(&mut reader)? else {
-            ensure!(journal.metadata()?.len() < LINE_LIMIT_BYTES, "its first line is too long");
+            ensure!(is_torn_head(journal)?, "it has no first line, and does not begin like one");
             return Ok(None);
         };
         let head: Head = serde_json::from_slice(&line)?;
@@ -254,6 +254,18 @@ impl Kept {
         }
         Ok(Some(kept))
     }
+}
+
+/// How every first line begins.
+const HEAD: &[u8] = br#"{"tidings_import":"#;
+
+/// Whether this is what a crash leaves of a first line: its beginning, or a file that was made longer and not filled.
+fn is_torn_head(mut journal: &File) -> anyhow::Result<bool> {
+    let mut kept = Vec::new();
+    journal.rewind()?;
+    journal.take(LINE_LIMIT_BYTES).read_to_end(&mut kept)?;
+    let begins = kept.iter().zip(HEAD).all(|(kept, head)| kept == head);
+    Ok((kept.len() as u64) < LINE_LIMIT_BYTES && (begins || kept.iter().all(|byte| *byte == 0)))
 }
 
 fn entries(journal: File) -> BufReader<File> {
@@ -361,8 +373,22 @@ mod tests {
         std::fs::write(&input, "1\n3\n").unwrap();
         assert!(open(&input).is_err());
         assert_ne!(Journal::open(&input, TARGET, true).unwrap().import_id(), id);
-        std::fs::write(path_of(&input), "somebody's own text\n").unwrap();
-        assert!(Journal::open(&input, TARGET, true).is_err());
-        assert_eq!(std::fs::read_to_string(path_of(&input)).unwrap(), "somebody's own text\n");
+        for text in ["somebody's own text\n", "somebody's own text without a line end", "{\"tidings\":1}"] {
+            std::fs::write(path_of(&input), text).unwrap();
+            assert!(Journal::open(&input, TARGET, true).is_err(), "{text}");
+            assert_eq!(std::fs::read_to_string(path_of(&input)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_journal_that_a_crash_left_without_a_whole_first_line_begins_anew() {
+        let input = input("1\n2\n");
+        drop(open(&input).unwrap());
+        let whole = std::fs::read(path_of(&input)).unwrap();
+        for torn in [&whole[..0], &whole[..5], &whole[..whole.len() - 1], &[0; 100]] {
+            std::fs::write(path_of(&input), torn).unwrap();
+            assert_eq!(open(&input).unwrap().place, Place::default());
+            assert_eq!(std::fs::read(path_of(&input)).unwrap().len(), whole.len());
+        }
     }
 }

@@ -22,6 +22,13 @@ pub struct Person {
     pub body: Bytes,
 }
 
+impl Person {
+    /// What alone says whom the line means.
+    pub fn by_external_id(&self) -> Option<&str> {
+        self.external_id.as_deref().filter(|_| self.id.is_none())
+    }
+}
+
 /// Why a line was not taken, by us or by the service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {

@@ -227,21 +227,21 @@ impl Importer {
 
     /// By himself, and where his external id leads. What a later line has brought about is left as it is.
     async fn put_alone(&self, Named { line, id, person, .. }: &Named) -> Result<Outcome, Ended> {
-        let mut id = *id;
+        let (mut id, mut seen) = (*id, None);
         for _ in 0..ROUNDS {
             let turn = self.writers.take(*line, &[id].into());
             turn.comes().await;
             if self.held.is_later(id, *line) {
                 return Ok(Outcome::Replaced);
             }
-            match self.service.put(id, person, person.id.is_none()).await? {
+            match self.service.put(id, seen, person).await? {
                 Put::Settled(outcome) => {
                     if outcome.is_kept() {
                         self.held.note(id, *line);
                     }
                     return Ok(outcome);
                 }
-                Put::HeldBy(holder) => id = holder,
+                Put::HeldBy(holder) => (id, seen) = (holder.id, Some(holder.version)),
             }
         }
         Ok(Outcome::contended())

@@ -18,7 +18,8 @@ use hyper::{
     header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, RETRY_AFTER},
 };
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::json;
 use tidings_sdk::owner::Connections;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -34,8 +35,8 @@ use crate::{json::Fault, users::ENTRIES_LIMIT_BYTES};
 
 /// For one try. The service gives itself 30 s and then says so.
 const DEADLINE: Duration = Duration::from_secs(35);
-/// A user has at most 64 KiB; five hundred refusals with fifty places each have more than any.
-const ANSWER_LIMIT_BYTES: usize = 8 * 1024 * 1024;
+/// Five hundred users of 64 KiB; as many refusals with fifty places each have less.
+const ANSWER_LIMIT_BYTES: usize = 40 * 1024 * 1024;
 /// Nothing has ever answered for so long: the address is wrong.
 const NOBODY_AFTER: Duration = Duration::from_secs(10);
 /// A 500 may be an accident. One that comes so often is about this line.
@@ -54,6 +55,8 @@ pub struct Service {
     stop: CancellationToken,
     /// The deployment asks everybody to say what they expect to meet (428).
     wants_condition: AtomicBool,
+    /// Somebody is kept already under an id that was made from an external id.
+    meets_known: AtomicBool,
 }
 
 /// What became of a line.
@@ -66,6 +69,13 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Whom the line means cannot be told: the one who had this external id and has another one now, or somebody new to whom it was given.
+    fn of_another() -> Self {
+        let detail = "the user who came in by this external_id does not have it any more, and nobody else has it: if the line means \
+                      that user, give it the external_id of now; if it means somebody else, an id of its own";
+        Self::Refused(Refused::here("external_id_changed", detail, vec![]))
+    }
+
     pub fn contended() -> Self {
         Self::Refused(Refused::here("contended", "the user is changed all the time; send the line again", vec![]))
     }
@@ -80,7 +90,24 @@ impl Outcome {
 pub enum Put {
     Settled(Outcome),
     /// Another user has its external id.
-    HeldBy(Uuid),
+    HeldBy(Holder),
+}
+
+/// Who has an external id, and at which version he was seen to have it.
+#[derive(Clone, Copy, Deserialize)]
+pub struct Holder {
+    pub id: Uuid,
+    pub version: i64,
+}
+
+/// Who is kept under an id that was made from an external id.
+enum Met {
+    /// Nobody, or who was deleted.
+    Nobody,
+    /// He has the external id, at this version.
+    Him(i64),
+    /// Somebody who does not have it any more, or not that this key sees.
+    Another,
 }
 
 impl From<Outcome> for Put {
@@ -161,32 +188,57 @@ impl Service {
             Ok::<_, &'static str>(key)
         });
         let (url, key) = (address(url)?, key.transpose()?);
-        Ok(Self { connections, url, key, pace, stop, wants_condition: AtomicBool::new(false) })
+        Ok(Self {
+            connections,
+            url,
+            key,
+            pace,
+            stop,
+            wants_condition: AtomicBool::new(false),
+            meets_known: AtomicBool::new(false),
+        })
     }
 
-    /// Brings a user about as the line has it, under `id`; or, if `may_move`, tells who has the line's external id.
-    pub async fn put(&self, id: Uuid, person: &Person, may_move: bool) -> Result<Put, Ended> {
-        let mut condition = self.first_condition();
+    /// Brings a user about as the line has it, under `id`; or tells who else has the line's external id, if only that says whom it means.
+    /// Then somebody who is there already is only touched at a version at which he has it, as `seen` if he was looked up.
+    pub async fn put(&self, id: Uuid, seen: Option<i64>, person: &Person) -> Result<Put, Ended> {
+        let mut condition = seen.map_or_else(|| self.first_condition(person), Condition::Version);
         let mut failures = 0;
         for _ in 0..ROUNDS {
             let Some(answer) = self.ask(1, || self.replacement(id, condition, &person.body)).await? else {
                 let detail = "the connection breaks whenever this line is sent, while others are answered";
                 return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])).into());
             };
+            let by_external_id = person.by_external_id();
+            if answer.status == StatusCode::PRECONDITION_FAILED
+                && let Some(external_id) = by_external_id
+            {
+                self.meets_known.store(true, Ordering::Relaxed);
+                condition = match self.met(&[(id, external_id)]).await?.pop() {
+                    Some(Met::Him(version)) => Condition::Version(version),
+                    Some(Met::Nobody) | None => Condition::Absent,
+                    Some(Met::Another) => match self.who_has(external_id).await? {
+                        Some(holder) if holder.id != id => return Ok(Put::HeldBy(holder)),
+                        Some(holder) => Condition::Version(holder.version),
+                        None => return Ok(Outcome::of_another().into()),
+                    },
+                };
+                continue;
+            }
             if let Some(next) = condition.after(answer.status.as_u16(), answer.problem.version) {
                 self.wants_condition.store(true, Ordering::Relaxed);
                 condition = next;
                 continue;
             }
             let code = answer.problem.code.as_str();
-            match (answer.status.as_u16(), code, &person.external_id) {
+            match (answer.status.as_u16(), code, by_external_id) {
                 (201, ..) => return Ok(Outcome::Created.into()),
                 (200, ..) => return Ok(Outcome::Replaced.into()),
                 (401, ..) => return Err(Ended::Unknown(self.about_the_key())),
                 (403, code, _) if code != "field_forbidden" => return Err(Ended::Forbidden(code.to_owned())),
-                (409, "external_id_taken", Some(external_id)) if may_move => {
+                (409, "external_id_taken", Some(external_id)) => {
                     match self.who_has(external_id).await? {
-                        Some(holder) if holder != id => return Ok(Put::HeldBy(holder)),
+                        Some(holder) if holder.id != id => return Ok(Put::HeldBy(holder)),
                         // Whoever had it was deleted meanwhile, or it is he himself by now.
                         _ => {}
                     }
@@ -205,32 +257,90 @@ impl Service {
     }
 
     /// Brings users about in few requests, as far as these settle them; `None` for who has to be asked about alone: somebody else has his
-    /// external id, he is changed all the time, or the service is in trouble.
+    /// external id, he has another one by now, he is changed all the time, or the service is in trouble.
     pub async fn put_many(&self, people: &[&Named]) -> Result<Vec<Option<Outcome>>, Ended> {
-        let condition = self.first_condition();
-        let mut asked: Vec<(usize, Condition)> = (0..people.len()).map(|place| (place, condition)).collect();
+        let by_external_id = |place: usize| people[place].person.by_external_id().is_some();
+        // Once one was met they are looked up at once: those who came in before cost two requests for hundreds of them, and not three.
+        let looks_first = self.meets_known.load(Ordering::Relaxed);
+        let (met, unmet): (Vec<usize>, Vec<usize>) =
+            (0..people.len()).partition(|place| looks_first && by_external_id(*place));
+        let mut asked = self.conditions(people, met).await?;
+        asked.extend(unmet.into_iter().map(|place| (place, self.first_condition(&people[place].person))));
         let mut fates: Vec<Option<Fate>> = people.iter().map(|_| None).collect();
         // Without a condition; for who is not there; for who has the version that was met.
         for _ in 0..3 {
+            if asked.is_empty() {
+                break;
+            }
             let entries: Vec<_> = asked.iter().map(|(place, condition)| (people[*place], *condition)).collect();
             for ((place, _), fate) in asked.iter().zip(self.fates(&entries).await?) {
                 fates[*place] = Some(fate);
             }
+            let mut met = vec![];
             let once_more = |(place, condition): (usize, Condition)| match fates[place].as_ref()? {
+                // The version says nothing of whose it is.
+                Fate::Refused { problem } if problem.status == 412 && by_external_id(place) => {
+                    met.push(place);
+                    None
+                }
                 Fate::Refused { problem } => Some((place, condition.after(problem.status, problem.version)?)),
                 Fate::Created | Fate::Replaced | Fate::Unchanged => None,
             };
             asked = asked.into_iter().filter_map(once_more).collect();
-            if asked.is_empty() {
-                break;
-            }
-            self.wants_condition.store(true, Ordering::Relaxed);
+            self.wants_condition.fetch_or(!asked.is_empty(), Ordering::Relaxed);
+            self.meets_known.fetch_or(!met.is_empty(), Ordering::Relaxed);
+            asked.extend(self.conditions(people, met).await?);
         }
         Ok(fates.into_iter().map(|fate| fate?.settled()).collect())
     }
 
-    fn first_condition(&self) -> Condition {
-        if self.wants_condition.load(Ordering::Relaxed) { Condition::Absent } else { Condition::None }
+    fn first_condition(&self, person: &Person) -> Condition {
+        let is_careful = person.by_external_id().is_some() || self.wants_condition.load(Ordering::Relaxed);
+        if is_careful { Condition::Absent } else { Condition::None }
+    }
+
+    /// What those at these places, who bring an external id alone, have to meet; who is left out has to be asked about alone.
+    async fn conditions(&self, people: &[&Named], places: Vec<usize>) -> Result<Vec<(usize, Condition)>, Ended> {
+        let of = |place: &usize| Some((people[*place].id, people[*place].person.by_external_id()?));
+        let ids: Vec<_> = places.iter().filter_map(of).collect();
+        let condition = |(place, met)| match met {
+            Met::Nobody => Some((place, Condition::Absent)),
+            Met::Him(version) => Some((place, Condition::Version(version))),
+            Met::Another => None,
+        };
+        Ok(places.into_iter().zip(self.met(&ids).await?).filter_map(condition).collect())
+    }
+
+    /// Who is kept under each of these ids, which were made from these external ids. Nothing when the service never says.
+    async fn met(&self, ids: &[(Uuid, &str)]) -> Result<Vec<Met>, Ended> {
+        #[derive(Deserialize)]
+        struct Results {
+            results: Vec<Lookup>,
+        }
+        #[derive(Deserialize)]
+        struct Lookup {
+            user: Option<User>,
+        }
+        #[derive(Deserialize)]
+        struct User {
+            version: i64,
+            external_id: Option<String>,
+        }
+        if ids.is_empty() {
+            return Ok(vec![]);
+        }
+        let body: Bytes = json!({ "ids": ids.iter().map(|(id, _)| id).collect::<Vec<_>>() }).to_string().into();
+        let post = || self.request(Method::POST, "/v1/users:batchGet", None, body.clone());
+        let answer =
+            self.ask(ids.len(), post).await?.filter(|answer| answer.status != StatusCode::INTERNAL_SERVER_ERROR);
+        let Some(answer) = answer else { return Ok(vec![]) };
+        let found: Results = self.read(answer)?;
+        let met = |(found, (_, external_id)): (Lookup, &(Uuid, &str))| match found.user {
+            None => Met::Nobody,
+            Some(user) if user.external_id.as_deref() == Some(external_id) => Met::Him(user.version),
+            Some(_) => Met::Another,
+        };
+        Ok(found.results.into_iter().zip(ids).map(met).collect())
     }
 
     /// What one request says of users; nothing when it says nothing of them.
@@ -251,14 +361,10 @@ impl Service {
         self.request(Method::PUT, &format!("/v1/users/{id}"), condition, body.clone())
     }
 
-    async fn who_has(&self, external_id: &str) -> Result<Option<Uuid>, Ended> {
+    async fn who_has(&self, external_id: &str) -> Result<Option<Holder>, Ended> {
         #[derive(Deserialize)]
         struct Page {
-            users: Vec<User>,
-        }
-        #[derive(Deserialize)]
-        struct User {
-            id: Uuid,
+            users: Vec<Holder>,
         }
         let mut query = Url::parse("http://localhost/v1/users").expect("this is a URL");
         query.query_pairs_mut().append_pair("external_id", external_id);
@@ -266,16 +372,20 @@ impl Service {
         let Some(answer) = self.ask(1, || self.request(Method::GET, &path, None, Bytes::new())).await? else {
             return Ok(None);
         };
+        if answer.status == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        Ok(self.read::<Page>(answer)?.users.first().copied())
+    }
+
+    /// What an answer to a question says.
+    fn read<T: DeserializeOwned>(&self, answer: Answer) -> Result<T, Ended> {
+        let stranger = || Ended::Stranger(self.url.clone(), answer.status);
         match answer.status.as_u16() {
-            200 => {
-                let page: Result<Page, _> = serde_json::from_slice(&answer.body);
-                let page = page.map_err(|_| Ended::Stranger(self.url.clone(), answer.status))?;
-                Ok(page.users.first().map(|user| user.id))
-            }
+            200 => serde_json::from_slice(&answer.body).map_err(|_| stranger()),
             401 => Err(Ended::Unknown(self.about_the_key())),
             403 => Err(Ended::Forbidden(answer.problem.code)),
-            404 => Ok(None),
-            _ => Err(Ended::Stranger(self.url.clone(), answer.status)),
+            _ => Err(stranger()),
         }
     }
 

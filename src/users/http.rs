@@ -244,8 +244,8 @@ async fn list(
     place: Place,
 ) -> Result<Json<Page>, Problem> {
     if let Some(external_id) = page.only(&caller)? {
-        let found = users.find(external_id).await?.map(|user| user.seen_by(&caller));
-        return Ok(Json(Page { users: Vec::from_iter(found), next: None }));
+        let found = place.to_the_end(async move { users.find(external_id).await }).await??;
+        return Ok(Json(Page { users: found.into_iter().map(|user| user.seen_by(&caller)).collect(), next: None }));
     }
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
@@ -254,7 +254,7 @@ async fn list(
     let after = page.after.as_deref().map(read_cursor).transpose()?.unwrap_or_default();
     place.turn(&caller.client).await?;
     // One more than asked for tells whether there is a next page.
-    let mut found = users.list(UserId(after), limit + 1).await?;
+    let mut found = place.to_the_end(async move { users.list(UserId(after), limit + 1).await }).await??;
     let is_last = found.len() as i64 <= limit;
     found.truncate(limit as usize);
     let next = found.last().filter(|_| !is_last).map(|user| cursor(user.id.0));

@@ -221,7 +221,7 @@ impl Users {
         }
         let decided = match remembered.recalled() {
             Recalled::Final(decided) => decided,
-            Recalled::Living { created } => match self.get(remembered.user_id).await? {
+            Recalled::Now { created } => match self.get(remembered.user_id).await? {
                 Some(Record::Deleted(tombstone)) => Err(Refusal::Gone(tombstone)),
                 Some(record) => Ok(Changed { record, created, is_written: false }),
                 None => Err(Refusal::Missing),

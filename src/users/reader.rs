@@ -72,6 +72,11 @@ impl Reader {
 async fn run(mut line: Line, mut queue: mpsc::Receiver<(UserId, oneshot::Sender<Answer>)>) {
     let mut asked = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut asked, BATCH).await > 0 {
+        // Who hung up is not read for.
+        asked.retain(|(_, answer)| !answer.is_closed());
+        if asked.is_empty() {
+            continue;
+        }
         let ids: HashSet<UserId> = asked.iter().map(|(id, _)| *id).collect();
         let ids: Vec<UserId> = ids.into_iter().collect();
         let found = read(&mut line, &ids).await;

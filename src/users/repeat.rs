@@ -172,8 +172,8 @@ pub struct Remembered {
 pub enum Recalled {
     /// As it was then.
     Final(Result<Changed, Refusal>),
-    /// As the user is now: no values were kept.
-    Living { created: bool },
+    /// As the user is now: no values were kept, and of one who was gone not since when.
+    Now { created: bool },
 }
 
 impl Remembered {
@@ -202,11 +202,10 @@ impl Remembered {
     pub fn recalled(&self) -> Recalled {
         let tombstone = Tombstone { id: self.user_id, version: self.version, deleted_at: self.at };
         Recalled::Final(match self.outcome {
-            Outcome::Created => return Recalled::Living { created: true },
-            Outcome::Changed | Outcome::Unchanged => return Recalled::Living { created: false },
+            Outcome::Created => return Recalled::Now { created: true },
+            Outcome::Changed | Outcome::Unchanged | Outcome::Gone => return Recalled::Now { created: false },
             Outcome::Deleted => Ok(Changed::nothing(Record::Deleted(tombstone))),
             Outcome::Missing => Err(Refusal::Missing),
-            Outcome::Gone => Err(Refusal::Gone(tombstone)),
             Outcome::Stale => Err(Refusal::Stale((self.version > 0).then_some(self.version))),
             Outcome::Taken => Err(Refusal::Taken),
         })

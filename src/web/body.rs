@@ -98,18 +98,32 @@ fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: Head
     let unsupported =
         |detail: String| Problem::new(Code::UnsupportedMediaType, detail).with_header(answer_in.clone(), expected);
     let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let (essence, parameters) = given.split_once(';').unwrap_or((given, ""));
-    if !essence.trim().eq_ignore_ascii_case(expected) {
+    let mut parts = parts(given);
+    if !parts.next().is_some_and(|essence| essence.eq_ignore_ascii_case(expected)) {
         return Err(unsupported(format!("send the body as {expected}")));
     }
-    let parameters = parameters.trim().to_ascii_lowercase().replace('"', "");
-    if parameters.strip_prefix("charset=").is_some_and(|charset| charset != "utf-8") {
+    let mut charsets = parts.filter_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("charset").then(|| value.replace(['"', '\\'], ""))
+    });
+    if charsets.any(|charset| !charset.trim().eq_ignore_ascii_case("utf-8")) {
         return Err(unsupported("send the body in UTF-8".to_owned()));
     }
     match headers.get(header::CONTENT_ENCODING) {
         Some(coding) if coding != "identity" => Err(unsupported("send the body without a content coding".to_owned())),
         _ => Ok(()),
     }
+}
+
+/// A media type and its parameters, as semicolons part them, of which those in quotes part nothing (RFC 9110, section 5.6.6).
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    let parted = text.split(move |c| {
+        is_quoted ^= c == '"' && !is_escaped;
+        is_escaped = is_quoted && c == '\\' && !is_escaped;
+        c == ';' && !is_quoted
+    });
+    parted.map(str::trim)
 }
 
 async fn read(request: Request, limit_bytes: usize) -> Result<Bytes, Problem> {
@@ -182,11 +196,24 @@ mod tests {
 
     #[test]
     fn media_types_are_compared_as_media_types() {
-        let check = |content_type: &'static str| {
+        let check = |content_type: &str| {
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, content_type.parse().unwrap())]);
             check_media_type(&headers, JSON, header::ACCEPT).is_ok()
         };
         assert!(check("application/json") && check("Application/JSON ; charset=\"UTF-8\""));
+        for utf_8 in
+            ["; charset=utf-8;", ";;charset=utf-8 ;v=1", "; v=1", "; v=\"a;charset=latin1\"", "; v=\"\\\";charset=x\""]
+        {
+            assert!(check(&format!("application/json{utf_8}")), "{utf_8}");
+        }
+        for other in [
+            "; v=1; charset=latin1",
+            "; v=\"\\\\\";charset=latin1",
+            ";charset=utf-8;charset=latin1",
+            ";CHARSET=\"utf-16\";",
+        ] {
+            assert!(!check(&format!("application/json{other}")), "{other}");
+        }
         assert!(!check("text/json") && !check("application/json; charset=latin1") && !check("application/jsonp"));
     }
 }

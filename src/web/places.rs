@@ -30,6 +30,8 @@ const LARGE_BODIES: usize = 32;
 const LARGE_BODIES_OF_ONE: usize = LARGE_BODIES / 2;
 /// Requests that change many users and are worked on at once: while two are written, another is planned.
 const LONG_WRITES: usize = 3;
+/// Of all places, those whose requests of one client may wait for a turn are one in so many: nobody's line takes all of them.
+const LINE_SHARE: usize = 4;
 
 #[derive(Clone)]
 pub struct Places {
@@ -44,11 +46,12 @@ impl Places {
     pub fn new(count: usize, traffic: Traffic) -> Self {
         // A short answer is looked at by several tasks, one after the other: half of the cores stay free of long ones.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let line_limit = (count / LINE_SHARE).max(1);
         Self {
             free: Arc::new(Semaphore::new(count)),
             large_bodies: LargeBodies::default(),
-            turns: Turns::new((cores / 2).max(1)),
-            writing_turns: Turns::new(LONG_WRITES),
+            turns: Turns::new((cores / 2).max(1), line_limit),
+            writing_turns: Turns::new(LONG_WRITES, line_limit),
             traffic,
         }
     }
@@ -130,7 +133,8 @@ impl Place {
         let _ = self.client.set(client.clone());
     }
 
-    /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there.
+    /// Waits until a long answer to `client` may be made. The turn is kept until the answer is there, and until what goes on
+    /// [to its end](Self::to_the_end) has come there.
     ///
     /// # Errors
     /// `overloaded` when too many requests of this client wait already.
@@ -155,6 +159,22 @@ impl Place {
         // A second one of the same request is given back at once.
         let _ = self.turn.set(turn);
         Ok(())
+    }
+
+    /// Does what goes on although its client hangs up, as a query does at the database: place and turn are kept meanwhile.
+    ///
+    /// # Errors
+    /// `internal` when it panics.
+    pub async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let kept = self.clone();
+        let done = tokio::spawn(async move {
+            let _kept = kept;
+            work.await
+        });
+        done.await.map_err(|_| Code::Internal.into())
     }
 
     /// Lets this request's body be a large one. Kept until the answer is there.
@@ -210,6 +230,10 @@ impl ClientsTurn {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
+    use futures_util::poll;
+
     use super::*;
 
     #[test]
@@ -231,6 +255,22 @@ mod tests {
         assert!(place("third").large_body().is_err(), "there are no more");
         drop(greedy);
         assert!(other.large_body().is_ok());
+    }
+
+    #[tokio::test]
+    async fn nobody_s_line_takes_all_places() {
+        let places = Places::new(8, Traffic::default());
+        let client: Arc<str> = "crowd".into();
+        let all: Vec<Place> = (0..8).filter_map(|_| places.take().ok()).collect();
+        let mut turns: Vec<_> = all.iter().map(|place| Box::pin(place.turn_to_write(&client))).collect();
+        let (at_work, in_line) = (LONG_WRITES, LONG_WRITES + 2);
+        for (n, turn) in turns.iter_mut().enumerate() {
+            match poll!(turn) {
+                Poll::Ready(Ok(())) => assert!(n < at_work, "{n}"),
+                Poll::Pending => assert!((at_work..in_line).contains(&n), "{n}"),
+                Poll::Ready(Err(_)) => assert!(n >= in_line, "{n}"),
+            }
+        }
     }
 
     #[test]

@@ -11,14 +11,13 @@ use std::{
 
 use tokio::sync::oneshot;
 
-/// Requests of one client that wait. A quarter of all places: nobody's line takes all of them.
-const LINE_LIMIT: usize = 256;
-
 #[derive(Clone)]
 pub struct Turns(Arc<Mutex<Inner>>);
 
 struct Inner {
     free: usize,
+    /// Requests of one client that may wait.
+    line_limit: usize,
     /// Clients who wait, in the order of their turns.
     lines: VecDeque<Line>,
 }
@@ -37,8 +36,8 @@ pub struct Turn(Option<Turns>);
 pub struct LineFull;
 
 impl Turns {
-    pub fn new(at_once: usize) -> Self {
-        Self(Arc::new(Mutex::new(Inner { free: at_once, lines: VecDeque::new() })))
+    pub fn new(at_once: usize, line_limit: usize) -> Self {
+        Self(Arc::new(Mutex::new(Inner { free: at_once, line_limit, lines: VecDeque::new() })))
     }
 
     /// Waits until it is `client`'s turn. Cancel safe.
@@ -66,10 +65,10 @@ impl Inner {
             self.lines.push_back(Line { client: client.clone(), waiting: VecDeque::from([turn]) });
             return Ok(coming);
         };
-        if line.waiting.len() >= LINE_LIMIT {
+        if line.waiting.len() >= self.line_limit {
             line.waiting.retain(|waiting| !waiting.is_closed());
         }
-        if line.waiting.len() >= LINE_LIMIT {
+        if line.waiting.len() >= self.line_limit {
             return Err(LineFull);
         }
         line.waiting.push_back(turn);
@@ -114,9 +113,11 @@ mod tests {
 
     use super::*;
 
+    const LINE_LIMIT: usize = 8;
+
     #[tokio::test]
     async fn clients_take_turns_however_many_ask_for_one() {
-        let turns = Turns::new(1);
+        let turns = Turns::new(1, LINE_LIMIT);
         let (crowd, alone): (Arc<str>, Arc<str>) = ("crowd".into(), "alone".into());
         let first = turns.take(&crowd).await.unwrap();
         let (mut second, mut third) = (pin!(turns.take(&crowd)), pin!(turns.take(&crowd)));
@@ -136,7 +137,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_turn_does_not_get_lost_with_who_left() {
-        let turns = Turns::new(1);
+        let turns = Turns::new(1, LINE_LIMIT);
         let client: Arc<str> = "client".into();
         let turn = turns.take(&client).await.unwrap();
         let mut kept = Box::pin(turns.take(&client));
@@ -153,7 +154,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_turn_that_was_given_and_not_taken_comes_back() {
-        let turns = Turns::new(1);
+        let turns = Turns::new(1, LINE_LIMIT);
         let client: Arc<str> = "client".into();
         let turn = turns.take(&client).await.unwrap();
         let mut unlucky = Box::pin(turns.take(&client));
@@ -165,7 +166,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_is_bounded_and_only_its_own_client_hears_so() {
-        let turns = Turns::new(1);
+        let turns = Turns::new(1, LINE_LIMIT);
         let (crowd, alone): (Arc<str>, Arc<str>) = ("crowd".into(), "alone".into());
         let _turn = turns.take(&crowd).await.unwrap();
         let mut waiting: Vec<_> = (0..LINE_LIMIT).map(|_| Box::pin(turns.take(&crowd))).collect();

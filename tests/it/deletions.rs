@@ -25,6 +25,7 @@ use crate::{
     house::{Answer, House, connect, env, eventually, http_with, owner_at, tidings},
     proxy::Proxy,
     sdk::{Diary, SOON},
+    sessions,
 };
 
 /// A House that waits for receipts for a second, and for a long time.
@@ -183,6 +184,20 @@ async fn a_changed_registration_owes_what_it_was_told_of(db: PgPool) {
     ] {
         assert_eq!(stand(&house, &user).await, expected);
     }
+    unregister(&house, &orders).await;
+}
+
+/// A standby that takes over may have a clock that is behind: a duty that would end before it began ends when it began.
+#[sqlx::test]
+async fn a_clock_that_was_set_back_keeps_nobody_from_giving_up_his_duty(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let later = "update deletion_duties set since = now() + interval '1 hour' where subscription = $1";
+    sqlx::query(later).bind(&orders).execute(&house.db).await.unwrap();
+    register(&house, "orders", &["user.created"]).await;
+    let over = "select until = since from deletion_duties where subscription = $1";
+    let over: Option<bool> = sqlx::query_scalar(over).bind(&orders).fetch_one(&house.db).await.unwrap();
+    assert_eq!(over, Some(true));
     unregister(&house, &orders).await;
 }
 
@@ -691,5 +706,39 @@ async fn being_observed_costs_a_client_nothing(db: PgPool) {
         }
     })
     .await;
+    unregister(&house, &format!("{}.crm", house.exchange)).await;
+}
+
+/// A fetch comes once: a session that the database ended in between costs no note, and a note that is lost is counted.
+#[sqlx::test]
+async fn what_is_observed_outlives_its_session_or_is_counted(db: PgPool) {
+    let house = House::open(db).await;
+    let crm = client(&house, "crm", &["crm"]).await;
+    let (ana, bo, eve) = (deleted(&house).await, deleted(&house).await, deleted(&house).await);
+    let fetch = async |user: &Uuid| {
+        let url = format!("{}/v1/users/{user}", house.service.url);
+        assert_eq!(Answer::to(crm.get(url)).await.refusal(410), "user_deleted");
+    };
+    eventually("to be seen fetching", async || {
+        fetch(&ana).await;
+        match stand(&house, &ana).await {
+            seen if seen == ["crm fetched"] => Ok(()),
+            seen => Err(seen),
+        }
+    })
+    .await;
+    assert_eq!(sessions::terminate(&house.db, "tidings deletions recorder").await, 1);
+    fetch(&bo).await;
+    stands(&house, &bo, &["crm fetched"]).await;
+
+    let mut holder = house.db.begin().await.unwrap();
+    sqlx::query("lock table deletion_receipts").execute(&mut *holder).await.unwrap();
+    fetch(&eve).await;
+    eventually("the loss to be counted", async || match house.metric("tidings_erasures_not_observed_total").await {
+        1.0 => Ok(()),
+        lost => Err(lost),
+    })
+    .await;
+    holder.rollback().await.unwrap();
     unregister(&house, &format!("{}.crm", house.exchange)).await;
 }

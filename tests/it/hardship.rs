@@ -8,6 +8,7 @@ use futures_util::{
     future::{join, join_all},
     stream,
 };
+use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool};
 use tidings::clients::{NewClient, Scope};
@@ -295,26 +296,71 @@ async fn clients_that_hang_up_leave_nothing_half_done(db: PgPool) {
     }
 }
 
+/// Asks this 300 times, and hangs up after a few milliseconds.
+async fn ask_and_hang_up(house: &House, request: &str) {
+    let address = house.service.url.strip_prefix("http://").unwrap();
+    let asked = (0..300_u64).map(async |n| {
+        let mut line = TcpStream::connect(address).await.unwrap();
+        line.write_all(request.as_bytes()).await.unwrap();
+        sleep(Duration::from_millis(n * 7 % 11)).await;
+    });
+    stream::iter(asked).buffer_unordered(32).collect::<()>().await;
+}
+
 /// Readers that hang up must not take the small pool of the slow queries down with them.
 #[sqlx::test]
 async fn readers_that_hang_up_do_not_starve_the_others(db: PgPool) {
     let house = House::open(db).await;
     house.user(json!({})).await;
-    let address = house.service.url.strip_prefix("http://").unwrap();
-    let asked = (0..300_u64).map(async |n| {
-        let mut line = TcpStream::connect(address).await.unwrap();
-        let key = house::key();
-        let both = format!(
-            "GET /v1/users HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
-        );
-        line.write_all(both.as_bytes()).await.unwrap();
-        sleep(Duration::from_millis(n * 7 % 11)).await;
-    });
-    stream::iter(asked).buffer_unordered(32).collect::<()>().await;
+    let both = house.head("GET /v1/users", "") + "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n";
+    ask_and_hang_up(&house, &both).await;
     let other = NewClient::named("other", [Scope::ReadUsers]).unwrap();
     let other = http_with(&new_client(&house.db, other).await);
     let page = Answer::to(other.get(format!("{}/v1/users", house.service.url))).await.ok();
     assert_eq!(page.body["users"].as_array().unwrap().len(), 1);
+}
+
+/// A session that lets nobody read a user, whichever, until it is closed.
+async fn hide_all(db: &PgPool) -> PgConnection {
+    let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    sqlx::raw_sql("begin; lock table users in access exclusive mode").execute(&mut session).await.unwrap();
+    session
+}
+
+/// What they asked for goes on at the database: their turns are not given to the next ones meanwhile.
+#[sqlx::test]
+async fn readers_that_hang_up_pile_up_no_queries(db: PgPool) {
+    let house = House::open(db).await;
+    house.user(json!({})).await;
+    let holder = hide_all(&house.db).await;
+    ask_and_hang_up(&house, &house.head("GET /v1/users", "")).await;
+    let ready = house.page("/readyz").await;
+    assert_eq!(ready.status, 200, "{ready:?}");
+    holder.close().await.unwrap();
+    assert_eq!(house.page("/v1/users").await.ok().body["users"].as_array().unwrap().len(), 1);
+}
+
+/// Whoever asks for many users and hangs up is not read for: the statements for all of them would take a second each.
+#[sqlx::test]
+async fn who_hung_up_is_not_read_for(db: PgPool) {
+    let house = House::open(db).await;
+    let holder = hide_all(&house.db).await;
+    let ids: Vec<Uuid> = (0..500).map(|_| Uuid::new_v4()).collect();
+    let body = json!({ "ids": ids }).to_string();
+    let headers = format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
+    // All that fit into the queue.
+    for _ in 0..8 {
+        let mut line = TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap();
+        line.write_all((house.head("POST /v1/users:batchGet", &headers) + &body).as_bytes()).await.unwrap();
+        under_way(&house, 1.0).await;
+        drop(line);
+        under_way(&house, 0.0).await;
+    }
+    let began = Instant::now();
+    let read = house.request(Method::POST, "/v1/users:batchGet").json(&json!({ "ids": [ids[0]] }));
+    assert_eq!(not_now(&Answer::to(read).await), "database_unavailable");
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    holder.close().await.unwrap();
 }
 
 #[sqlx::test]

@@ -68,6 +68,13 @@ async fn a_repetition_is_answered_alike_and_nothing_is_done_again(db: PgPool) {
     let (deleted, again) = (delete().await, delete().await);
     assert_eq!((deleted.status.as_u16(), again.status.as_u16()), (204, 204));
     assert!(!is_replayed(&deleted) && is_replayed(&again));
+    let tombstone = house.get(&ana).await;
+    for expected in [false, true] {
+        let gone = Answer::to(patch(&house, "k6", &ana, json!({ "city": "Riga" }))).await;
+        assert_eq!((gone.refusal(410), is_replayed(&gone)), ("user_deleted", expected));
+        assert_eq!(gone.body["deleted_at"], tombstone.body["deleted_at"]);
+        assert_eq!(gone.version(), 5);
+    }
     let told = [
         "user.created",
         "profile.updated[city]",

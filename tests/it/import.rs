@@ -412,6 +412,65 @@ async fn who_brings_an_external_id_is_found_by_it_for_ever(db: PgPool) {
     assert!(!refused.said.contains("E7"), "{refused:?}");
 }
 
+/// Ids are made from external ids, which go from one to another while the ids stay.
+#[sqlx::test]
+async fn an_external_id_that_was_given_on_overwrites_nobody(db: PgPool) {
+    let house = House::open(db).await;
+    let namespace = Uuid::new_v4().to_string();
+    let line = |external_id: &str, name: &str| {
+        format!("{}\n", json!({ "external_id": external_id, "profile": { "first_name": name } }))
+    };
+    let others: String = (10..60).map(|number| line(&format!("E{number}"), "Cy")).collect();
+    // In one request, and each by itself.
+    for (old, new, concurrency) in [("E1", "E2", "1000"), ("E3", "E4", "7")] {
+        let send = async |text: String| {
+            let lines = file(&text);
+            let arguments = [name(&lines), "--namespace", &namespace, "--concurrency", concurrency];
+            import(&house.service.url, &arguments).await
+        };
+        send(line(old, "Ana") + &others).await.well();
+        let ana = named(&house, old).await;
+        let given = json!({ "external_id": new, "profile": {} }).to_string();
+        let amend = house.request(Method::PATCH, &format!("/v1/users/{ana}"));
+        Answer::to(amend.header("content-type", "application/merge-patch+json").body(given)).await.ok();
+
+        // Whom it means nobody can tell: it may as well be an old file.
+        let again = send(others.clone() + &line(old, "Bo") + &line(new, "Anna")).await;
+        again.says(&["0 users created, 51 brought up to date, 1 refused", "line 51: external_id_changed"]);
+        assert!(!again.said.contains(old), "{again:?}");
+        assert_eq!(house.get(&ana).await.ok().body["profile"]["first_name"], "Anna");
+
+        // By an id of his own he comes in, and from then on he is found.
+        let bo = Uuid::new_v4();
+        let own = json!({ "id": bo, "external_id": old, "profile": { "first_name": "Bo" } });
+        send(format!("{own}\n")).await.well();
+        send(others.clone() + &line(old, "Bob")).await.well().says(&["0 users created, 51 brought up to date"]);
+        assert_eq!(house.get(&bo).await.ok().body["profile"]["first_name"], "Bob");
+        assert_eq!(house.get(&ana).await.ok().body["profile"]["first_name"], "Anna");
+    }
+}
+
+#[sqlx::test]
+async fn those_who_came_in_by_an_external_id_before_cost_few_requests(db: PgPool) {
+    let house = House::open(db).await;
+    const LINES: usize = 2_000;
+    let namespace = Uuid::new_v4().to_string();
+    let lines = |nickname: &str| -> String {
+        let line = |number| json!({ "external_id": format!("E{number}"), "profile": { "nickname": nickname } });
+        (0..LINES).map(|number| format!("{}\n", line(number))).collect()
+    };
+    let send = async |text: &str| {
+        let lines = file(text);
+        let arguments = [name(&lines), "--namespace", &namespace];
+        import(&house.service.url, &arguments).await
+    };
+    send(&lines("before")).await.well().says(&["2000 users created"]);
+    let before = traces(&house).await;
+    send(&lines("after")).await.well().says(&["0 users created, 2000 brought up to date"]);
+    let requests = traces(&house).await - before;
+    assert!(requests < LINES / 3, "{requests} requests changed {LINES} users");
+}
+
 #[sqlx::test]
 async fn an_external_id_cannot_be_guessed_from_the_id_unless_its_maker_wants_that(db: PgPool) {
     let house = House::open(db).await;
@@ -502,6 +561,24 @@ async fn a_dry_run_tells_what_is_wrong_and_sends_nothing(db: PgPool) {
     checked.says(&["1 lines could be sent, 3 refused", "line 2: profile_invalid: /profile/first_name"]);
     assert_eq!(living(&house).await, 0);
     assert!(!PathBuf::from(format!("{}.import", lines.display())).exists());
+}
+
+/// It keeps no journal: the same command would begin anew.
+#[tokio::test]
+async fn a_dry_run_that_was_stopped_says_how_to_go_on() {
+    let mut command = Import::command("http://127.0.0.1:1", &["-", "--dry-run"]);
+    command.stdin(Stdio::piped());
+    let mut under_way = Import::spawn(command);
+    let mut input = under_way.child.stdin.take().unwrap();
+    let lines = "{\"profile\":{}}\n".repeat(100_000);
+    // More than a pipe holds: it has begun to read.
+    input.write_all(lines.as_bytes()).await.unwrap();
+    under_way.signal("-INT").await;
+    // It looks up after each line; the pipe ends when it leaves.
+    while input.write_all(lines.as_bytes()).await.is_ok() {}
+    let ended = under_way.ends().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    ended.says(&["ended before the end, after line", "`tidings import - --dry-run --from-line ", "goes on from there"]);
 }
 
 #[sqlx::test]
