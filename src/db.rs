@@ -311,17 +311,6 @@ pub struct Line {
     connection: Option<PgConnection>,
 }
 
-/// Whether a session that was refused with this code would be refused for ever, where a new one may not be: a migration ran under it
-/// ("cached plan must not change result type", 0A000), it is read-only, or in a transaction that has failed or was given up (class 25).
-fn is_stuck(code: &str) -> bool {
-    code == "0A000" || code.starts_with("25")
-}
-
-/// Has what a refused transaction holds rolled back now, and not when the session is next used. Whether that was done.
-async fn settles(connection: &mut PgConnection) -> bool {
-    matches!(timeout(RETURN_DEADLINE, connection.ping()).await, Ok(Ok(())))
-}
-
 impl Line {
     /// Runs `work` on the connection, within the deadline.
     ///
@@ -363,6 +352,17 @@ impl Line {
             let _ = timeout(Duration::from_secs(1), connection.close()).await;
         }
     }
+}
+
+/// Whether a session that was refused with this code would be refused for ever, where a new one may not be: a migration ran under it
+/// ("cached plan must not change result type", 0A000), it is read-only, or in a transaction that has failed or was given up (class 25).
+fn is_stuck(code: &str) -> bool {
+    code == "0A000" || code.starts_with("25")
+}
+
+/// Has what a refused transaction holds rolled back now, and not when the session is next used. Whether that was done.
+async fn settles(connection: &mut PgConnection) -> bool {
+    matches!(timeout(RETURN_DEADLINE, connection.ping()).await, Ok(Ok(())))
 }
 
 #[cfg(test)]

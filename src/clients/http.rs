@@ -111,8 +111,8 @@ async fn authenticate(parts: &Parts, clients: &Clients) -> Result<Caller, Proble
 
 async fn identify(parts: &Parts, clients: &Clients) -> Result<Caller, Problem> {
     let token = bearer(&parts.headers).ok_or_else(|| unauthenticated("Bearer realm=\"tidings\""))?;
-    let (unknown, meter) =
-        (|| unauthenticated("Bearer realm=\"tidings\", error=\"invalid_token\""), Meter::of(&parts.extensions));
+    let unknown = || unauthenticated("Bearer realm=\"tidings\", error=\"invalid_token\"");
+    let meter = Meter::of(&parts.extensions);
     let sought = match clients.recall(token) {
         Some(sought) => sought,
         None => verify(token, clients, meter)?.ok_or_else(unknown)?,
