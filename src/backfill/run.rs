@@ -41,6 +41,8 @@ const NOTE: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Shorter waits are not told: they are part of a queue being emptied.
 const WORTH_TELLING: Duration = Duration::from_secs(1);
+/// One that could send nothing for so long gives way to others who wait for a turn.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Messages of this time are sent together, so that a slow rate is not sent one by one.
 const CHUNK_TIME: Duration = Duration::from_millis(20);
 /// For the confirms of a chunk, unless the broker holds us back.
@@ -53,6 +55,8 @@ pub(super) struct Orders {
     pub(super) max_waiting: i32,
     /// The outbox lags behind.
     pub(super) news_first: bool,
+    /// More are to be carried on than are at once.
+    pub(super) others_wait: bool,
 }
 
 pub(super) struct Run {
@@ -110,7 +114,7 @@ impl Run {
         Self { backfill, broker, connection, line, orders, stop, pace, ahead: VecDeque::new(), progress, held_up }
     }
 
-    /// To its end, or to `stop`.
+    /// To its end, to `stop`, or until it gives way.
     pub(super) async fn carry_on(mut self) -> anyhow::Result<()> {
         let outcome = self.walk().await;
         // Also when it broke off: what was confirmed need not be sent again.
@@ -195,7 +199,7 @@ impl Run {
         }
     }
 
-    /// Waits until something may be sent; how much. `None` when it is to stop.
+    /// Waits until something may be sent; how much. `None` when it is to stop, or gives way.
     async fn await_room(&mut self, look: &mut Channel) -> anyhow::Result<Option<usize>> {
         while !self.stop.is_cancelled() {
             let orders = *self.orders.borrow_and_update();
@@ -205,6 +209,9 @@ impl Run {
                 Room::For(room) => return Ok(Some(room)),
                 Room::None(why) => {
                     self.tell_wait(why).await?;
+                    if orders.others_wait && self.gives_way(why) {
+                        return Ok(None);
+                    }
                     LOOK_AGAIN
                 }
             };
@@ -252,6 +259,12 @@ impl Run {
             self.held_up = Some((since, true));
         }
         Ok(())
+    }
+
+    /// What holds everybody up is waited for in place.
+    fn gives_way(&self, why: WaitingFor) -> bool {
+        let is_its_own = matches!(why, WaitingFor::Room | WaitingFor::Queue);
+        is_its_own && self.held_up.is_some_and(|(since, _)| since.elapsed() > PATIENCE)
     }
 
     /// Sends up to `room` notices and, once all are confirmed, passes everybody up to the last of them.

@@ -401,6 +401,36 @@ async fn several_go_on_side_by_side_and_the_fifth_has_its_turn(db: PgPool) {
     }
 }
 
+/// Nobody consumes from four queues. Whoever comes after them has his turn, and they have theirs again.
+#[sqlx::test]
+async fn who_cannot_go_on_keeps_nobody_from_his_turn(db: PgPool) {
+    let house = House::open(db).await;
+    users(&house, 100).await;
+    let mut unattended = vec![];
+    for number in 0..4 {
+        let orders = Subscribed::to(&house, &format!("orders-{number}"), &["#"], &[]).await;
+        start(&house, &orders, json!({ "users": "all", "max_waiting": 10 })).await.ok();
+        await_wait(&house, &orders, "room").await;
+        unattended.push(orders);
+    }
+    let attended = Subscribed::to(&house, "attended", &["#"], &[]).await;
+    start(&house, &attended, json!({ "users": "all" })).await.ok();
+    await_state(&house, &attended, "done").await;
+    attended.await_waiting(100).await;
+    attended.end().await;
+    for orders in unattended {
+        let consumer = Consumer::of(&orders).await;
+        let done = await_state(&house, &orders, "done").await;
+        assert_eq!(done["sent"], 100, "{done}");
+        eventually("all to be handled", async || match consumer.handled().len() {
+            100 => Ok(()),
+            handled => Err(handled),
+        })
+        .await;
+        orders.end().await;
+    }
+}
+
 #[sqlx::test]
 async fn what_cannot_be_done_is_refused(db: PgPool) {
     let house = House::open(db).await;
