@@ -39,6 +39,8 @@ const CHUNK: usize = PAGE;
 const NOTE: Duration = Duration::from_secs(1);
 /// Between two looks at a queue that has no room.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Between two looks at a queue that is not there: each costs the connection, which all share, the number of a channel.
+const LOOK_FOR_QUEUE: Duration = Duration::from_secs(5);
 /// Shorter waits are not told: they are part of a queue being emptied.
 const WORTH_TELLING: Duration = Duration::from_secs(1);
 /// One that could send nothing for so long gives way to others who wait for a turn.
@@ -72,6 +74,8 @@ pub(super) struct Run {
     progress: Progress,
     /// Since when nothing could be sent, and whether that was told.
     held_up: Option<(Instant, bool)>,
+    /// When the queue was last found missing.
+    missing_at: Option<Instant>,
 }
 
 /// A user on the way, and what there is to tell.
@@ -111,7 +115,8 @@ impl Run {
         let (noted, reached) = (backfill.cursor, backfill.cursor);
         let progress = Progress { noted, reached, sent: 0, skipped: 0, noted_at: now };
         let held_up = backfill.waiting_for.map(|_| (now, true));
-        Self { backfill, broker, connection, line, orders, stop, pace, ahead: VecDeque::new(), progress, held_up }
+        let (ahead, missing_at) = (VecDeque::new(), None);
+        Self { backfill, broker, connection, line, orders, stop, pace, ahead, progress, held_up, missing_at }
     }
 
     /// To its end, to `stop`, or until it gives way.
@@ -236,9 +241,13 @@ impl Run {
         if due < chunk_at(orders.rate_per_s) {
             return Ok(Room::For(0));
         }
+        if self.missing_at.is_some_and(|at| at.elapsed() < LOOK_FOR_QUEUE) {
+            return Ok(Room::None(WaitingFor::Queue));
+        }
         let ready = match topology::depth(look, self.backfill.subscription.name.queue()).await {
             Ok(depth) => usize::try_from(depth.ready)?,
             Err(topology::Error::Missing(_)) => {
+                self.missing_at = Some(Instant::now());
                 *look = self.channel().await?;
                 return Ok(Room::None(WaitingFor::Queue));
             }

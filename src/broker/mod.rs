@@ -262,14 +262,18 @@ impl Broker {
 /// 2,047. No broker has such an error for a channel that is only being opened, so the next number is tried.
 ///
 /// # Errors
-/// When the broker does not answer, or too many channels of this connection were closed by errors: then it is used up.
+/// When the broker does not answer, or too many channels of this connection were closed by errors: then it is used up, and ended, so that
+/// nobody else goes on with it.
 pub async fn open(connection: &Connection) -> anyhow::Result<Channel> {
     for _ in 0..NUMBERS {
         match request(connection.create_channel()).await {
             Err(error) if is_refusal(&error) => {}
+            // Those that failed so are never given back.
+            Err(error) if is_limit(&error) => break,
             outcome => return outcome,
         }
     }
+    let _ = timeout(FAREWELL, connection.close(200, "used up".into())).await;
     bail!("too many channels of the connection were closed by errors")
 }
 
@@ -290,6 +294,12 @@ fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
     matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
+}
+
+/// Whether the connection has no number left for another channel.
+fn is_limit(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
+    matches!(kind, Some(lapin::ErrorKind::ChannelsLimitReached))
 }
 
 /// Whether the broker said that there is no such queue or exchange.

@@ -16,7 +16,8 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, describe, eventually, tidings},
+    house::{self, Answer, House, describe, env, eventually, tidings},
+    rights,
     subscribed::{Consumer, Subscribed, header, notice},
 };
 
@@ -353,6 +354,27 @@ async fn it_goes_on_when_the_queue_or_the_broker_is_back(db: PgPool) {
     let messages = orders.take().await;
     assert_eq!(told(&messages).into_keys().collect::<BTreeSet<_>>(), all);
     assert!(messages.len() <= 1_700, "at most a chunk was sent twice: {}", messages.len());
+    orders.end().await;
+}
+
+/// Each look at a queue that is not there costs the number of a channel, of which there are four here.
+#[sqlx::test]
+async fn it_goes_on_although_looks_for_its_queue_have_used_up_the_connection(db: PgPool) {
+    let [_, (setting, url)] = rights::at_broker(&env("AMQP_URL"));
+    let url = format!("{url}?channel_max=4");
+    let house = House::with(db, &[(setting, &url), ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "60s")]).await;
+    users(&house, 100).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    orders.undeclare().await;
+    start(&house, &orders, json!({ "users": "all" })).await.ok();
+    eventually("a connection that is used up", async || {
+        let log = house.service.log();
+        let is_its = |line: &str| line.contains("backfill") && line.contains("too many channels of the connection");
+        if log.lines().any(is_its) { Ok(()) } else { Err(log) }
+    })
+    .await;
+    orders.declare().await;
+    assert_eq!(await_state(&house, &orders, "done").await["sent"], 100);
     orders.end().await;
 }
 
