@@ -72,8 +72,8 @@ pub(super) struct Run {
     /// Read, and not yet passed.
     ahead: VecDeque<Step>,
     progress: Progress,
-    /// Since when nothing could be sent, and whether that was told.
-    held_up: Option<(Instant, bool)>,
+    /// Since when nothing could be sent, and what was told of it.
+    held_up: Option<(Instant, Option<WaitingFor>)>,
     /// When the queue was last found missing.
     missing_at: Option<Instant>,
 }
@@ -114,7 +114,7 @@ impl Run {
         let pace = Pace::new(backfill.rate_per_s, now);
         let (noted, reached) = (backfill.cursor, backfill.cursor);
         let progress = Progress { noted, reached, sent: 0, skipped: 0, noted_at: now };
-        let held_up = backfill.waiting_for.map(|_| (now, true));
+        let held_up = backfill.waiting_for.map(|why| (now, Some(why)));
         let (ahead, missing_at) = (VecDeque::new(), None);
         Self { backfill, broker, connection, line, orders, stop, pace, ahead, progress, held_up, missing_at }
     }
@@ -137,6 +137,9 @@ impl Run {
 
     /// True when there is nobody left.
     async fn walk(&mut self) -> anyhow::Result<bool> {
+        if !self.await_broker().await? {
+            return Ok(false);
+        }
         let post = Post::open(&self.connection).await?;
         let mut look = self.channel().await?;
         loop {
@@ -220,13 +223,28 @@ impl Run {
                     LOOK_AGAIN
                 }
             };
-            tokio::select! {
-                () = self.stop.cancelled() => {}
-                changed = self.orders.changed() => changed.context("the runner is gone")?,
-                () = sleep(pause) => {}
-            }
+            self.rest(pause).await?;
         }
         Ok(None)
+    }
+
+    /// Waits while the broker holds the connection back: it would answer nothing. False when it is to stop.
+    async fn await_broker(&mut self) -> anyhow::Result<bool> {
+        while self.connection.status().blocked() && !self.stop.is_cancelled() {
+            self.tell_wait(WaitingFor::Broker).await?;
+            self.rest(LOOK_AGAIN).await?;
+        }
+        Ok(!self.stop.is_cancelled())
+    }
+
+    /// For so long, or until something else is ordered.
+    async fn rest(&mut self, pause: Duration) -> anyhow::Result<()> {
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            changed = self.orders.changed() => changed.context("the runner is gone")?,
+            () = sleep(pause) => {}
+        }
+        Ok(())
     }
 
     /// The queue is looked at last, right before it is sent to.
@@ -260,12 +278,12 @@ impl Run {
     }
 
     async fn tell_wait(&mut self, why: WaitingFor) -> anyhow::Result<()> {
-        let (since, told) = *self.held_up.get_or_insert((Instant::now(), false));
-        if !told && since.elapsed() > WORTH_TELLING {
+        let (since, told) = *self.held_up.get_or_insert((Instant::now(), None));
+        if told != Some(why) && since.elapsed() > WORTH_TELLING {
             self.note().await?;
             let ids = [self.backfill.id];
             self.line.run(async |session| store::wait(session, &ids, why).await).await?;
-            self.held_up = Some((since, true));
+            self.held_up = Some((since, Some(why)));
         }
         Ok(())
     }
@@ -296,7 +314,7 @@ impl Run {
         self.progress.skipped += passed - sent;
         match self.held_up.take() {
             // What was told is no longer so.
-            Some((_, true)) => self.note().await,
+            Some((_, Some(_))) => self.note().await,
             _ => Ok(()),
         }
     }
@@ -307,13 +325,19 @@ impl Run {
     }
 
     /// Returns when all are in the queue.
-    async fn deliver(&self, post: &Post, parcels: Vec<Parcel>) -> anyhow::Result<()> {
-        let mut sent = pin!(post.send(&self.backfill.subscription.name, parcels));
+    async fn deliver(&mut self, post: &Post, parcels: Vec<Parcel>) -> anyhow::Result<()> {
+        let name = self.backfill.subscription.name.clone();
+        let mut sent = pin!(post.send(&name, parcels));
+        let mut silent_since = Instant::now();
         let outcomes = loop {
-            match timeout(CONFIRM_DEADLINE, &mut sent).await {
+            match timeout(WORTH_TELLING, &mut sent).await {
                 Ok(outcomes) => break outcomes.context("the channel to the broker is lost")?,
                 // An alarm: confirms come when it is over. To send again would make it worse.
-                Err(_) if self.connection.status().blocked() => {}
+                Err(_) if self.connection.status().blocked() => {
+                    self.tell_wait(WaitingFor::Broker).await?;
+                    silent_since = Instant::now();
+                }
+                Err(_) if silent_since.elapsed() < CONFIRM_DEADLINE => {}
                 Err(_) => bail!("the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"),
             }
         };
@@ -334,6 +358,8 @@ impl Run {
             if !moved {
                 bail!("somebody else carries this backfill on");
             }
+            // The row says no longer what it waited for.
+            self.held_up = self.held_up.map(|(since, _)| (since, None));
         }
         self.progress = Progress { noted: reached, reached, sent: 0, skipped: 0, noted_at: Instant::now() };
         Ok(())

@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, describe, env, eventually, tidings},
+    hurt::HurtBroker,
     rights,
     subscribed::{Consumer, Subscribed, header, notice},
 };
@@ -376,6 +377,39 @@ async fn it_goes_on_although_looks_for_its_queue_have_used_up_the_connection(db:
     orders.declare().await;
     assert_eq!(await_state(&house, &orders, "done").await["sent"], 100);
     orders.end().await;
+}
+
+#[sqlx::test]
+async fn what_it_waits_for_is_told_when_it_is_another_thing(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    users(&house, 100).await;
+    let mut all = vec![];
+    for number in 0..2 {
+        let orders = Subscribed::at(&house, &broker.amqp_url, &format!("orders-{number}"), &["#"], &[]).await;
+        start(&house, &orders, json!({ "users": "all", "max_waiting": 10 })).await.ok();
+        await_wait(&house, &orders, "room").await;
+        all.push(orders);
+    }
+    house.broker.down();
+    await_wait(&house, &all[0], "broker").await;
+    house.broker.up();
+    await_wait(&house, &all[0], "room").await;
+    broker.alarm().await;
+    assert_eq!(all[0].take().await.len(), 10);
+    // It sends into the alarm, and the connection is blocked: of that one and of whoever begins now.
+    await_wait(&house, &all[0], "broker").await;
+    act(&house, &all[1], "cancel").await.ok();
+    start(&house, &all[1], json!({ "users": "all" })).await.ok();
+    await_wait(&house, &all[1], "broker").await;
+    broker.end_alarm().await;
+    await_wait(&house, &all[0], "room").await;
+    assert_eq!(await_state(&house, &all[1], "done").await["sent"], 100);
+    let log = house.service.log();
+    assert!(!log.contains("no answer within"), "{log}");
+    for orders in all {
+        orders.end().await;
+    }
 }
 
 /// A queue that loses its binding would swallow everything.
