@@ -11,12 +11,12 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use lapin::{BasicProperties, Channel, Confirmation};
 use tidings_sdk::envelope::message_id;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Broker, FAREWELL, PUBLISHED, confirm_select, request};
+use super::{Broker, FAREWELL, PUBLISHED, Session, confirm_select, request};
 use crate::outbox::{Entry, OutboxId};
 
 /// What became of one message.
@@ -39,7 +39,7 @@ pub enum Outcome {
 
 pub struct Publisher {
     broker: Broker,
-    connection: Connection,
+    connection: Session,
     /// A clone of a channel is one of each of its many parts.
     channel: Arc<Channel>,
     /// Batches under way, oldest first.
@@ -70,7 +70,7 @@ enum End {
 
 impl Publisher {
     pub async fn connect(broker: &Broker) -> anyhow::Result<Self> {
-        let connection = broker.connect("relay").await?;
+        let connection = broker.session("relay").await?;
         let channel = Arc::new(open_channel(broker, &connection).await?);
         let (window, returned) = (VecDeque::new(), HashSet::new());
         Ok(Self { broker: broker.clone(), connection, channel, window, returned })
@@ -176,7 +176,7 @@ impl Publisher {
 }
 
 /// A channel in confirm mode, to an exchange that is ours.
-async fn open_channel(broker: &Broker, connection: &Connection) -> anyhow::Result<Channel> {
+async fn open_channel(broker: &Broker, connection: &Session) -> anyhow::Result<Channel> {
     let channel = broker.channel_with_exchange(connection).await?;
     confirm_select(&channel).await?;
     Ok(channel)

@@ -5,19 +5,19 @@
 
 use std::sync::Arc;
 
-use lapin::{Channel, Connection};
+use lapin::Channel;
 use tidings_sdk::{
     subscription::{Subscription, SubscriptionName},
     topology::{self, Depth, RETRY_DELAYS},
 };
 use tokio::sync::Mutex;
 
-use crate::broker::{Broker, is_refusal, request};
+use crate::broker::{Broker, Session, is_refusal, request};
 
 #[derive(Clone)]
 pub struct Desk {
     broker: Broker,
-    connection: Arc<Mutex<Option<Connection>>>,
+    connection: Arc<Mutex<Option<Session>>>,
 }
 
 /// Why the broker did not do what was asked.
@@ -125,7 +125,7 @@ impl Desk {
         let mut kept = self.connection.lock().await;
         let connection = match kept.take().filter(|connection| connection.status().connected()) {
             Some(connection) => connection,
-            None => self.broker.connect("subscriptions").await.map_err(Trouble::Away)?,
+            None => self.broker.session("subscriptions").await.map_err(Trouble::Away)?,
         };
         match self.broker.channel_with_exchange(&connection).await {
             Ok(channel) => {

@@ -252,6 +252,28 @@ async fn a_channel_does_not_end_the_session_by_the_error_of_an_earlier_one(db: P
     }
 }
 
+/// Nor by those of a user who may not declare, each of which would close a channel.
+#[sqlx::test]
+async fn who_may_not_declare_is_not_refused_again_and_again(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    drop(broker.try_ctl(&["add_user", "narrow", "secret"]).await);
+    broker.ctl(&["set_permissions", "narrow", "^$", ".*", "^$"]).await;
+    let url = format!("{}?channel_max=8", broker.amqp_url.replace("guest:guest", "narrow:secret"));
+    let house = House::at(db, &broker.amqp_url, &[("AMQP_URL", &url), ("AMQP_REGISTRY_URL", &url)]).await;
+    load::ready(&house).await;
+    Admin::at(&broker.amqp_url).await.unbind(&house, "#").await;
+    for told in 1..=20 {
+        house.user(json!({})).await;
+        eventually("one that reached nobody", async || match results(&house).await {
+            [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
+            others => Err(others),
+        })
+        .await;
+    }
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
 #[sqlx::test]
 async fn an_exchange_of_another_type_is_named_and_nothing_counts_as_published(db: PgPool) {
     let house = House::open(db).await;
