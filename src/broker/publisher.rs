@@ -6,8 +6,9 @@
 use std::{
     collections::{HashSet, VecDeque},
     future::pending,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::FutureExt;
@@ -18,6 +19,9 @@ use uuid::Uuid;
 
 use super::{Broker, FAREWELL, PUBLISHED, Session, confirm_select, request};
 use crate::outbox::{Entry, OutboxId};
+
+/// Between two looks whether the broker holds us back, while it has not answered.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What became of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,11 +86,15 @@ impl Publisher {
     /// the channel's first message: a leader that was lost just then, with its node, is looked for there ever after, and every
     /// message to the queue is refused, while it has long had another leader.
     ///
+    /// False when the broker holds us back, and everything stays as it is.
+    ///
     /// # Errors
     /// When the exchange is another, or the broker does not answer.
-    pub async fn change_channel(&mut self) -> anyhow::Result<()> {
-        self.channel = Arc::new(open_channel(&self.broker, &self.connection).await?);
-        Ok(())
+    pub async fn change_channel(&mut self) -> anyhow::Result<bool> {
+        let opened = unless_blocked(&self.connection, open_channel(&self.broker, &self.connection)).await?;
+        let Some(channel) = opened else { return Ok(false) };
+        self.channel = Arc::new(channel);
+        Ok(true)
     }
 
     /// Puts a batch on its way, in order, and does not wait for it.
@@ -138,13 +146,17 @@ impl Publisher {
     }
 
     /// Makes sure that the exchange is still what we publish to: one of another type takes messages and routes them elsewhere, or
-    /// nowhere, and confirms them all the same.
+    /// nowhere, and confirms them all the same. False when the broker holds us back, and nobody knows.
     ///
     /// # Errors
     /// When the exchange is another, or the broker does not answer.
-    pub async fn vouch(&mut self) -> anyhow::Result<()> {
-        let channel = self.broker.channel_with_exchange(&self.connection).await?;
-        request(channel.close(200, "bye".into())).await
+    pub async fn vouch(&mut self) -> anyhow::Result<bool> {
+        let (broker, connection) = (&self.broker, &self.connection);
+        let asked = async {
+            let channel = broker.channel_with_exchange(connection).await?;
+            request(channel.close(200, "bye".into())).await
+        };
+        Ok(unless_blocked(connection, asked).await?.is_some())
     }
 
     /// What is known of the messages under way when the session is over. The others may or may not have arrived.
@@ -180,6 +192,22 @@ async fn open_channel(broker: &Broker, connection: &Session) -> anyhow::Result<C
     let channel = broker.channel_with_exchange(connection).await?;
     confirm_select(&channel).await?;
     Ok(channel)
+}
+
+/// `None` when the broker holds us back: what is asked of it then lies unread until the alarm is over, also behind what was published a
+/// moment before.
+async fn unless_blocked<T>(
+    connection: &Session,
+    asked: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<Option<T>> {
+    let mut asked = pin!(asked);
+    loop {
+        match timeout(LOOK, &mut asked).await {
+            Ok(answer) => return answer.map(Some),
+            Err(_) if connection.status().blocked() => return Ok(None),
+            Err(_) => {}
+        }
+    }
 }
 
 async fn publish(

@@ -22,7 +22,7 @@ use crate::{
     house::{House, bind, connect, declare, env, eventually},
     hurt::HurtBroker,
     load::{self, Load},
-    rights,
+    rights, sessions,
 };
 
 /// Somebody with every right at the broker.
@@ -472,6 +472,39 @@ async fn what_nobody_is_bound_for_does_not_end_the_session_in_an_alarm(db: PgPoo
     while began.elapsed() < Duration::from_secs(12) {
         house.user(json!({})).await;
     }
+    broker.end_alarm().await;
+    load::ready(&house).await;
+    house.settle().await;
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
+/// The question whether the exchange is ours lies unread behind what was published before.
+#[sqlx::test]
+async fn an_alarm_that_begins_while_the_exchange_is_vouched_for_does_not_end_the_session(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::ready(&house).await;
+    let admin = Admin::at(&broker.amqp_url).await;
+    admin.narrow(&house, &["user.created"]).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    // One that reaches nobody, and one by which is heard that the broker has had it.
+    house.broker.hold_answers();
+    house.delete(&ana).await.ok();
+    house.user(json!({})).await;
+    load::heard(&house, 2).await;
+    house.broker.freeze();
+    house.user(json!({})).await;
+    broker.alarm().await;
+    house.broker.hold_requests();
+    sessions::silent(&house.db, "tidings relay leader").await;
+    house.broker.up();
+    eventually("a relay that waits", async || {
+        let reason = load::degraded(&house).await;
+        if reason.contains("hold back") { Ok(()) } else { Err(reason) }
+    })
+    .await;
     broker.end_alarm().await;
     load::ready(&house).await;
     house.settle().await;
