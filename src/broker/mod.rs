@@ -42,7 +42,7 @@ const HEARTBEAT_S: u16 = 10;
 /// For one request of the set-up (declare, bind, confirm.select).
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
-const FAREWELL: Duration = Duration::from_secs(2);
+pub const FAREWELL: Duration = Duration::from_secs(2);
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
 
@@ -276,9 +276,12 @@ impl Broker {
     /// Ends the connection of the user who may declare.
     pub async fn hang_up(&self) {
         let Some(registry) = &self.registry else { return };
-        if let Some(connection) = registry.connection.lock().await.take() {
-            let _ = timeout(FAREWELL, connection.close(200, "bye".into())).await;
-        }
+        let closed = async {
+            if let Some(connection) = registry.connection.lock().await.take() {
+                drop(connection.close(200, "bye".into()).await);
+            }
+        };
+        let _ = timeout(FAREWELL, closed).await;
     }
 
     async fn declare_exchange(&self, channel: &Channel, passive: bool) -> lapin::Result<()> {

@@ -10,9 +10,9 @@ use tidings_sdk::{
     subscription::{Subscription, SubscriptionName},
     topology::{self, Depth, RETRY_DELAYS},
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::timeout};
 
-use crate::broker::{Broker, Session, is_refusal, request};
+use crate::broker::{Broker, FAREWELL, Session, is_refusal};
 
 #[derive(Clone)]
 pub struct Desk {
@@ -141,10 +141,13 @@ impl Desk {
         }
     }
 
-    /// Ends the connection in order.
+    /// Ends the connection in order, within bounds.
     pub async fn close(&self) {
-        if let Some(connection) = self.connection.lock().await.take() {
-            drop(request(connection.close(200, "bye".into())).await);
-        }
+        let closed = async {
+            if let Some(connection) = self.connection.lock().await.take() {
+                drop(connection.close(200, "bye".into()).await);
+            }
+        };
+        let _ = timeout(FAREWELL, closed).await;
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     hurt::HurtBroker,
     load::{self, Load},
     rights, sessions,
+    subscribed::Subscribed,
 };
 
 /// Somebody with every right at the broker.
@@ -532,6 +533,24 @@ async fn a_memory_alarm_does_not_hold_up_the_leaving(db: PgPool) {
     broker.end_alarm().await;
     house.restart().await;
     load::all_told(&house, &[]).await;
+}
+
+/// Whoever has a connection to it says goodbye, and waits for no answer.
+#[sqlx::test]
+async fn a_frozen_broker_does_not_hold_up_the_leaving(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let mut house = House::at(db, &broker.amqp_url, &[]).await;
+    load::ready(&house).await;
+    let orders = Subscribed::at(&house, &broker.amqp_url, "orders", &["#"], &[]).await;
+    let seen = house.page("/v1/subscriptions").await.ok().body;
+    assert_eq!(seen["subscriptions"][0]["queue"]["consumers"], 0, "{seen}");
+    broker.freeze().await;
+    house.service.signal("-TERM").await;
+    let asked = Instant::now();
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    broker.thaw().await;
+    orders.end().await;
 }
 
 #[sqlx::test]
