@@ -154,7 +154,11 @@ impl Drain<'_> {
             .run_in_session(async |connection| outbox::claim(connection, question.past, limit, &question.again).await)
             .await;
         let entries = claimed.map_err(|trouble| database_lost(&trouble))?;
-        self.cursor.found(&ids(&entries), Instant::now());
+        let found = ids(&entries);
+        for gone in self.cursor.gone(&question.again, &found) {
+            self.ledger.under_way.remove(&gone);
+        }
+        self.cursor.found(&found, Instant::now());
         self.send(&entries);
         Ok(entries.len() >= BATCH)
     }
