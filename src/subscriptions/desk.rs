@@ -108,6 +108,19 @@ impl Desk {
         Ok(retrying)
     }
 
+    /// Which queues of a subscription are not there: what lay in them is lost.
+    pub async fn missing(&self, name: &SubscriptionName) -> Result<Vec<String>, Trouble> {
+        let mut channel = self.channel().await?;
+        let mut missing = vec![];
+        let retries = RETRY_DELAYS.map(|delay| name.retry_queue(delay));
+        for queue in [name.queue().to_owned(), name.dead_queue()].into_iter().chain(retries) {
+            if self.depth(&mut channel, &queue).await?.is_none() {
+                missing.push(queue);
+            }
+        }
+        Ok(missing)
+    }
+
     async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {
         match topology::depth(channel, queue).await {
             Ok(depth) => Ok(Some(depth)),
