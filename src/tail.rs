@@ -92,7 +92,7 @@ enum Ended {
 
 async fn session(broker: &Broker, wanted: &Wanted) -> Result<std::convert::Infallible, Ended> {
     // Kept until the end: dropping it closes the connection.
-    let connection = broker.connect("tail").await.map_err(Ended::NeverBegan)?;
+    let connection = broker.session("tail").await.map_err(Ended::NeverBegan)?;
     let channel = broker.channel_with_exchange(&connection).await.map_err(Ended::NeverBegan)?;
     let mut news = listen(broker, &channel, wanted).await.map_err(Ended::NeverBegan)?;
     eprintln!("tidings tail: listening; Ctrl-C ends it");

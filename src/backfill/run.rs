@@ -39,8 +39,12 @@ const CHUNK: usize = PAGE;
 const NOTE: Duration = Duration::from_secs(1);
 /// Between two looks at a queue that has no room.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Between two looks at a queue that is not there: each costs the connection, which all share, the number of a channel.
+const LOOK_FOR_QUEUE: Duration = Duration::from_secs(5);
 /// Shorter waits are not told: they are part of a queue being emptied.
 const WORTH_TELLING: Duration = Duration::from_secs(1);
+/// One that could send nothing for so long gives way to others who wait for a turn.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Messages of this time are sent together, so that a slow rate is not sent one by one.
 const CHUNK_TIME: Duration = Duration::from_millis(20);
 /// For the confirms of a chunk, unless the broker holds us back.
@@ -53,6 +57,8 @@ pub(super) struct Orders {
     pub(super) max_waiting: i32,
     /// The outbox lags behind.
     pub(super) news_first: bool,
+    /// More are to be carried on than are at once.
+    pub(super) others_wait: bool,
 }
 
 pub(super) struct Run {
@@ -66,8 +72,10 @@ pub(super) struct Run {
     /// Read, and not yet passed.
     ahead: VecDeque<Step>,
     progress: Progress,
-    /// Since when nothing could be sent, and whether that was told.
-    held_up: Option<(Instant, bool)>,
+    /// Since when nothing could be sent, and what was told of it.
+    held_up: Option<(Instant, Option<WaitingFor>)>,
+    /// When the queue was last found missing.
+    missing_at: Option<Instant>,
 }
 
 /// A user on the way, and what there is to tell.
@@ -106,11 +114,12 @@ impl Run {
         let pace = Pace::new(backfill.rate_per_s, now);
         let (noted, reached) = (backfill.cursor, backfill.cursor);
         let progress = Progress { noted, reached, sent: 0, skipped: 0, noted_at: now };
-        let held_up = backfill.waiting_for.map(|_| (now, true));
-        Self { backfill, broker, connection, line, orders, stop, pace, ahead: VecDeque::new(), progress, held_up }
+        let held_up = backfill.waiting_for.map(|why| (now, Some(why)));
+        let (ahead, missing_at) = (VecDeque::new(), None);
+        Self { backfill, broker, connection, line, orders, stop, pace, ahead, progress, held_up, missing_at }
     }
 
-    /// To its end, or to `stop`.
+    /// To its end, to `stop`, or until it gives way.
     pub(super) async fn carry_on(mut self) -> anyhow::Result<()> {
         let outcome = self.walk().await;
         // Also when it broke off: what was confirmed need not be sent again.
@@ -128,6 +137,9 @@ impl Run {
 
     /// True when there is nobody left.
     async fn walk(&mut self) -> anyhow::Result<bool> {
+        if !self.await_broker().await? {
+            return Ok(false);
+        }
         let post = Post::open(&self.connection).await?;
         let mut look = self.channel().await?;
         loop {
@@ -195,7 +207,7 @@ impl Run {
         }
     }
 
-    /// Waits until something may be sent; how much. `None` when it is to stop.
+    /// Waits until something may be sent; how much. `None` when it is to stop, or gives way.
     async fn await_room(&mut self, look: &mut Channel) -> anyhow::Result<Option<usize>> {
         while !self.stop.is_cancelled() {
             let orders = *self.orders.borrow_and_update();
@@ -205,16 +217,34 @@ impl Run {
                 Room::For(room) => return Ok(Some(room)),
                 Room::None(why) => {
                     self.tell_wait(why).await?;
+                    if orders.others_wait && self.gives_way(why) {
+                        return Ok(None);
+                    }
                     LOOK_AGAIN
                 }
             };
-            tokio::select! {
-                () = self.stop.cancelled() => {}
-                changed = self.orders.changed() => changed.context("the runner is gone")?,
-                () = sleep(pause) => {}
-            }
+            self.rest(pause).await?;
         }
         Ok(None)
+    }
+
+    /// Waits while the broker holds the connection back: it would answer nothing. False when it is to stop.
+    async fn await_broker(&mut self) -> anyhow::Result<bool> {
+        while self.connection.status().blocked() && !self.stop.is_cancelled() {
+            self.tell_wait(WaitingFor::Broker).await?;
+            self.rest(LOOK_AGAIN).await?;
+        }
+        Ok(!self.stop.is_cancelled())
+    }
+
+    /// For so long, or until something else is ordered.
+    async fn rest(&mut self, pause: Duration) -> anyhow::Result<()> {
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            changed = self.orders.changed() => changed.context("the runner is gone")?,
+            () = sleep(pause) => {}
+        }
+        Ok(())
     }
 
     /// The queue is looked at last, right before it is sent to.
@@ -229,9 +259,13 @@ impl Run {
         if due < chunk_at(orders.rate_per_s) {
             return Ok(Room::For(0));
         }
+        if self.missing_at.is_some_and(|at| at.elapsed() < LOOK_FOR_QUEUE) {
+            return Ok(Room::None(WaitingFor::Queue));
+        }
         let ready = match topology::depth(look, self.backfill.subscription.name.queue()).await {
             Ok(depth) => usize::try_from(depth.ready)?,
             Err(topology::Error::Missing(_)) => {
+                self.missing_at = Some(Instant::now());
                 *look = self.channel().await?;
                 return Ok(Room::None(WaitingFor::Queue));
             }
@@ -244,14 +278,20 @@ impl Run {
     }
 
     async fn tell_wait(&mut self, why: WaitingFor) -> anyhow::Result<()> {
-        let (since, told) = *self.held_up.get_or_insert((Instant::now(), false));
-        if !told && since.elapsed() > WORTH_TELLING {
+        let (since, told) = *self.held_up.get_or_insert((Instant::now(), None));
+        if told != Some(why) && since.elapsed() > WORTH_TELLING {
             self.note().await?;
             let ids = [self.backfill.id];
             self.line.run(async |session| store::wait(session, &ids, why).await).await?;
-            self.held_up = Some((since, true));
+            self.held_up = Some((since, Some(why)));
         }
         Ok(())
+    }
+
+    /// What holds everybody up is waited for in place.
+    fn gives_way(&self, why: WaitingFor) -> bool {
+        let is_its_own = matches!(why, WaitingFor::Room | WaitingFor::Queue);
+        is_its_own && self.held_up.is_some_and(|(since, _)| since.elapsed() > PATIENCE)
     }
 
     /// Sends up to `room` notices and, once all are confirmed, passes everybody up to the last of them.
@@ -274,7 +314,7 @@ impl Run {
         self.progress.skipped += passed - sent;
         match self.held_up.take() {
             // What was told is no longer so.
-            Some((_, true)) => self.note().await,
+            Some((_, Some(_))) => self.note().await,
             _ => Ok(()),
         }
     }
@@ -285,13 +325,19 @@ impl Run {
     }
 
     /// Returns when all are in the queue.
-    async fn deliver(&self, post: &Post, parcels: Vec<Parcel>) -> anyhow::Result<()> {
-        let mut sent = pin!(post.send(&self.backfill.subscription.name, parcels));
+    async fn deliver(&mut self, post: &Post, parcels: Vec<Parcel>) -> anyhow::Result<()> {
+        let name = self.backfill.subscription.name.clone();
+        let mut sent = pin!(post.send(&name, parcels));
+        let mut silent_since = Instant::now();
         let outcomes = loop {
-            match timeout(CONFIRM_DEADLINE, &mut sent).await {
+            match timeout(WORTH_TELLING, &mut sent).await {
                 Ok(outcomes) => break outcomes.context("the channel to the broker is lost")?,
                 // An alarm: confirms come when it is over. To send again would make it worse.
-                Err(_) if self.connection.status().blocked() => {}
+                Err(_) if self.connection.status().blocked() => {
+                    self.tell_wait(WaitingFor::Broker).await?;
+                    silent_since = Instant::now();
+                }
+                Err(_) if silent_since.elapsed() < CONFIRM_DEADLINE => {}
                 Err(_) => bail!("the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"),
             }
         };
@@ -312,6 +358,8 @@ impl Run {
             if !moved {
                 bail!("somebody else carries this backfill on");
             }
+            // The row says no longer what it waited for.
+            self.held_up = self.held_up.map(|(since, _)| (since, None));
         }
         self.progress = Progress { noted: reached, reached, sent: 0, skipped: 0, noted_at: Instant::now() };
         Ok(())

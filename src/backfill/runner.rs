@@ -1,7 +1,8 @@
 //! Runner: carries on every backfill that is to run, some of them side by side.
 //!
-//! Promise: what an operator asks for takes effect within a second, whichever instance leads.
-//! Not here, on purpose: memory. The table says what is to be done, and is asked twice a second.
+//! Promise: what an operator asks for takes effect within a second, whichever instance leads; and one that cannot go on keeps no other
+//! from its turn for longer than seconds.
+//! Not here, on purpose: memory, but for who had a turn. The table says what is to be done, and is asked twice a second.
 
 use std::{
     collections::HashMap,
@@ -34,7 +35,7 @@ use crate::{
 
 /// Between two looks at what is to be done.
 const LOOK: Duration = Duration::from_millis(500);
-/// Backfills under way at once; the others wait for their turn, the oldest first.
+/// Backfills under way at once; the others wait for their turn: the oldest first, and behind them those who had one.
 const SIDE_BY_SIDE: usize = 4;
 /// News that waits for longer than this goes first.
 const LAG_LIMIT_S: f64 = 5.0;
@@ -62,7 +63,14 @@ impl Duty for Runner {
     async fn turn(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut table = self.db.line("backfill table", []);
         let (broker, db) = (self.broker.clone(), self.db.clone());
-        let mut runs = Runs { broker, db, tasks: JoinSet::new(), hands: HashMap::new(), floor: Floor::default() };
+        let mut runs = Runs {
+            broker,
+            db,
+            tasks: JoinSet::new(),
+            hands: HashMap::new(),
+            had_turn: HashMap::new(),
+            floor: Floor::default(),
+        };
         let outcome = stop.run_until_cancelled(runs.carry_on(&mut table)).await.unwrap_or(Ok(()));
         runs.end().await;
         table.hang_up().await;
@@ -76,6 +84,8 @@ struct Runs {
     db: Db,
     tasks: JoinSet<Uuid>,
     hands: HashMap<Uuid, Hand>,
+    /// When the turn of each ended that is not done: it gave way to others, or broke off.
+    had_turn: HashMap<Uuid, Instant>,
     floor: Floor,
 }
 
@@ -90,8 +100,9 @@ impl Runs {
     async fn carry_on(&mut self, table: &mut Line) -> anyhow::Result<()> {
         let mut connection = None;
         loop {
-            let wanted = table.run(async |session| store::running(session).await).await?;
+            let mut wanted = table.run(async |session| store::running(session).await).await?;
             self.stop_others(&wanted);
+            self.line_up(&mut wanted);
             if !wanted.is_empty() {
                 let connection = self.connection(&mut connection, table, &wanted).await?;
                 self.arrange(table, connection, &wanted).await?;
@@ -104,6 +115,12 @@ impl Runs {
     fn stop_others(&self, wanted: &[Running]) {
         let others = self.hands.iter().filter(|(id, _)| !wanted.iter().any(|running| running.id == **id));
         others.for_each(|(_, hand)| hand.stop.cancel());
+    }
+
+    /// Who had a turn stands behind those who had none, and behind those whose turn was earlier.
+    fn line_up(&mut self, wanted: &mut [Running]) {
+        self.had_turn.retain(|id, _| wanted.iter().any(|running| running.id == *id));
+        wanted.sort_by_key(|running| self.had_turn.get(&running.id).copied());
     }
 
     /// The connection of all of them, dialled when the first one is to run.
@@ -136,10 +153,11 @@ impl Runs {
         let place = self.floor.place();
         let lag = table.run(async |session| outbox::lag(session, place).await).await?;
         self.floor.note(&lag, Instant::now());
-        let news_first = lag.oldest_seconds > LAG_LIMIT_S;
+        let (news_first, others_wait) = (lag.oldest_seconds > LAG_LIMIT_S, wanted.len() > SIDE_BY_SIDE);
         let mut others = vec![];
         for running in wanted {
-            let orders = Orders { rate_per_s: running.rate_per_s, max_waiting: running.max_waiting, news_first };
+            let &Running { rate_per_s, max_waiting, .. } = running;
+            let orders = Orders { rate_per_s, max_waiting, news_first, others_wait };
             if let Some(hand) = self.hands.get(&running.id) {
                 hand.orders.send_if_modified(|now| std::mem::replace(now, orders) != orders);
             } else if self.hands.len() < SIDE_BY_SIDE {
@@ -167,11 +185,14 @@ impl Runs {
         });
     }
 
-    /// One that broke off begins again at the next look, where its row says.
+    /// One that is not done begins again when its turn has come, where its row says.
     async fn see_who_ended(&mut self) {
         while let Some(ended) = self.tasks.try_join_next() {
             match ended {
-                Ok(id) => drop(self.hands.remove(&id)),
+                Ok(id) => {
+                    self.hands.remove(&id);
+                    self.had_turn.insert(id, Instant::now());
+                }
                 // The place of the panic is in the log; whose it was is not known, so all begin again.
                 Err(_) => {
                     self.tasks.shutdown().await;

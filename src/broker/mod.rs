@@ -9,7 +9,14 @@ mod publisher;
 pub use post::{Parcel, Post};
 pub use publisher::{Outcome, Publisher, Verdict};
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, bail, ensure};
 use futures_util::future::BoxFuture;
@@ -35,7 +42,7 @@ const HEARTBEAT_S: u16 = 10;
 /// For one request of the set-up (declare, bind, confirm.select).
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
-const FAREWELL: Duration = Duration::from_secs(2);
+pub const FAREWELL: Duration = Duration::from_secs(2);
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
 
@@ -107,7 +114,22 @@ type Note = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync
 /// The user who may declare, and a connection of his, dialled when it is first needed.
 struct Registry {
     uri: AMQPUri,
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<Session>>,
+}
+
+/// A connection on which the exchange is looked at again and again.
+pub struct Session {
+    connection: Connection,
+    /// Its user was refused once. He need not ask again: each refusal costs the connection the number of a channel, see [`open`].
+    may_not_declare: AtomicBool,
+}
+
+impl Deref for Session {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
 }
 
 impl Broker {
@@ -185,6 +207,11 @@ impl Broker {
         })
     }
 
+    /// A new connection on which [`Self::channel_with_exchange`] may be asked for.
+    pub async fn session(&self, purpose: &str) -> anyhow::Result<Session> {
+        Ok(Session { connection: self.connect(purpose).await?, may_not_declare: AtomicBool::new(false) })
+    }
+
     /// Whether what is said travels in the clear, to somewhere else than this machine.
     pub fn is_overheard(&self) -> bool {
         let in_the_clear = |uri: &AMQPUri| uri.scheme == AMQPScheme::AMQP && !is_loopback(&uri.authority.host);
@@ -195,28 +222,28 @@ impl Broker {
     ///
     /// # Errors
     /// When the exchange exists with another type, is missing and not to be made by this one, or the broker does not answer.
-    pub async fn channel_with_exchange(&self, connection: &Connection) -> anyhow::Result<Channel> {
-        let Some(registry) = &self.registry else { return self.channel_that_declared(connection).await };
+    pub async fn channel_with_exchange(&self, session: &Session) -> anyhow::Result<Channel> {
+        let Some(registry) = &self.registry else { return self.channel_that_declared(session).await };
         self.as_registry().vouch(&registry.connection).await?;
-        open(connection).await
+        open(session).await
     }
 
     /// Who may only write could not tell an exchange of another type: a passive declaration does not compare.
-    async fn vouch(&self, kept: &Mutex<Option<Connection>>) -> anyhow::Result<()> {
+    async fn vouch(&self, kept: &Mutex<Option<Session>>) -> anyhow::Result<()> {
         let mut kept = kept.lock().await;
-        let connection = match kept.take().filter(|connection| connection.status().connected()) {
-            Some(connection) => connection,
-            None => self.connect("set-up").await.context("as the user of AMQP_REGISTRY_URL")?,
+        let session = match kept.take().filter(|session| session.status().connected()) {
+            Some(session) => session,
+            None => self.session("set-up").await.context("as the user of AMQP_REGISTRY_URL")?,
         };
-        let channel = self.channel_that_declared(&connection).await?;
+        let channel = self.channel_that_declared(&session).await?;
         request(channel.close(200, "bye".into())).await?;
         // After an error the connection goes with it: the next one begins anew.
-        *kept = Some(connection);
+        *kept = Some(session);
         Ok(())
     }
 
-    async fn channel_that_declared(&self, connection: &Connection) -> anyhow::Result<Channel> {
-        let mut channel = open(connection).await?;
+    async fn channel_that_declared(&self, session: &Session) -> anyhow::Result<Channel> {
+        let mut channel = open(session).await?;
         let there = request(self.declare_exchange(&channel, true)).await;
         let is_missing = there.as_ref().is_err_and(is_missing);
         if is_missing {
@@ -224,9 +251,12 @@ impl Broker {
                 bail!("exchange {:?} is missing; `tidings serve` and `tidings relay` make it", self.exchange)
             };
             note().await.context("that the exchange is missing cannot be noted")?;
-            channel = open(connection).await?;
+            channel = open(session).await?;
         } else {
             there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;
+        }
+        if !is_missing && session.may_not_declare.load(Ordering::Relaxed) {
+            return Ok(channel);
         }
         let name = &self.exchange;
         match request(self.declare_exchange(&channel, false)).await {
@@ -235,7 +265,10 @@ impl Broker {
                 Err(refused).with_context(|| format!("exchange {name:?} is missing and may not be declared"))
             }
             // Least privilege: who may only write cannot declare. Then it is enough that the exchange is there.
-            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => open(connection).await,
+            Err(refused) if is(&refused, AMQPSoftError::ACCESSREFUSED) => {
+                session.may_not_declare.store(true, Ordering::Relaxed);
+                open(session).await
+            }
             Err(error) => Err(error).with_context(|| format!("exchange {name:?} cannot be used")),
         }
     }
@@ -243,9 +276,12 @@ impl Broker {
     /// Ends the connection of the user who may declare.
     pub async fn hang_up(&self) {
         let Some(registry) = &self.registry else { return };
-        if let Some(connection) = registry.connection.lock().await.take() {
-            let _ = timeout(FAREWELL, connection.close(200, "bye".into())).await;
-        }
+        let closed = async {
+            if let Some(connection) = registry.connection.lock().await.take() {
+                drop(connection.close(200, "bye".into()).await);
+            }
+        };
+        let _ = timeout(FAREWELL, closed).await;
     }
 
     async fn declare_exchange(&self, channel: &Channel, passive: bool) -> lapin::Result<()> {
@@ -262,14 +298,18 @@ impl Broker {
 /// 2,047. No broker has such an error for a channel that is only being opened, so the next number is tried.
 ///
 /// # Errors
-/// When the broker does not answer, or too many channels of this connection were closed by errors: then it is used up.
+/// When the broker does not answer, or too many channels of this connection were closed by errors: then it is used up, and ended, so that
+/// nobody else goes on with it.
 pub async fn open(connection: &Connection) -> anyhow::Result<Channel> {
     for _ in 0..NUMBERS {
         match request(connection.create_channel()).await {
             Err(error) if is_refusal(&error) => {}
+            // Those that failed so are never given back.
+            Err(error) if is_limit(&error) => break,
             outcome => return outcome,
         }
     }
+    let _ = timeout(FAREWELL, connection.close(200, "used up".into())).await;
     bail!("too many channels of the connection were closed by errors")
 }
 
@@ -290,6 +330,12 @@ fn is(error: &anyhow::Error, expected: AMQPSoftError) -> bool {
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
     matches!(kind, Some(lapin::ErrorKind::ProtocolError(error)) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
+}
+
+/// Whether the connection has no number left for another channel.
+fn is_limit(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<lapin::Error>().map(lapin::Error::kind);
+    matches!(kind, Some(lapin::ErrorKind::ChannelsLimitReached))
 }
 
 /// Whether the broker said that there is no such queue or exchange.

@@ -6,18 +6,22 @@
 use std::{
     collections::{HashSet, VecDeque},
     future::pending,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::FutureExt;
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use lapin::{BasicProperties, Channel, Confirmation};
 use tidings_sdk::envelope::message_id;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Broker, FAREWELL, PUBLISHED, confirm_select, request};
+use super::{Broker, FAREWELL, PUBLISHED, Session, confirm_select, request};
 use crate::outbox::{Entry, OutboxId};
+
+/// Between two looks whether the broker holds us back, while it has not answered.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What became of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +43,7 @@ pub enum Outcome {
 
 pub struct Publisher {
     broker: Broker,
-    connection: Connection,
+    connection: Session,
     /// A clone of a channel is one of each of its many parts.
     channel: Arc<Channel>,
     /// Batches under way, oldest first.
@@ -70,7 +74,7 @@ enum End {
 
 impl Publisher {
     pub async fn connect(broker: &Broker) -> anyhow::Result<Self> {
-        let connection = broker.connect("relay").await?;
+        let connection = broker.session("relay").await?;
         let channel = Arc::new(open_channel(broker, &connection).await?);
         let (window, returned) = (VecDeque::new(), HashSet::new());
         Ok(Self { broker: broker.clone(), connection, channel, window, returned })
@@ -82,11 +86,15 @@ impl Publisher {
     /// the channel's first message: a leader that was lost just then, with its node, is looked for there ever after, and every
     /// message to the queue is refused, while it has long had another leader.
     ///
+    /// False when the broker holds us back, and everything stays as it is.
+    ///
     /// # Errors
     /// When the exchange is another, or the broker does not answer.
-    pub async fn change_channel(&mut self) -> anyhow::Result<()> {
-        self.channel = Arc::new(open_channel(&self.broker, &self.connection).await?);
-        Ok(())
+    pub async fn change_channel(&mut self) -> anyhow::Result<bool> {
+        let opened = unless_blocked(&self.connection, open_channel(&self.broker, &self.connection)).await?;
+        let Some(channel) = opened else { return Ok(false) };
+        self.channel = Arc::new(channel);
+        Ok(true)
     }
 
     /// Puts a batch on its way, in order, and does not wait for it.
@@ -138,13 +146,17 @@ impl Publisher {
     }
 
     /// Makes sure that the exchange is still what we publish to: one of another type takes messages and routes them elsewhere, or
-    /// nowhere, and confirms them all the same.
+    /// nowhere, and confirms them all the same. False when the broker holds us back, and nobody knows.
     ///
     /// # Errors
     /// When the exchange is another, or the broker does not answer.
-    pub async fn vouch(&mut self) -> anyhow::Result<()> {
-        let channel = self.broker.channel_with_exchange(&self.connection).await?;
-        request(channel.close(200, "bye".into())).await
+    pub async fn vouch(&mut self) -> anyhow::Result<bool> {
+        let (broker, connection) = (&self.broker, &self.connection);
+        let asked = async {
+            let channel = broker.channel_with_exchange(connection).await?;
+            request(channel.close(200, "bye".into())).await
+        };
+        Ok(unless_blocked(connection, asked).await?.is_some())
     }
 
     /// What is known of the messages under way when the session is over. The others may or may not have arrived.
@@ -176,10 +188,26 @@ impl Publisher {
 }
 
 /// A channel in confirm mode, to an exchange that is ours.
-async fn open_channel(broker: &Broker, connection: &Connection) -> anyhow::Result<Channel> {
+async fn open_channel(broker: &Broker, connection: &Session) -> anyhow::Result<Channel> {
     let channel = broker.channel_with_exchange(connection).await?;
     confirm_select(&channel).await?;
     Ok(channel)
+}
+
+/// `None` when the broker holds us back: what is asked of it then lies unread until the alarm is over, also behind what was published a
+/// moment before.
+async fn unless_blocked<T>(
+    connection: &Session,
+    asked: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<Option<T>> {
+    let mut asked = pin!(asked);
+    loop {
+        match timeout(LOOK, &mut asked).await {
+            Ok(answer) => return answer.map(Some),
+            Err(_) if connection.status().blocked() => return Ok(None),
+            Err(_) => {}
+        }
+    }
 }
 
 async fn publish(

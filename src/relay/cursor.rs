@@ -133,6 +133,13 @@ impl Cursor {
         }
     }
 
+    /// Of the ids that a [`Question`] asked for again, the refused ones that are not among those it found, in order: somebody deleted their
+    /// rows. They are asked for no more.
+    pub fn gone(&mut self, asked: &[OutboxId], found: &[OutboxId]) -> Vec<OutboxId> {
+        let missing = asked.iter().filter(|id| found.binary_search(id).is_err());
+        missing.filter(|id| self.refused.remove(id).is_some()).copied().collect()
+    }
+
     /// The ids that a sweep found. One that found everything there was is over; one that did not goes on.
     pub fn swept(&mut self, ids: &[OutboxId], found_all: bool, took: Duration, now: Instant) {
         for id in ids {
@@ -282,6 +289,21 @@ mod tests {
         cursor.found(&[3], now);
         cursor.swept(&[1], true, Duration::ZERO, now);
         assert_eq!(next(&mut cursor, now), (3, vec![2]));
+    }
+
+    #[test]
+    fn a_refused_message_whose_row_is_gone_is_asked_for_once() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1, 2, 4], now);
+        cursor.refused(1, now);
+        cursor.refused(2, now);
+        let later = now + RESEND_AFTER;
+        let Question { again, .. } = cursor.question(later);
+        assert_eq!(again, [3, 1, 2]);
+        assert_eq!(cursor.gone(&again, &[2, 5]), [1]);
+        let Question { again, resends, .. } = cursor.question(later);
+        assert_eq!((again, resends), (vec![3, 2], true));
     }
 
     #[test]

@@ -145,8 +145,8 @@ impl Drain<'_> {
     /// Claims one batch and puts it on its way. True when there may be more.
     async fn claim_and_send(&mut self) -> anyhow::Result<bool> {
         let question = self.cursor.question(Instant::now());
-        if question.resends && self.ledger.opened.elapsed() >= CHANGE_INTERVAL {
-            self.change_channel().await?;
+        if question.resends && self.ledger.opened.elapsed() >= CHANGE_INTERVAL && !self.change_channel().await? {
+            return Ok(true);
         }
         let limit = if question.read_on { BATCH } else { 0 };
         let claimed = self
@@ -154,7 +154,11 @@ impl Drain<'_> {
             .run_in_session(async |connection| outbox::claim(connection, question.past, limit, &question.again).await)
             .await;
         let entries = claimed.map_err(|trouble| database_lost(&trouble))?;
-        self.cursor.found(&ids(&entries), Instant::now());
+        let found = ids(&entries);
+        for gone in self.cursor.gone(&question.again, &found) {
+            self.ledger.under_way.remove(&gone);
+        }
+        self.cursor.found(&found, Instant::now());
         self.send(&entries);
         Ok(entries.len() >= BATCH)
     }
@@ -236,24 +240,32 @@ impl Drain<'_> {
         if self.ledger.unvouched.is_empty() || self.publisher.is_blocked() {
             return Ok(());
         }
-        self.vouch().await?;
+        if !self.vouch().await? {
+            return Ok(());
+        }
         let unroutable = std::mem::take(&mut self.ledger.unvouched);
         self.take(&unroutable);
         Ok(())
     }
 
-    /// What one channel was refused is tried on another, in case it is the channel that is at fault.
-    async fn change_channel(&mut self) -> anyhow::Result<()> {
-        self.publisher.change_channel().await?;
-        let now = Instant::now();
-        (self.ledger.opened, self.ledger.vouched) = (now, now);
-        Ok(())
+    /// What one channel was refused is tried on another, in case it is the channel that is at fault. False when the broker holds us
+    /// back.
+    async fn change_channel(&mut self) -> anyhow::Result<bool> {
+        let is_changed = self.publisher.change_channel().await?;
+        if is_changed {
+            let now = Instant::now();
+            (self.ledger.opened, self.ledger.vouched) = (now, now);
+        }
+        Ok(is_changed)
     }
 
-    async fn vouch(&mut self) -> anyhow::Result<()> {
-        self.publisher.vouch().await?;
-        self.ledger.vouched = Instant::now();
-        Ok(())
+    /// False when the broker holds us back.
+    async fn vouch(&mut self) -> anyhow::Result<bool> {
+        let is_vouched = self.publisher.vouch().await?;
+        if is_vouched {
+            self.ledger.vouched = Instant::now();
+        }
+        Ok(is_vouched)
     }
 
     /// Acts on what the broker said: confirmed events are to be deleted, refused ones to be sent again.

@@ -5,19 +5,19 @@
 
 use std::sync::Arc;
 
-use lapin::{Channel, Connection};
+use lapin::Channel;
 use tidings_sdk::{
     subscription::{Subscription, SubscriptionName},
     topology::{self, Depth, RETRY_DELAYS},
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::timeout};
 
-use crate::broker::{Broker, is_refusal, request};
+use crate::broker::{Broker, FAREWELL, Session, is_refusal};
 
 #[derive(Clone)]
 pub struct Desk {
     broker: Broker,
-    connection: Arc<Mutex<Option<Connection>>>,
+    connection: Arc<Mutex<Option<Session>>>,
 }
 
 /// Why the broker did not do what was asked.
@@ -108,6 +108,19 @@ impl Desk {
         Ok(retrying)
     }
 
+    /// Which queues of a subscription are not there: what lay in them is lost.
+    pub async fn missing(&self, name: &SubscriptionName) -> Result<Vec<String>, Trouble> {
+        let mut channel = self.channel().await?;
+        let mut missing = vec![];
+        let retries = RETRY_DELAYS.map(|delay| name.retry_queue(delay));
+        for queue in [name.queue().to_owned(), name.dead_queue()].into_iter().chain(retries) {
+            if self.depth(&mut channel, &queue).await?.is_none() {
+                missing.push(queue);
+            }
+        }
+        Ok(missing)
+    }
+
     async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {
         match topology::depth(channel, queue).await {
             Ok(depth) => Ok(Some(depth)),
@@ -125,7 +138,7 @@ impl Desk {
         let mut kept = self.connection.lock().await;
         let connection = match kept.take().filter(|connection| connection.status().connected()) {
             Some(connection) => connection,
-            None => self.broker.connect("subscriptions").await.map_err(Trouble::Away)?,
+            None => self.broker.session("subscriptions").await.map_err(Trouble::Away)?,
         };
         match self.broker.channel_with_exchange(&connection).await {
             Ok(channel) => {
@@ -141,10 +154,13 @@ impl Desk {
         }
     }
 
-    /// Ends the connection in order.
+    /// Ends the connection in order, within bounds.
     pub async fn close(&self) {
-        if let Some(connection) = self.connection.lock().await.take() {
-            drop(request(connection.close(200, "bye".into())).await);
-        }
+        let closed = async {
+            if let Some(connection) = self.connection.lock().await.take() {
+                drop(connection.close(200, "bye".into()).await);
+            }
+        };
+        let _ = timeout(FAREWELL, closed).await;
     }
 }

@@ -71,7 +71,7 @@ pub enum State {
     Expiring,
     /// The broker does not have it yet: news is missed until it has.
     Undeclared,
-    /// Its queue was gone and was declared again: news since `missing_since` may be missing.
+    /// Its queue, or one in which what failed waited, was gone and was declared again: news since `missing_since` may be missing.
     QueueLost,
 }
 

@@ -114,19 +114,27 @@ impl Registrar {
         .await
     }
 
-    /// Notes that a queue that the broker had is gone. Since when it is owed news: from a loss until it is declared again.
+    /// Notes that a queue that the broker had is gone: the one that is consumed from, or one in which what failed waits for another
+    /// attempt. Since when it is owed news: from a loss until it is declared again.
     async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<Option<OffsetDateTime>, Error> {
         if row.declared_revision == 0 {
             return Ok(row.seen.missing_since);
         }
-        let looks = self.desk.look(&[row.name()]).await.map_err(Error::Undeclared)?;
-        if looks.iter().any(|look| look.work.is_some()) {
-            return Ok(None);
+        let missing = self.desk.missing(row.name()).await.map_err(Error::Undeclared)?;
+        let dead_queue = row.name().dead_queue();
+        let (dead, gone): (Vec<_>, Vec<_>) = missing.into_iter().partition(|queue| *queue == dead_queue);
+        if !dead.is_empty() {
+            tracing::warn!(
+                subscription = %row.name(),
+                "its queue of dead letters was deleted at the broker: declaring it again; what was not collected is lost"
+            );
         }
+        let Some(queue) = gone.first() else { return Ok(None) };
         let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
         if let Some(missing_since) = lost {
             tracing::warn!(
                 subscription = %row.name(),
+                queue,
                 missing_since = rfc3339(missing_since),
                 "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
             );

@@ -35,7 +35,8 @@ const STAND_BY: Duration = Duration::from_secs(1);
 const RECOVERY: Duration = Duration::from_secs(3);
 /// A leader that says nothing for this long is frozen, or cut off.
 const LEADER_IDLE_TIMEOUT: &str = "2min";
-/// After so many looks everything is declared anew: a binding that somebody removed is not seen by looking.
+/// After so many looks everything is declared anew: a binding that somebody removed is not seen by looking, and the queues of what is
+/// to be tried again are not looked at before.
 const DECLARE_ALL_EVERY: u32 = 6;
 
 /// Everything a watch needs; [`Watch::run`] is its life.

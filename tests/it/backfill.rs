@@ -16,7 +16,9 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, describe, eventually, tidings},
+    house::{self, Answer, House, describe, env, eventually, tidings},
+    hurt::HurtBroker,
+    rights,
     subscribed::{Consumer, Subscribed, header, notice},
 };
 
@@ -356,6 +358,60 @@ async fn it_goes_on_when_the_queue_or_the_broker_is_back(db: PgPool) {
     orders.end().await;
 }
 
+/// Each look at a queue that is not there costs the number of a channel, of which there are four here.
+#[sqlx::test]
+async fn it_goes_on_although_looks_for_its_queue_have_used_up_the_connection(db: PgPool) {
+    let [_, (setting, url)] = rights::at_broker(&env("AMQP_URL"));
+    let url = format!("{url}?channel_max=4");
+    let house = House::with(db, &[(setting, &url), ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "60s")]).await;
+    users(&house, 100).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    orders.undeclare().await;
+    start(&house, &orders, json!({ "users": "all" })).await.ok();
+    eventually("a connection that is used up", async || {
+        let log = house.service.log();
+        let is_its = |line: &str| line.contains("backfill") && line.contains("too many channels of the connection");
+        if log.lines().any(is_its) { Ok(()) } else { Err(log) }
+    })
+    .await;
+    orders.declare().await;
+    assert_eq!(await_state(&house, &orders, "done").await["sent"], 100);
+    orders.end().await;
+}
+
+#[sqlx::test]
+async fn what_it_waits_for_is_told_when_it_is_another_thing(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    users(&house, 100).await;
+    let mut all = vec![];
+    for number in 0..2 {
+        let orders = Subscribed::at(&house, &broker.amqp_url, &format!("orders-{number}"), &["#"], &[]).await;
+        start(&house, &orders, json!({ "users": "all", "max_waiting": 10 })).await.ok();
+        await_wait(&house, &orders, "room").await;
+        all.push(orders);
+    }
+    house.broker.down();
+    await_wait(&house, &all[0], "broker").await;
+    house.broker.up();
+    await_wait(&house, &all[0], "room").await;
+    broker.alarm().await;
+    assert_eq!(all[0].take().await.len(), 10);
+    // It sends into the alarm, and the connection is blocked: of that one and of whoever begins now.
+    await_wait(&house, &all[0], "broker").await;
+    act(&house, &all[1], "cancel").await.ok();
+    start(&house, &all[1], json!({ "users": "all" })).await.ok();
+    await_wait(&house, &all[1], "broker").await;
+    broker.end_alarm().await;
+    await_wait(&house, &all[0], "room").await;
+    assert_eq!(await_state(&house, &all[1], "done").await["sent"], 100);
+    let log = house.service.log();
+    assert!(!log.contains("no answer within"), "{log}");
+    for orders in all {
+        orders.end().await;
+    }
+}
+
 /// A queue that loses its binding would swallow everything.
 #[sqlx::test]
 async fn what_does_not_arrive_does_not_count_as_told(db: PgPool) {
@@ -397,6 +453,36 @@ async fn several_go_on_side_by_side_and_the_fifth_has_its_turn(db: PgPool) {
     for orders in all {
         assert_eq!(await_state(&house, &orders, "done").await["sent"], 300);
         orders.await_waiting(300).await;
+        orders.end().await;
+    }
+}
+
+/// Nobody consumes from four queues. Whoever comes after them has his turn, and they have theirs again.
+#[sqlx::test]
+async fn who_cannot_go_on_keeps_nobody_from_his_turn(db: PgPool) {
+    let house = House::open(db).await;
+    users(&house, 100).await;
+    let mut unattended = vec![];
+    for number in 0..4 {
+        let orders = Subscribed::to(&house, &format!("orders-{number}"), &["#"], &[]).await;
+        start(&house, &orders, json!({ "users": "all", "max_waiting": 10 })).await.ok();
+        await_wait(&house, &orders, "room").await;
+        unattended.push(orders);
+    }
+    let attended = Subscribed::to(&house, "attended", &["#"], &[]).await;
+    start(&house, &attended, json!({ "users": "all" })).await.ok();
+    await_state(&house, &attended, "done").await;
+    attended.await_waiting(100).await;
+    attended.end().await;
+    for orders in unattended {
+        let consumer = Consumer::of(&orders).await;
+        let done = await_state(&house, &orders, "done").await;
+        assert_eq!(done["sent"], 100, "{done}");
+        eventually("all to be handled", async || match consumer.handled().len() {
+            100 => Ok(()),
+            handled => Err(handled),
+        })
+        .await;
         orders.end().await;
     }
 }

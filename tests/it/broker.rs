@@ -22,7 +22,8 @@ use crate::{
     house::{House, bind, connect, declare, env, eventually},
     hurt::HurtBroker,
     load::{self, Load},
-    rights,
+    rights, sessions,
+    subscribed::Subscribed,
 };
 
 /// Somebody with every right at the broker.
@@ -252,6 +253,28 @@ async fn a_channel_does_not_end_the_session_by_the_error_of_an_earlier_one(db: P
     }
 }
 
+/// Nor by those of a user who may not declare, each of which would close a channel.
+#[sqlx::test]
+async fn who_may_not_declare_is_not_refused_again_and_again(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    drop(broker.try_ctl(&["add_user", "narrow", "secret"]).await);
+    broker.ctl(&["set_permissions", "narrow", "^$", ".*", "^$"]).await;
+    let url = format!("{}?channel_max=8", broker.amqp_url.replace("guest:guest", "narrow:secret"));
+    let house = House::at(db, &broker.amqp_url, &[("AMQP_URL", &url), ("AMQP_REGISTRY_URL", &url)]).await;
+    load::ready(&house).await;
+    Admin::at(&broker.amqp_url).await.unbind(&house, "#").await;
+    for told in 1..=20 {
+        house.user(json!({})).await;
+        eventually("one that reached nobody", async || match results(&house).await {
+            [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
+            others => Err(others),
+        })
+        .await;
+    }
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
 #[sqlx::test]
 async fn an_exchange_of_another_type_is_named_and_nothing_counts_as_published(db: PgPool) {
     let house = House::open(db).await;
@@ -457,6 +480,39 @@ async fn what_nobody_is_bound_for_does_not_end_the_session_in_an_alarm(db: PgPoo
     assert!(!log.contains("session is over"), "{log}");
 }
 
+/// The question whether the exchange is ours lies unread behind what was published before.
+#[sqlx::test]
+async fn an_alarm_that_begins_while_the_exchange_is_vouched_for_does_not_end_the_session(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let house = House::at(db, &broker.amqp_url, &[]).await;
+    load::ready(&house).await;
+    let admin = Admin::at(&broker.amqp_url).await;
+    admin.narrow(&house, &["user.created"]).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    // One that reaches nobody, and one by which is heard that the broker has had it.
+    house.broker.hold_answers();
+    house.delete(&ana).await.ok();
+    house.user(json!({})).await;
+    load::heard(&house, 2).await;
+    house.broker.freeze();
+    house.user(json!({})).await;
+    broker.alarm().await;
+    house.broker.hold_requests();
+    sessions::silent(&house.db, "tidings relay leader").await;
+    house.broker.up();
+    eventually("a relay that waits", async || {
+        let reason = load::degraded(&house).await;
+        if reason.contains("hold back") { Ok(()) } else { Err(reason) }
+    })
+    .await;
+    broker.end_alarm().await;
+    load::ready(&house).await;
+    house.settle().await;
+    let log = house.service.log();
+    assert!(!log.contains("session is over"), "{log}");
+}
+
 #[sqlx::test]
 async fn a_memory_alarm_does_not_hold_up_the_leaving(db: PgPool) {
     let broker = HurtBroker::borrow().await;
@@ -477,6 +533,24 @@ async fn a_memory_alarm_does_not_hold_up_the_leaving(db: PgPool) {
     broker.end_alarm().await;
     house.restart().await;
     load::all_told(&house, &[]).await;
+}
+
+/// Whoever has a connection to it says goodbye, and waits for no answer.
+#[sqlx::test]
+async fn a_frozen_broker_does_not_hold_up_the_leaving(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    let mut house = House::at(db, &broker.amqp_url, &[]).await;
+    load::ready(&house).await;
+    let orders = Subscribed::at(&house, &broker.amqp_url, "orders", &["#"], &[]).await;
+    let seen = house.page("/v1/subscriptions").await.ok().body;
+    assert_eq!(seen["subscriptions"][0]["queue"]["consumers"], 0, "{seen}");
+    broker.freeze().await;
+    house.service.signal("-TERM").await;
+    let asked = Instant::now();
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    broker.thaw().await;
+    orders.end().await;
 }
 
 #[sqlx::test]

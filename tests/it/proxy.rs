@@ -65,6 +65,11 @@ impl Proxy {
         self.set(Weather { hold_answers: true, ..Weather::default() });
     }
 
+    /// The client hears the server, which does not hear what the client says.
+    pub fn hold_requests(&self) {
+        self.set(Weather { hold_requests: true, ..Weather::default() });
+    }
+
     /// Nothing arrives on either side, and no connection breaks.
     pub fn freeze(&self) {
         self.set(Weather { hold_answers: true, hold_requests: true, ..Weather::default() });

@@ -96,6 +96,19 @@ pub async fn none_in_transaction(db: &PgPool) {
     .await;
 }
 
+/// Waits until the session of this name has asked nothing for a second.
+pub async fn silent(db: &PgPool, name: &str) {
+    let silence = "
+        select extract(epoch from clock_timestamp() - state_change)::float8 from pg_stat_activity
+         where datname = current_database() and application_name = $1
+    ";
+    eventually("a session to be silent", async || {
+        let seen: Vec<f64> = sqlx::query_scalar(silence).bind(name).fetch_all(db).await.unwrap();
+        if seen.iter().any(|seconds| *seconds > 1.0) { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
 /// Waits until the last thing this session asked contains `words`.
 pub async fn asked(db: &PgPool, name: &str, words: &str) {
     let last = "select query from pg_stat_activity where datname = current_database() and application_name = $1";

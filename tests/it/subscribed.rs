@@ -19,7 +19,7 @@ use tidings_sdk::{
     envelope::Notice,
     letter::{Letter, Reason},
     subscription::{Subscription, SubscriptionName},
-    topology::{self, DEAD, Source},
+    topology::{self, DEAD, RETRY_DELAYS, Source},
 };
 use time::OffsetDateTime;
 
@@ -68,11 +68,11 @@ impl Subscribed {
 
     /// What the registry does, and a team whose queue is gone.
     pub async fn declare(&self) {
-        topology::declare(&self.channel, &self.source, &self.subscription, &[]).await.unwrap();
+        topology::declare(&self.channel, &self.source, &self.subscription, &RETRY_DELAYS).await.unwrap();
     }
 
     pub async fn undeclare(&self) {
-        topology::delete(&self.channel, &self.name, &[]).await.unwrap();
+        topology::delete(&self.channel, &self.name, &RETRY_DELAYS).await.unwrap();
     }
 
     pub fn path(&self, rest: &str) -> String {

@@ -503,6 +503,30 @@ async fn a_queue_that_an_admin_deleted_is_declared_again_and_said_to_be_lost(db:
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
 
+/// What waits there for another attempt is in no other queue.
+#[sqlx::test]
+async fn a_queue_of_what_failed_is_not_declared_again_in_silence(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    house.comes_to_be(&orders, "active").await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    assert_eq!(admin.drain(&orders).await.len(), 1);
+    let dead = format!("{orders}.dead");
+    admin.delete_queue(&dead).await;
+    house.logs(&["WARN", &orders, "its queue of dead letters was deleted"]).await;
+    eventually("the queue", async || admin.depth(&dead).await.ok_or(())).await;
+    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null, "what it lost is in no notice");
+    let retry = format!("{orders}.retry.600000");
+    admin.delete_queue(&retry).await;
+    house.logs(&["WARN", &retry, "its queue was deleted"]).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    admin.hears_of(&orders, &[(ana, 1)]).await;
+    assert!(admin.depth(&retry).await.is_some());
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
 #[sqlx::test]
 async fn a_loss_is_told_although_who_registers_again_is_there_before_the_watch(db: PgPool) {
     let house = House::with(db, &[SELDOM]).await;
