@@ -23,7 +23,7 @@ use tidings_sdk::{
     letter::{Letter, Reason},
     owner::Owner,
     subscription::Subscription,
-    topology::{self, Depth, Source},
+    topology::{self, Depth, RETRY_DELAYS, Source},
 };
 use time::OffsetDateTime;
 use tokio::{sync::Semaphore, task::JoinHandle};
@@ -783,6 +783,52 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     assert!(url.contains("amqp://") && !url.contains("s3cret"), "{url}");
 }
 
+/// Waits until somebody consumes from this queue.
+async fn is_attended(connection: &Connection, queue: &str) {
+    eventually("the consumer to listen", async || {
+        let channel = connection.create_channel().await.unwrap();
+        match topology::depth(&channel, queue).await {
+            Ok(depth) if depth.consumers == 1 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+}
+
+/// A newer build, or the registry, binds the queue for more than this build asks for: what comes of that is told, and not acknowledged
+/// unseen.
+#[sqlx::test]
+async fn what_its_queue_is_bound_for_is_told_whatever_this_build_asks_for(db: PgPool) {
+    let house = House::open(db).await;
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    for is_registered in [false, true] {
+        let mut narrow = Subscription::new(format!("{}.{is_registered}", house.exchange).parse().unwrap());
+        narrow.fields.insert("city".parse().unwrap());
+        let mut wide = narrow.clone();
+        wide.fields.insert("phone".parse().unwrap());
+        let delays = if is_registered { &RETRY_DELAYS[..] } else { &SOON[..] };
+        topology::declare(&channel, &source, &narrow, delays).await.unwrap();
+        let consumer = consumer(&house, &env("AMQP_URL"), &narrow);
+        let consumer = if is_registered { consumer.registered() } else { consumer };
+        let (diary, stop) = (Diary::new(), CancellationToken::new());
+        let running = tokio::spawn(consumer.run(diary.clone(), stop.clone()));
+        is_attended(&connection, narrow.name.queue()).await;
+        topology::declare(&channel, &source, &wide, delays).await.unwrap();
+        let ana = house.user(json!({})).await;
+        house.amend(&ana, json!({ "phone": "1" })).await.ok();
+        eventually("the change of the phone", async || match said(&diary.of(&ana)) {
+            told if told == ["2 updated[phone]"] => Ok(()),
+            told => Err(told),
+        })
+        .await;
+        stop.cancel();
+        running.await.unwrap().unwrap();
+        topology::delete(&channel, &narrow.name, delays).await.unwrap();
+    }
+}
+
 /// Woken for fields alone: other changes do not even reach the queue.
 #[sqlx::test]
 async fn a_subscription_to_fields_is_woken_for_these_alone(db: PgPool) {
@@ -792,14 +838,7 @@ async fn a_subscription_to_fields_is_woken_for_these_alone(db: PgPool) {
     let (diary, stop) = (Diary::new(), CancellationToken::new());
     let running = tokio::spawn(consumer(&house, &env("AMQP_URL"), &fields).run(diary.clone(), stop.clone()));
     let connection = connect(&env("AMQP_URL")).await.unwrap();
-    eventually("the consumer to listen", async || {
-        let channel = connection.create_channel().await.unwrap();
-        match topology::depth(&channel, fields.name.queue()).await {
-            Ok(depth) if depth.consumers == 1 => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })
-    .await;
+    is_attended(&connection, fields.name.queue()).await;
     let ana = house.user(json!({})).await;
     for patch in
         [json!({ "phone": "1" }), json!({ "city": "Riga" }), json!({ "phone": "2" }), json!({ "city": "Oslo" })]

@@ -210,8 +210,6 @@ pub enum Dropped {
     Old,
     /// The same message was there twice.
     Duplicate,
-    /// The subscription does not ask for it (any more).
-    Unwanted,
 }
 
 /// Is told what goes on, to make metrics of it. Every method does nothing unless it is given something to do.

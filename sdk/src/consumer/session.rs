@@ -283,14 +283,8 @@ impl<'a> Session<'a> {
             self.jobs.spawn(attempts.clone().park(delivery, Reason::Malformed, 0));
             return;
         };
-        let subscription = &self.consumer.subscription;
         // What comes through its own exchange was meant for it: a further attempt, a backfill, a redrive.
-        let was_addressed = delivery.exchange.as_str() == subscription.name.as_str();
-        if !was_addressed && !subscription.wants(&notice.event) {
-            self.consumer.observer.dropped(Dropped::Unwanted);
-            self.ledger.done(delivery.delivery_tag);
-            return;
-        }
+        let was_addressed = delivery.exchange.as_str() == self.consumer.subscription.name.as_str();
         // Handled before, and only to be confirmed. Whoever could forge that on the way here could also have sent the receipt.
         if was_addressed && notice.event == Event::Deleted && park::tries(&delivery.properties).is_some() {
             self.jobs.spawn(attempts.clone().confirm(notice.user_id, delivery));
