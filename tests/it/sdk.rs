@@ -505,6 +505,58 @@ impl Observer for Attempts {
     }
 }
 
+/// Has words of its own for what went wrong, and loses the cause in some of them.
+#[derive(Clone, Default)]
+struct Wordy {
+    calls: Arc<AtomicUsize>,
+    done: Arc<AtomicUsize>,
+}
+
+impl Handler for Wordy {
+    async fn changed(&self, news: News) -> Result<(), Failure> {
+        let words = self.calls.fetch_add(1, Ordering::SeqCst) % 3;
+        let Err(error) = news.latest().await else {
+            self.done.fetch_add(1, Ordering::SeqCst);
+            return Ok(());
+        };
+        Err(Failure::because(match words {
+            0 => anyhow::Error::new(error),
+            1 => anyhow::Error::new(error).context("no badge"),
+            _ => anyhow::anyhow!("no badge: {error}"),
+        }))
+    }
+}
+
+#[sqlx::test]
+async fn an_outage_of_the_owner_is_one_in_whatever_words_it_is_told(db: PgPool) {
+    let mut house = House::open(db).await;
+    let before = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let direct = std::mem::replace(&mut house.service.url, format!("http://{}", before.address()));
+    let (attempts, wordy, stop) = (Attempts::default(), Wordy::default(), CancellationToken::new());
+    let subscription = subscription(&house);
+    let consumer = consumer(&house, &env("AMQP_URL"), &subscription).observe(attempts.clone());
+    house.service.url = direct;
+    let running = tokio::spawn(consumer.run(wordy.clone(), stop.clone()));
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    is_attended(&connection, subscription.name.queue()).await;
+    before.down();
+    load::users(&house, 9).await;
+    let reach = async |what: &str, count: &AtomicUsize, goal: usize| {
+        eventually(what, async || match count.load(Ordering::SeqCst) {
+            count if count >= goal => Ok(()),
+            count => Err((count, attempts.0.lock().unwrap().clone())),
+        })
+        .await;
+    };
+    reach("calls to begin again", &wordy.calls, 60).await;
+    before.up();
+    reach("everybody", &wordy.done, 9).await;
+    assert_eq!(*attempts.0.lock().unwrap(), []);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    topology::delete(&connection.create_channel().await.unwrap(), &subscription.name, &SOON).await.unwrap();
+}
+
 /// So is one that takes every request and answers none, although it takes longer than a handler may.
 #[sqlx::test]
 async fn an_owner_that_says_nothing_makes_no_dead_letters(db: PgPool) {

@@ -2,17 +2,14 @@
 
 use std::{
     panic::AssertUnwindSafe,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt;
 use lapin::message::Delivery;
 use time::OffsetDateTime;
-use tokio::{
-    sync::OnceCell,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 use uuid::Uuid;
@@ -102,7 +99,8 @@ impl<H: Handler> Attempts<H> {
         let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
         let version = newest.map_or(1, |notice| notice.version);
         let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
-        News { user_id: user, version, event, notices, owner, latest: Arc::new(OnceCell::new()) }
+        let (latest, outage) = Default::default();
+        News { user_id: user, version, event, notices, owner, latest, outage }
     }
 
     /// Part of the trace of the request that made the change.
@@ -146,11 +144,13 @@ impl<H: Handler> Attempts<H> {
     }
 
     async fn call(&self, news: &News) -> Result<(), Called> {
+        let (latest, outage) = (news.latest.clone(), Arc::<OnceLock<_>>::default());
         let news = News {
             notices: news.notices.clone(),
             event: news.event.clone(),
             owner: news.owner.clone(),
-            latest: news.latest.clone(),
+            latest: latest.clone(),
+            outage: outage.clone(),
             ..*news
         };
         let work = async {
@@ -161,7 +161,11 @@ impl<H: Handler> Attempts<H> {
             }
         };
         match timeout(self.deadline, AssertUnwindSafe(work).catch_unwind()).await {
-            Ok(Ok(outcome)) => outcome.map_err(Called::Failed),
+            Ok(Ok(outcome)) => outcome.map_err(|failure| {
+                // One that is over by now has not made the call fail.
+                let outage = outage.get().copied().filter(|_| latest.get().is_none());
+                Called::Failed(failure.after(outage))
+            }),
             Ok(Err(_)) => Err(Called::Panicked),
             Err(_) => Err(Called::TimedOut),
         }

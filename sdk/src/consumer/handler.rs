@@ -1,6 +1,13 @@
 //! What an application brings: a handler, a way to catch up, an observer.
 
-use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use tokio::sync::OnceCell;
 use uuid::Uuid;
@@ -49,7 +56,9 @@ pub struct News {
     /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,
     pub(super) owner: Owner,
-    pub(super) latest: std::sync::Arc<OnceCell<Latest>>,
+    pub(super) latest: Arc<OnceCell<Latest>>,
+    /// What kept this call from [`News::latest`], if it was an outage.
+    pub(super) outage: Arc<OnceLock<&'static str>>,
 }
 
 impl News {
@@ -58,8 +67,13 @@ impl News {
     /// # Errors
     /// [`FetchError`], for which `?` does the right thing.
     pub async fn latest(&self) -> Result<Latest, FetchError> {
-        let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await?;
-        Ok(latest.clone())
+        let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await;
+        if let Err(error) = &latest
+            && let Kind::Outage(why) = kind_of_fetch(error)
+        {
+            self.outage.get_or_init(|| why);
+        }
+        latest.cloned()
     }
 }
 
@@ -85,9 +99,19 @@ impl Failure {
         Self { kind: Kind::Outage("the application says so"), cause: cause.into() }
     }
 
-    /// A failed attempt, for causes that `?` does not take: words, or an `anyhow::Error`.
+    /// For causes that `?` does not take: words, or an `anyhow::Error`. An outage that [`News::latest`] met in this call is one whatever it
+    /// is wrapped in; others are looked for among the causes, where a bare `anyhow::Error` hides itself: give it a `.context(..)`.
     pub fn because(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { kind: Kind::Attempt(Reason::HandlerFailed), cause: cause.into() }
+        let cause = cause.into();
+        Self { kind: kind(&*cause), cause }
+    }
+
+    /// The same, knowing what kept the call from the latest record, which its cause may have lost.
+    pub(super) fn after(self, outage: Option<&'static str>) -> Self {
+        match (self.kind, outage) {
+            (Kind::Attempt(Reason::HandlerFailed), Some(why)) => Self { kind: Kind::Outage(why), ..self },
+            _ => self,
+        }
     }
 }
 
@@ -268,5 +292,16 @@ mod tests {
         assert_eq!(Failure::from(refused).kind, Kind::Attempt(Reason::FetchFailed));
         assert_eq!(Failure::from(std::fmt::Error).kind, Kind::Attempt(Reason::HandlerFailed));
         assert_eq!(Failure::because("no paper").kind, Kind::Attempt(Reason::HandlerFailed));
+    }
+
+    #[test]
+    fn a_cause_that_question_mark_does_not_take_is_looked_through_too() {
+        let unavailable = FetchError::Unavailable("no answer");
+        let boxed: Box<dyn Error + Send + Sync> = Box::new(Wrapped(unavailable.clone()));
+        assert_eq!(Failure::because(boxed).kind, Kind::Outage("no answer"));
+        let in_context = anyhow::Error::new(unavailable).context("no badge");
+        assert_eq!(Failure::because(in_context).kind, Kind::Outage("no answer"));
+        assert_eq!(Failure::because("no paper").after(Some("no answer")).kind, Kind::Outage("no answer"));
+        assert_eq!(Failure::from(FetchError::UnknownUser).after(Some("no answer")).reason(), "unknown_user");
     }
 }
