@@ -59,7 +59,7 @@ use crate::{
     owner::{FetchError, Owner},
     subscription::Subscription,
     topology::{self, RETRY_DELAYS, Source},
-    trust::Trust,
+    trust::{self, Trust},
 };
 use handler::{BoxedCatchUp, boxed};
 use memory::Memory;
@@ -121,10 +121,16 @@ impl Settings {
     }
 }
 
-/// The URL of a broker is not one. It is not repeated: it may hold a password.
+/// Why a URL leads to no broker. It is not repeated: it may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("expected the broker's URL, such as amqp://USER:PASSWORD@HOST/VHOST")]
-pub struct InvalidUrl;
+#[non_exhaustive]
+pub enum InvalidUrl {
+    #[error("expected the broker's URL, such as amqp://USER:PASSWORD@HOST/VHOST")]
+    NotAmqp,
+    /// Without it the connection would be a plain one, password and all.
+    #[error("amqps:// needs the feature \"tls\" of tidings-sdk, without which this program was built")]
+    NoTls,
+}
 
 /// Why a consumer cannot begin: what waiting would not mend.
 #[derive(Debug, thiserror::Error)]
@@ -147,9 +153,12 @@ impl Consumer {
     /// A consumer of `subscription` at the broker of this URL. Nothing is sent yet.
     ///
     /// # Errors
-    /// When `amqp_url` is no AMQP URL.
+    /// When `amqp_url` is no AMQP URL, or one of `amqps` without the feature `tls`.
     pub fn new(amqp_url: &str, source: Source, subscription: Subscription, owner: Owner) -> Result<Self, InvalidUrl> {
-        let mut uri: AMQPUri = amqp_url.parse().map_err(|_| InvalidUrl)?;
+        let mut uri: AMQPUri = amqp_url.parse().map_err(|_| InvalidUrl::NotAmqp)?;
+        if !trust::can_reach(&uri) {
+            return Err(InvalidUrl::NoTls);
+        }
         uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
         let (broker, settings) = (Address { uri, trust: Trust::default() }, Settings::default());
         Ok(Self { broker, source, subscription, owner, settings, catch_up: None, observer: Arc::new(handler::Blind) })
@@ -293,4 +302,23 @@ fn back_off() -> impl Iterator<Item = Duration> + Send {
         .with_jitter()
         .without_max_times()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broker_over_tls_is_refused_by_a_build_that_cannot_verify_it() {
+        let made = |url| {
+            let source = Source { exchange: "masterdata".into(), prefix: None };
+            let subscription = Subscription::new("badges".parse().unwrap());
+            let owner = Owner::at("http://127.0.0.1:8080").unwrap();
+            Consumer::new(url, source, subscription, owner).err()
+        };
+        let refused = (!cfg!(feature = "tls")).then_some(InvalidUrl::NoTls);
+        assert_eq!(made("amqps://ana:s3cret@host"), refused);
+        assert_eq!(made("amqp://ana:s3cret@host"), None);
+        assert_eq!(made("http://ana:s3cret@host"), Some(InvalidUrl::NotAmqp));
+    }
 }
