@@ -87,12 +87,12 @@ struct Events {
 
 impl Handler for Events {
     async fn updated(&self, news: News) -> Result<(), Failure> {
-        self.people.invalidate(news.user_id, news.version);
+        self.people.heed(&news);
         Ok(())
     }
 
     async fn deleted(&self, news: News) -> Result<(), Failure> {
-        self.people.invalidate(news.user_id, news.version);
+        self.people.heed(&news);
         Ok(self.strike(news.user_id).await?)
     }
 }

@@ -321,3 +321,35 @@ async fn an_application_that_joins_under_load_has_everybody_without_a_change_to_
     Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
     invoices.end().await;
 }
+
+/// After a restore of the owner people live where it says, whatever was known of later versions.
+#[sqlx::test]
+async fn an_application_that_is_told_anew_by_a_restored_owner_believes_it(db: PgPool) {
+    let house = House::open(db).await;
+    let invoices = App::of(&house, "invoices").await;
+    let wish = json!({ "routing_keys": ["user.created", "user.deleted"], "fields": ["city"],
+                       "owner": "team-invoices", "purpose": "addresses on invoices" });
+    let path = format!("/v1/subscriptions/{}", invoices.subscription);
+    Answer::to(house.request(Method::PUT, &path).json(&wish)).await.ok();
+    let listening = invoices.run(&[]).await;
+    let store = invoices.database().await;
+    let lives = async |city: &str, version: i64| {
+        eventually("the address", async || {
+            let known: Vec<(String, i64)> =
+                sqlx::query_as("select address->>'city', version from debtors").fetch_all(&store).await.unwrap();
+            if known == [(city.to_owned(), version)] { Ok(()) } else { Err(known) }
+        })
+        .await;
+    };
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    lives("Oslo", 2).await;
+    let restore = r#"update users set version = 1, profile = '{"city":"Riga"}' where id = $1"#;
+    sqlx::query(restore).bind(ana).execute(&house.db).await.unwrap();
+    Answer::to(house.request(Method::POST, &format!("{path}/backfill")).json(&json!({ "users": "all" }))).await.ok();
+    lives("Riga", 1).await;
+    listening.leave().await;
+    store.close().await;
+    Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
+    invoices.end().await;
+}

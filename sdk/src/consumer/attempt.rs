@@ -35,6 +35,8 @@ pub(super) struct Arrival {
     pub delivery: Delivery,
     /// Attempts that have failed so far.
     pub attempts: u32,
+    /// Whether it tells a state and not a change.
+    pub is_backfill: bool,
 }
 
 /// What has become of a job.
@@ -69,9 +71,9 @@ pub(super) struct Attempts<H> {
 impl<H: Handler> Attempts<H> {
     /// Handles a group, which is not empty, and with it what is owed to this user.
     pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>, owed: Option<Event>) -> Report {
-        let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
+        let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
-        let outcome = self.attempt(&news).instrument(span).await;
+        let outcome = self.attempt(&mut news).instrument(span).await;
         let News { version, event, latest, .. } = news;
         match outcome {
             None => Report::GivenUp { user },
@@ -99,8 +101,9 @@ impl<H: Handler> Attempts<H> {
         let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
         let version = newest.map_or(1, |notice| notice.version);
         let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
+        let is_backfill = arrivals.iter().any(|arrival| arrival.is_backfill);
         let (latest, outage) = Default::default();
-        News { user_id: user, version, event, notices, owner, latest, outage }
+        News { user_id: user, version, event, notices, is_backfill, owner, latest, outage }
     }
 
     /// Part of the trace of the request that made the change.
@@ -119,7 +122,7 @@ impl<H: Handler> Attempts<H> {
     }
 
     /// `None` when it was given up because nobody waits for it any more.
-    async fn attempt(&self, news: &News) -> Option<Result<(), Reason>> {
+    async fn attempt(&self, news: &mut News) -> Option<Result<(), Reason>> {
         let mut pauses = back_off();
         loop {
             let called = self.over.run_until_cancelled(self.call(news)).await?;
@@ -132,6 +135,10 @@ impl<H: Handler> Attempts<H> {
                     tracing::warn!("an outage, waiting: {why}");
                     self.observer.outage(why);
                     self.stop.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+                    // What is written over a newer version has to be fetched after the handler's look at that version.
+                    if news.is_backfill {
+                        news.latest = Arc::default();
+                    }
                 }
                 Called::Failed(failure @ Failure { kind: Kind::Attempt(reason), .. }) => {
                     tracing::debug!(?failure, "the handler failed");

@@ -55,6 +55,7 @@ pub struct News {
     pub event: Event,
     /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,
+    pub(super) is_backfill: bool,
     pub(super) owner: Owner,
     pub(super) latest: Arc<OnceCell<Latest>>,
     /// What kept this call from [`News::latest`], if it was an outage.
@@ -74,6 +75,12 @@ impl News {
             self.outage.get_or_init(|| why);
         }
         latest.cloned()
+    }
+
+    /// Whether a backfill tells how the user is. That counts even if it is a lower version than what was held before
+    /// [`News::latest`] was asked: the owner may have been restored from a backup.
+    pub fn is_backfill(&self) -> bool {
+        self.is_backfill
     }
 }
 

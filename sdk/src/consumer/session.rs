@@ -292,7 +292,9 @@ impl<'a> Session<'a> {
         }
         let letter = Letter::read(delivery.properties.headers().as_ref());
         let attempts = letter.map_or(0, |letter| letter.attempts);
-        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
+        let is_backfill =
+            delivery.properties.headers().as_ref().is_some_and(|headers| headers.contains_key(topology::BACKFILL));
+        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts, is_backfill });
     }
 
     /// Starts groups while there is room for more users.
@@ -300,6 +302,10 @@ impl<'a> Session<'a> {
         while self.lanes.out() < self.consumer.settings.concurrency
             && let Some((user, group)) = self.lanes.next()
         {
+            let (group, rest) = apart(group);
+            for arrival in rest {
+                self.lanes.arrive(user, arrival);
+            }
             let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
             let (news, again) = distinct(news);
             // A deletion that comes again may not have been confirmed before the connection was lost.
@@ -439,11 +445,21 @@ fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
     (first, again)
 }
 
+/// What comes to one call, and the rest. A backfill is one by itself: what waits with it may be from before a restore of the owner, which
+/// shows no version so high any more.
+fn apart(mut group: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
+    let end = match group.iter().position(|arrival| arrival.is_backfill) {
+        Some(0) => 1,
+        Some(before) => before,
+        None => group.len(),
+    };
+    let rest = group.split_off(end);
+    (group, rest)
+}
+
 /// A backfill is for those who have lost what they held, whatever this process remembers.
 fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
-    let headers = arrival.delivery.properties.headers().as_ref();
-    let is_backfill = headers.is_some_and(|headers| headers.contains_key(topology::BACKFILL));
-    !is_backfill && memory.is_old(&arrival.notice)
+    !arrival.is_backfill && memory.is_old(&arrival.notice)
 }
 
 async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
