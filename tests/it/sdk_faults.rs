@@ -159,6 +159,30 @@ async fn what_failed_is_told_with_the_next_news_of_that_user(db: PgPool) {
     topology::delete(&channel, &name, &later).await.unwrap();
 }
 
+/// Nor by what another process did meanwhile, which knew nothing of it.
+#[sqlx::test]
+async fn what_failed_in_a_process_that_is_gone_is_tried_again_by_the_next(db: PgPool) {
+    let house = House::open(db).await;
+    let later = [Duration::from_secs(4)];
+    let first = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(later)).await;
+    let ana = Uuid::new_v4();
+    first.diary.curse(ana, Curse::Fails);
+    house.put(&ana, json!({})).await.ok();
+    let retry = first.subscription.name.retry_queue(later[0]);
+    eventually("the failed attempt to be parked", async || match first.depth(&retry).await.unwrap().ready {
+        1 => Ok(()),
+        ready => Err(ready),
+    })
+    .await;
+    first.leave().await;
+    let second = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(later)).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    assert_eq!(said(&second.called(2).await), ["2 updated[city]", "1 created"]);
+    let (channel, name) = (second.channel.clone(), second.subscription.name.clone());
+    second.leave().await;
+    topology::delete(&channel, &name, &later).await.unwrap();
+}
+
 #[sqlx::test]
 async fn a_failed_attempt_waits_as_long_as_it_says_at_the_broker(db: PgPool) {
     let house = House::open(db).await;

@@ -43,13 +43,21 @@ pub(super) struct Arrival {
 pub(super) enum Report {
     /// To be acknowledged.
     /// `deletions` only once they are confirmed to the owner.
-    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery>, deletions: Vec<Delivery> },
+    Handled { user: Uuid, handled: Handled, done: Vec<Delivery>, deletions: Vec<Delivery> },
     /// To be parked.
     Failed { user: Uuid, event: Event, reason: Reason, arrivals: Vec<Arrival> },
     /// Nobody waits for it any more; the messages will come again.
     GivenUp { user: Uuid },
     /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
     Settled(Option<Box<Delivery>>),
+}
+
+/// What a call stood for that succeeded.
+pub(super) struct Handled {
+    pub version: i64,
+    pub event: Event,
+    pub is_backfill: bool,
+    pub messages: Vec<Uuid>,
 }
 
 /// Everything that attempts share.
@@ -74,7 +82,7 @@ impl<H: Handler> Attempts<H> {
         let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
         let outcome = self.attempt(&mut news).instrument(span).await;
-        let News { version, event, latest, .. } = news;
+        let News { version, event, latest, is_backfill, notices, .. } = news;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
@@ -86,7 +94,9 @@ impl<H: Handler> Attempts<H> {
                     arrivals.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
                 let deliveries =
                     |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
-                Report::Handled { user, version, event, done: deliveries(done), deletions: deliveries(deletions) }
+                let messages = notices.iter().map(|notice| notice.message_id).collect();
+                let handled = Handled { version, event, is_backfill, messages };
+                Report::Handled { user, handled, done: deliveries(done), deletions: deliveries(deletions) }
             }
             Some(Err(reason)) => Report::Failed { user, event, reason, arrivals },
         }

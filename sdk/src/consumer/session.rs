@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{
     Consumer, StartError,
-    attempt::{Arrival, Attempts, Report},
+    attempt::{Arrival, Attempts, Handled, Report},
     handler::{Dropped, Gap, Handler},
     lanes::Lanes,
     ledger::{Ack, Ledger},
@@ -298,7 +298,7 @@ impl<'a> Session<'a> {
     }
 
     /// Starts groups while there is room for more users.
-    fn start_what_can_be<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &Memory) {
+    fn start_what_can_be<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &mut Memory) {
         while self.lanes.out() < self.consumer.settings.concurrency
             && let Some((user, group)) = self.lanes.next()
         {
@@ -307,6 +307,7 @@ impl<'a> Session<'a> {
                 self.lanes.arrive(user, arrival);
             }
             let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
+            old.iter().for_each(|arrival| memory.is_back(&arrival.notice));
             let (news, again) = distinct(news);
             // A deletion that comes again may not have been confirmed before the connection was lost.
             let (deletions, old): (Vec<_>, Vec<_>) =
@@ -348,9 +349,12 @@ impl<'a> Session<'a> {
         memory: &mut Memory,
     ) -> Result<(), Ended> {
         match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
-            Report::Handled { user, version, event, done, deletions } => {
+            Report::Handled { user, handled: Handled { version, event, is_backfill, messages }, done, deletions } => {
                 self.is_back(user);
-                memory.note(user, version, &event);
+                match is_backfill {
+                    true => memory.begin_anew(user, version, &event),
+                    false => memory.note(user, version, &event, &messages),
+                }
                 for delivery in deletions.into_iter().filter(|delivery| delivery.acker.usable()) {
                     self.jobs.spawn(attempts.clone().confirm(user, delivery));
                 }
@@ -360,7 +364,9 @@ impl<'a> Session<'a> {
             }
             Report::Failed { user, event, reason, arrivals } => {
                 self.is_back(user);
-                memory.owe(user, event);
+                let delays = self.consumer.settings.retry_delays().len();
+                let comes_back = |arrival: &Arrival| (arrival.notice.message_id, (arrival.attempts as usize) < delays);
+                memory.owe(user, event, arrivals.iter().map(comes_back));
                 // What came on a connection that is lost comes again by itself.
                 for Arrival { delivery, attempts: tried, .. } in
                     arrivals.into_iter().filter(|a| a.delivery.acker.usable())
@@ -459,7 +465,7 @@ fn apart(mut group: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
 
 /// A backfill is for those who have lost what they held, whatever this process remembers.
 fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
-    !arrival.is_backfill && memory.is_old(&arrival.notice)
+    !arrival.is_backfill && memory.is_old(&arrival.notice, arrival.attempts > 0)
 }
 
 async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {
