@@ -110,7 +110,7 @@ async fn line() -> (Proxy, String) {
 }
 
 /// What stands before the owner and answers 500 to whatever is about this user, if there is one; its URL.
-async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
+pub async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
     let (owner, http, cursed) = (owner.to_owned(), house::http(), cursed.clone());
     let answer = move |request: Request| {
         let (owner, http, cursed) = (owner.clone(), http.clone(), *cursed.lock().unwrap());

@@ -77,7 +77,7 @@ pub enum FetchError {
 
 impl FetchError {
     /// Whether it is everybody's trouble, and passes: nothing is wrong with the request, nor with the user that it is about.
-    pub(crate) fn is_outage(&self) -> bool {
+    pub fn is_outage(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::Denied { .. })
     }
 }
