@@ -72,6 +72,11 @@ impl Source {
     }
 }
 
+/// Whether this can stand before a routing key: words with dots between them, none of which a topic exchange takes for a pattern.
+pub fn are_words(prefix: &str) -> bool {
+    prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']))
+}
+
 /// Why the broker does not have what was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -802,6 +802,23 @@ async fn who_is_asked_to_leave_finishes_what_is_under_way_and_gives_back_the_res
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
 }
 
+/// Who wants to wait for ever may say so, and who wants to look all the time.
+#[sqlx::test]
+async fn settings_without_measure_break_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let (patient, hasty) = (Duration::MAX, Duration::ZERO);
+    for interval in [patient, hasty] {
+        let owner = owner_at(&house.service.url).patience(patient);
+        let source = Source { exchange: house.exchange.clone(), prefix: None };
+        let consumer = Consumer::new(&env("AMQP_URL"), source, subscription(&house), owner).unwrap();
+        let consumer = consumer.retry_delays(SOON).handler_deadline(patient).check_every(interval).farewell(patient);
+        let listener = Listener::started(&house, Diary::new(), consumer).await;
+        house.user(json!({})).await;
+        listener.called(1).await;
+        listener.end().await;
+    }
+}
+
 #[sqlx::test]
 async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     let house = House::open(db).await;
