@@ -43,6 +43,8 @@ pub const DEAD: &str = "dead";
 
 /// Header of a message that tells a state, not a change; its value is the id of the backfill that it belongs to.
 pub const BACKFILL: &str = "tidings-backfill";
+/// Header of a message that was put back from the dead letters: how often so far.
+pub const REDRIVEN: &str = "tidings-redriven";
 /// Header of a deletion that was handled and could not be confirmed to the owner yet: how often that was tried. Heeded only in messages
 /// that come through the subscription's own exchange, to which nobody else may write.
 pub const RECEIPT_OWED: &str = "tidings-receipt-owed";

@@ -244,6 +244,7 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     let mut headers = properties.headers().clone().unwrap();
     headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("elsewhere".into())].into()));
     headers.insert("city".into(), AMQPValue::LongString("Riga".into()));
+    headers.insert(topology::REDRIVEN.into(), AMQPValue::LongInt(2));
     let hostile = properties.with_headers(headers).with_expiration("600000".into()).with_user_id("guest".into());
     listener.send(hostile.with_reply_to("elsewhere".into()), &body).await;
     let dead = listener.dead_letter().await;
@@ -252,6 +253,8 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     assert_eq!(Notice::from_message(kept, &dead.delivery.data).unwrap(), told);
     assert_eq!((kept.expiration(), kept.user_id(), kept.reply_to()), (&None, &None, &None));
     assert!(!kept.headers().as_ref().unwrap().contains_key("city"), "{kept:?}");
+    let redriven = kept.headers().as_ref().unwrap().inner().get(topology::REDRIVEN);
+    assert_eq!(redriven, Some(&AMQPValue::LongInt(2)), "whoever looks at it has to know that it was put back before");
     assert_eq!(
         topology::depth(&listener.channel, &elsewhere).await.unwrap().ready,
         0,

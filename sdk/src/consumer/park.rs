@@ -20,14 +20,14 @@ use crate::{
     envelope::{APP_ID, Event, FieldName, message_id},
     letter::{Letter, Reason},
     subscription::SubscriptionName,
-    topology::{BACKFILL, DEAD, RECEIPT_OWED, retry_key},
+    topology::{BACKFILL, DEAD, RECEIPT_OWED, REDRIVEN, retry_key},
 };
 
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
 /// Of a message that is no notice, more than this is not kept.
 const BODY_LIMIT_BYTES: usize = 64 * 1024;
 /// Headers that travel on, beside one for each field.
-const CARRIED: [&str; 9] = [
+const CARRIED: [&str; 10] = [
     "version",
     "traceparent",
     "cloudEvents_specversion",
@@ -37,6 +37,7 @@ const CARRIED: [&str; 9] = [
     "cloudEvents_subject",
     "cloudEvents_time",
     BACKFILL,
+    REDRIVEN,
 ];
 /// All headers have to go into one frame, with room for what we add.
 const FIELD_LIMIT: usize = 1_000;
@@ -249,6 +250,11 @@ mod tests {
         };
         let (properties, _) = notice.to_message("urn:tidings:test");
         assert_eq!(carried(&properties), properties);
+        let mut headers = properties.headers().clone().unwrap();
+        headers.insert(BACKFILL.into(), AMQPValue::LongString(uuid::Uuid::from_u128(3).to_string().into()));
+        headers.insert(REDRIVEN.into(), AMQPValue::LongInt(2));
+        let addressed = properties.with_headers(headers);
+        assert_eq!(carried(&addressed), addressed);
     }
 
     #[test]
