@@ -200,6 +200,7 @@ impl fmt::Debug for Failure {
 
 /// How news may have been missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Gap {
     /// This process has not listened yet. Its queue may be new, or have been there all the while.
     FirstStart,
@@ -236,6 +237,7 @@ pub(super) fn boxed(catch_up: impl CatchUp) -> BoxedCatchUp {
 
 /// Why a notice was acknowledged without a call of the handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dropped {
     /// This version of the user, or a newer one, was handled already.
     Old,

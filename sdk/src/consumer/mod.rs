@@ -136,6 +136,7 @@ pub enum InvalidUrl {
 
 /// Why a consumer cannot begin: what waiting would not mend.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StartError {
     #[error(transparent)]
     Topology(#[from] topology::Error),

@@ -57,6 +57,7 @@ pub enum KeyFileError {
 
 /// Why there is no record. Holds no value of anybody's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FetchError {
     /// Nobody ever had this id. Not a deletion: that is [`super::Latest::Gone`].
     #[error("the owner never knew this user")]
