@@ -87,12 +87,12 @@ struct Events {
 
 impl Handler for Events {
     async fn updated(&self, news: News) -> Result<(), Failure> {
-        self.people.invalidate(news.user_id, news.version);
+        self.people.heed(&news);
         Ok(())
     }
 
     async fn deleted(&self, news: News) -> Result<(), Failure> {
-        self.people.invalidate(news.user_id, news.version);
+        self.people.heed(&news);
         Ok(self.strike(news.user_id).await?)
     }
 }
@@ -104,7 +104,9 @@ impl CatchUp for Events {
             match self.owner.latest(person, 1).await {
                 Ok(Latest::Gone(_)) => self.strike(person).await?,
                 Ok(Latest::Living(_)) | Err(FetchError::UnknownUser) => {}
-                Err(error) => return Err(error.into()),
+                Err(outage) if outage.is_outage() => return Err(outage.into()),
+                // One whom the owner cannot show keeps nobody else from being caught up with.
+                Err(refusal) => tracing::warn!(%person, "passed over: {refusal}"),
             }
         }
         Ok(())

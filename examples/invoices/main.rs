@@ -41,14 +41,18 @@ create table if not exists invoices (
 );
 ";
 
-/// Nobody is moved back to where he lived before.
+/// Nobody is moved back to where he lived before, unless a backfill says so of the version ($4) that was known when the owner was asked:
+/// the owner itself may have been restored from a backup.
 const MOVE: &str = "
 insert into debtors as known (id, version, address)
 values ($1, $2, $3)
 on conflict (id) do update
    set version = excluded.version, address = excluded.address
  where known.version < excluded.version
+    or known.version = $4
 ";
+
+const KNOWN: &str = "select version from debtors where id = $1";
 
 const ISSUE: &str = "
 insert into invoices (debtor, cents, address)
@@ -96,21 +100,23 @@ struct Debtors {
 
 impl Handler for Debtors {
     async fn changed(&self, news: News) -> Result<(), Failure> {
-        Ok(self.follow(&news.latest().await?).await?)
-    }
-
-    async fn deleted(&self, news: News) -> Result<(), Failure> {
-        Ok(self.follow(&news.latest().await?).await?)
+        let over = if news.is_backfill() { self.known(news.user_id).await? } else { None };
+        Ok(self.follow(&news.latest().await?, over).await?)
     }
 }
 
 impl Debtors {
-    async fn follow(&self, latest: &Latest) -> sqlx::Result<()> {
+    async fn known(&self, user: Uuid) -> sqlx::Result<Option<i64>> {
+        sqlx::query_scalar(KNOWN).bind(user).fetch_optional(&self.pool).await
+    }
+
+    async fn follow(&self, latest: &Latest, over: Option<i64>) -> sqlx::Result<()> {
         let address = match latest {
             Latest::Living(user) => Some(Json(address(&user.profile))),
             Latest::Gone(_) => None,
         };
-        sqlx::query(MOVE).bind(latest.id()).bind(latest.version()).bind(address).execute(&self.pool).await.map(drop)
+        let moved = sqlx::query(MOVE).bind(latest.id()).bind(latest.version()).bind(address).bind(over);
+        moved.execute(&self.pool).await.map(drop)
     }
 
     async fn issue(&self, user: Uuid, cents: i64) -> anyhow::Result<()> {

@@ -145,7 +145,9 @@ impl CatchUp for Missed {
                 Ok(Latest::Gone(_)) => self.orders.forget(person).await?,
                 // Nobody ever had the id that somebody mistyped.
                 Ok(Latest::Living(_)) | Err(FetchError::UnknownUser) => {}
-                Err(error) => return Err(error.into()),
+                Err(outage) if outage.is_outage() => return Err(outage.into()),
+                // One whom the owner cannot show keeps nobody else from being caught up with.
+                Err(refusal) => tracing::warn!(%person, "passed over: {refusal}"),
             }
         }
         Ok(())

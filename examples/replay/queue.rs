@@ -7,20 +7,20 @@ use std::time::Duration;
 
 use anyhow::Context;
 use lapin::{
-    Channel, Connection, ConnectionProperties, Consumer, ExchangeKind,
-    options::{
-        BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
-        QueueDeleteOptions,
-    },
+    Channel, Connection, ConnectionProperties, Consumer,
+    options::{BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
     uri::AMQPUri,
 };
-use tokio::time::timeout;
+use tidings_sdk::topology;
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 /// The library waits for a silent peer for ever.
 const DEADLINE: Duration = Duration::from_secs(10);
 const HEARTBEAT_S: u16 = 10;
+/// Between two looks for the exchange.
+const PAUSE: Duration = Duration::from_millis(500);
 /// Messages that may be with us unacknowledged: enough to keep every fetcher busy.
 const PREFETCH: u16 = 512;
 /// Should this program die without a farewell, the broker clears up after it.
@@ -47,9 +47,10 @@ impl Queue {
         Ok(Self { uri, exchange: exchange.to_owned(), name })
     }
 
-    /// Connects, and declares what is not there yet.
+    /// Connects, and declares the queue if it is not there yet. The exchange is waited for.
     pub async fn open(&self) -> anyhow::Result<Session> {
         timeout(DEADLINE, async {
+            self.await_exchange().await?;
             let connection = self.connect().await?;
             let channel = connection.create_channel().await?;
             self.declare(&channel).await?;
@@ -59,7 +60,18 @@ impl Queue {
             Ok(Session { news: news.await?, connection })
         })
         .await
-        .context("no answer in time")?
+        .with_context(|| format!("no answer in time, or no exchange {:?}", self.exchange))?
+    }
+
+    /// The service makes it, which may not have come so far yet. Whoever made it in its place would hide from it what was lost.
+    async fn await_exchange(&self) -> anyhow::Result<()> {
+        loop {
+            let connection = self.connect().await?;
+            if topology::has_exchange(&connection.create_channel().await?, &self.exchange).await? {
+                return Ok(connection.close(200, "bye".into()).await?);
+            }
+            sleep(PAUSE).await;
+        }
     }
 
     /// Takes the queue away for good.
@@ -81,9 +93,6 @@ impl Queue {
 
     async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
         let (exchange, name) = (self.exchange.as_str(), self.name.as_str());
-        // As the service declares it, which may not have come so far yet.
-        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
-        channel.exchange_declare(exchange.into(), ExchangeKind::Topic, durable, FieldTable::default()).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         arguments.insert("x-expires".into(), AMQPValue::LongInt(EXPIRES_MS));

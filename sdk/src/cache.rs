@@ -10,7 +10,10 @@ use std::{
 
 use uuid::Uuid;
 
-use crate::owner::{FetchError, Latest, Owner};
+use crate::{
+    consumer::News,
+    owner::{FetchError, Latest, Owner},
+};
 
 /// Cheap to clone; clones share what they hold.
 #[derive(Clone)]
@@ -25,12 +28,22 @@ struct Held {
     entries: HashMap<Uuid, Entry>,
     /// In order of arrival, for making room.
     arrivals: VecDeque<Uuid>,
+    /// How often something began anew at a lower version.
+    beginnings: u64,
 }
 
 struct Entry {
+    wanted: Wanted,
+    latest: Option<Latest>,
+}
+
+/// What a fetch has to bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Wanted {
     /// No state older than this may be given out.
     at_least: i64,
-    latest: Option<Latest>,
+    /// Of what was asked for before an entry began anew, versions say nothing.
+    beginning: u64,
 }
 
 impl Cache {
@@ -45,15 +58,24 @@ impl Cache {
     /// [`FetchError`], when it has to be fetched.
     pub async fn get(&self, user: Uuid) -> Result<Latest, FetchError> {
         loop {
-            let at_least = match self.held().look_up(user, self.capacity) {
+            let wanted = match self.held().look_up(user, self.capacity) {
                 Ok(latest) => return Ok(latest),
-                Err(at_least) => at_least,
+                Err(wanted) => wanted,
             };
-            let latest = self.owner.latest(user, at_least).await?;
+            let latest = self.owner.latest(user, wanted.at_least).await?;
             // A notice that came meanwhile may have made it old already.
-            if self.held().take_in(&latest) {
+            if self.held().take_in(&latest, wanted) {
                 return Ok(latest);
             }
+        }
+    }
+
+    /// What news calls for: [`Cache::invalidate`], or, if it is a backfill, to forget whatever is held. The owner may have been restored.
+    pub fn heed(&self, news: &News) {
+        if news.is_backfill() {
+            self.held().begin_anew(news.user_id, news.version);
+        } else {
+            self.invalidate(news.user_id, news.version);
         }
     }
 
@@ -73,37 +95,47 @@ impl Cache {
 }
 
 impl Held {
-    /// What is held, or the version that a fetch has to reach. From then on there is an entry, so that a notice finds it.
-    fn look_up(&mut self, user: Uuid, capacity: usize) -> Result<Latest, i64> {
+    /// What is held, or what a fetch has to bring. From then on there is an entry, so that a notice finds it.
+    fn look_up(&mut self, user: Uuid, capacity: usize) -> Result<Latest, Wanted> {
         if let Some(entry) = self.entries.get(&user) {
-            return entry.latest.clone().ok_or(entry.at_least);
+            return entry.latest.clone().ok_or(entry.wanted);
         }
-        self.entries.insert(user, Entry { at_least: 1, latest: None });
+        let wanted = Wanted { at_least: 1, beginning: self.beginnings };
+        self.entries.insert(user, Entry { wanted, latest: None });
         self.arrivals.push_back(user);
         if self.arrivals.len() > capacity
             && let Some(oldest) = self.arrivals.pop_front()
         {
             self.entries.remove(&oldest);
         }
-        Err(1)
+        Err(wanted)
     }
 
-    /// Keeps what was fetched; false when it is too old to be given out.
-    fn take_in(&mut self, latest: &Latest) -> bool {
+    /// Keeps what was fetched when this was `wanted`; false when it is too old to be given out.
+    fn take_in(&mut self, latest: &Latest, wanted: Wanted) -> bool {
         // Who has lost his place meanwhile is not held; what a notice said of him is not known either.
         let Some(entry) = self.entries.get_mut(&latest.id()) else { return true };
-        let is_new_enough = latest.version() >= entry.at_least;
+        let is_new_enough = wanted.beginning == entry.wanted.beginning && latest.version() >= entry.wanted.at_least;
         if is_new_enough {
-            *entry = Entry { at_least: latest.version(), latest: Some(latest.clone()) };
+            entry.wanted.at_least = latest.version();
+            entry.latest = Some(latest.clone());
         }
         is_new_enough
     }
 
     fn raise(&mut self, user: Uuid, version: i64) {
         if let Some(entry) = self.entries.get_mut(&user)
-            && version > entry.at_least
+            && version > entry.wanted.at_least
         {
-            *entry = Entry { at_least: version, latest: None };
+            entry.wanted.at_least = version;
+            entry.latest = None;
+        }
+    }
+
+    fn begin_anew(&mut self, user: Uuid, version: i64) {
+        self.beginnings += 1;
+        if let Some(entry) = self.entries.get_mut(&user) {
+            *entry = Entry { wanted: Wanted { at_least: version, beginning: self.beginnings }, latest: None };
         }
     }
 }
@@ -117,28 +149,45 @@ mod tests {
         Latest::Gone(Tombstone { id: user, version, deleted_at: time::OffsetDateTime::UNIX_EPOCH })
     }
 
+    fn wanted(at_least: i64) -> Wanted {
+        Wanted { at_least, beginning: 0 }
+    }
+
     #[test]
     fn a_state_that_was_under_way_when_the_notice_came_is_not_given_out() {
         let (mut held, ana) = (Held::default(), Uuid::from_u128(1));
-        assert_eq!(held.look_up(ana, 10), Err(1));
+        assert_eq!(held.look_up(ana, 10), Err(wanted(1)));
         held.raise(ana, 2);
-        assert!(!held.take_in(&state(ana, 1)));
-        assert_eq!(held.look_up(ana, 10), Err(2));
-        assert!(held.take_in(&state(ana, 3)));
+        assert!(!held.take_in(&state(ana, 1), wanted(1)));
+        assert_eq!(held.look_up(ana, 10), Err(wanted(2)));
+        assert!(held.take_in(&state(ana, 3), wanted(2)));
         held.raise(ana, 3);
         assert_eq!(held.look_up(ana, 10), Ok(state(ana, 3)), "an old notice changes nothing");
         held.raise(ana, 4);
-        assert_eq!(held.look_up(ana, 10), Err(4));
+        assert_eq!(held.look_up(ana, 10), Err(wanted(4)));
+    }
+
+    #[test]
+    fn what_a_backfill_tells_counts_although_it_is_older() {
+        let (mut held, ana) = (Held::default(), Uuid::from_u128(1));
+        let first = held.look_up(ana, 10).unwrap_err();
+        assert!(held.take_in(&state(ana, 9), first));
+        held.begin_anew(ana, 3);
+        let second = held.look_up(ana, 10).unwrap_err();
+        assert_eq!(second.at_least, 3);
+        assert!(!held.take_in(&state(ana, 9), first), "it was under way");
+        assert!(held.take_in(&state(ana, 3), second));
+        assert_eq!(held.look_up(ana, 10), Ok(state(ana, 3)));
     }
 
     #[test]
     fn no_more_are_held_than_there_is_room_for() {
         let mut held = Held::default();
         for user in (1..=5).map(Uuid::from_u128) {
-            assert_eq!(held.look_up(user, 3), Err(1));
-            assert!(held.take_in(&state(user, 1)));
+            assert_eq!(held.look_up(user, 3), Err(wanted(1)));
+            assert!(held.take_in(&state(user, 1), wanted(1)));
         }
         assert_eq!((held.entries.len(), held.arrivals.len()), (3, 3));
-        assert_eq!(held.look_up(Uuid::from_u128(1), 3), Err(1));
+        assert_eq!(held.look_up(Uuid::from_u128(1), 3), Err(wanted(1)));
     }
 }

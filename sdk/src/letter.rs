@@ -27,6 +27,7 @@ pub struct Letter {
 /// Why an attempt failed. A closed list: there is no place for words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Reason {
     /// The message is no notice, or none of a kind known to this consumer.
     Malformed,

@@ -6,6 +6,11 @@
 //! Promise: one definition of the wire contract; the service publishes with it, a consumer reads with it.
 //! Not here, on purpose: SQL unless a feature asks for it, and any place in a message for a user's data.
 
+use std::time::Duration;
+
+/// As good as for ever. A clock that is asked for more overflows.
+pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
 pub mod cache;
 pub mod consumer;
 pub mod digest;

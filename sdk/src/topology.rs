@@ -43,6 +43,8 @@ pub const DEAD: &str = "dead";
 
 /// Header of a message that tells a state, not a change; its value is the id of the backfill that it belongs to.
 pub const BACKFILL: &str = "tidings-backfill";
+/// Header of a message that was put back from the dead letters: how often so far.
+pub const REDRIVEN: &str = "tidings-redriven";
 /// Header of a deletion that was handled and could not be confirmed to the owner yet: how often that was tried. Heeded only in messages
 /// that come through the subscription's own exchange, to which nobody else may write.
 pub const RECEIPT_OWED: &str = "tidings-receipt-owed";
@@ -70,6 +72,11 @@ impl Source {
             None => key.to_owned(),
         }
     }
+}
+
+/// Whether this can stand before a routing key: words with dots between them, none of which a topic exchange takes for a pattern.
+pub fn are_words(prefix: &str) -> bool {
+    prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']))
 }
 
 /// Why the broker does not have what was asked for.

@@ -1,13 +1,18 @@
 //! Trust: whose word a server's certificate must bear, beyond what this machine trusts already.
 //!
-//! Promise: a file that holds no certificate is refused when it is named, and not at the first connection.
+//! Promise: a file that holds no certificate is refused when it is named, and not at the first connection; nothing is sent in clear to an
+//! address of TLS.
 //! Not here, on purpose: a switch that turns verification off, and certificates of our own (servers know us by key or password).
 
 use std::{fmt, fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
-use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+use lapin::{
+    Connection, ConnectionProperties,
+    tcp::OwnedTLSConfig,
+    uri::{AMQPScheme, AMQPUri},
+};
 use rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,
@@ -50,8 +55,11 @@ impl Trust {
     /// counts from the next connection on. No deadline: a silent peer is waited for.
     ///
     /// # Errors
-    /// When the broker does not answer, or not with what is trusted.
+    /// When the broker does not answer, or not with what is trusted; for `amqps` always, without the feature `tls`.
     pub async fn connect(&self, uri: &AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+        if !can_reach(uri) {
+            return Err(io::Error::other("amqps:// needs the feature \"tls\" of tidings-sdk").into());
+        }
         let cert_chain = self.pem().map_err(io::Error::other)?;
         let tls = OwnedTLSConfig { identity: None, cert_chain };
         Connection::connect_uri_with_config(uri.clone(), properties, tls, lapin::runtime::default_runtime()?).await
@@ -96,6 +104,11 @@ impl Trust {
     fn wrong(&self, why: impl Into<String>) -> InvalidCa {
         InvalidCa { file: self.ca_file.clone().unwrap_or_default(), why: why.into() }
     }
+}
+
+/// Without the feature `tls` the AMQP library speaks plainly to an `amqps` address, and does not say so.
+pub(crate) fn can_reach(uri: &AMQPUri) -> bool {
+    uri.scheme == AMQPScheme::AMQP || cfg!(feature = "tls")
 }
 
 #[cfg(test)]

@@ -28,7 +28,11 @@ use lapin::{
     uri::{AMQPScheme, AMQPUri},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tidings_sdk::{envelope::Event, topology::Source, trust::Trust};
+use tidings_sdk::{
+    envelope::Event,
+    topology::{self, Source},
+    trust::Trust,
+};
 use tokio::{sync::Mutex, time::timeout};
 
 use crate::db::is_loopback;
@@ -85,9 +89,8 @@ pub fn parse_exchange(name: &str) -> anyhow::Result<String> {
 /// # Errors
 /// When they would not be words to a topic exchange.
 pub fn parse_prefix(prefix: &str) -> anyhow::Result<String> {
-    let are_words = prefix.split('.').all(|word| !word.is_empty() && !word.contains(['*', '#']));
     ensure!(
-        are_words && prefix.len() <= NAME_LIMIT_BYTES,
+        topology::are_words(prefix) && prefix.len() <= NAME_LIMIT_BYTES,
         "expected words with dots between them, without * and #, at most {NAME_LIMIT_BYTES} bytes"
     );
     Ok(prefix.to_owned())

@@ -12,7 +12,7 @@ mod store;
 
 pub use collector::Collector;
 pub use http::{Redrive, routes};
-pub use model::{DeadLetter, Left, REDRIVEN, Redriven, Selection};
+pub use model::{DeadLetter, Left, Redriven, Selection};
 pub use store::{COUNTS, DROP, FORGET, KEEP, KNOWN, LAST_PLACE, LEFT, NAMES, PAGE, PURGE, REASONS, TAKE, counts};
 
 use std::{collections::BTreeMap, time::Duration};
@@ -210,7 +210,7 @@ impl Errand {
     fn parcel(&self, letter: &DeadLetter) -> Option<Parcel> {
         // Without the headers of its failures: its attempts start anew.
         let times = AMQPValue::LongInt(letter.redriven.saturating_add(1));
-        Some(Parcel::new(letter.notice.as_ref()?, &self.broker, REDRIVEN, times))
+        Some(Parcel::new(letter.notice.as_ref()?, &self.broker, topology::REDRIVEN, times))
     }
 
     async fn take(&self, past: Place, limit: usize) -> Result<Vec<DeadLetter>, Error> {

@@ -7,12 +7,10 @@ use lapin::{
 use tidings_sdk::{
     envelope::{self, Notice},
     letter::{Letter, Reason},
+    topology::REDRIVEN,
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
-
-/// Header of a letter that was put back: how often so far.
-pub const REDRIVEN: &str = "tidings-redriven";
 
 /// Order in which letters came; a letter that comes again gets a new one.
 pub type Place = i64;

@@ -12,7 +12,7 @@ use tidings_sdk::{
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-use crate::{broker, dead_letters};
+use crate::broker;
 
 /// The document for an owner that publishes there.
 ///
@@ -277,7 +277,7 @@ fn headers(sample: &Value) -> Value {
     }
     schema["properties"][topology::BACKFILL] = json!({ "type": "string", "format": "uuid",
         "description": "Only to one subscription alone: it tells a state, not a change, and this is the id of its backfill" });
-    schema["properties"][dead_letters::REDRIVEN] = json!({ "type": "integer", "minimum": 1,
+    schema["properties"][topology::REDRIVEN] = json!({ "type": "integer", "minimum": 1,
         "description": "Only to one subscription alone: how often it was put back from the dead letters" });
     schema
 }

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::{
     house::{self, Answer, House, collect, database_url, env, eventually},
     load::{self, Load},
+    sdk_faults::curse_before,
 };
 
 /// An application of this House: its name there, and its database.
@@ -55,6 +56,12 @@ impl App {
     /// The same application at another exchange.
     pub fn at(mut self, exchange: &str) -> Self {
         self.settings.push(("TIDINGS_EXCHANGE", exchange.to_owned()));
+        self
+    }
+
+    /// The same application with another way to the owner.
+    fn asking(mut self, url: &str) -> Self {
+        self.settings.push(("TIDINGS_URL", url.to_owned()));
         self
     }
 
@@ -157,6 +164,39 @@ async fn orders_of_a_deleted_person_are_cancelled_and_no_others(db: PgPool) {
     states("pending cancelled cancelled pending").await;
     listening.leave().await;
     orders.end().await;
+}
+
+/// Nor does one whom the owner cannot show keep an application from listening, when it looks for what it missed.
+#[sqlx::test]
+async fn one_whom_the_owner_cannot_show_keeps_no_application_from_listening(db: PgPool) {
+    let house = House::open(db).await;
+    let [cursed, ana] = [house.user(json!({})).await, house.user(json!({})).await];
+    let stand_in = curse_before(&house.service.url, &Arc::new(Mutex::new(Some(cursed)))).await;
+    let orders = App::of(&house, "orders").await.asking(&stand_in);
+    for person in [cursed, ana] {
+        orders.ask(&["place", &person.to_string(), "lamp"]).await.unwrap();
+    }
+    house.delete(&ana).await.ok();
+    let listening = orders.run(&[]).await;
+    let list = orders.ask(&["list"]).await.unwrap();
+    assert!(list.contains("\tpending\t") && list.contains("\tcancelled\t"), "{list}");
+    listening.leave().await;
+    let events = App::of(&house, "events").await.asking(&stand_in);
+    let store = events.database().await;
+    sqlx::raw_sql("create table attendees (event text, person uuid, primary key (event, person))")
+        .execute(&store)
+        .await
+        .unwrap();
+    for person in [cursed, ana] {
+        sqlx::query("insert into attendees values ('gala', $1)").bind(person).execute(&store).await.unwrap();
+    }
+    let listening = events.run(&["--listen", "127.0.0.1:0"]).await;
+    let left: Vec<Uuid> = sqlx::query_scalar("select person from attendees").fetch_all(&store).await.unwrap();
+    assert_eq!(left, [cursed], "who is gone attends nothing");
+    listening.leave().await;
+    store.close().await;
+    orders.end().await;
+    events.end().await;
 }
 
 #[sqlx::test]
@@ -316,6 +356,38 @@ async fn an_application_that_joins_under_load_has_everybody_without_a_change_to_
     let issued = invoices.ask(&["issue", &newcomer.to_string(), "4900"]).await.unwrap();
     assert!(issued.starts_with("invoice"), "{issued}");
     assert!(invoices.ask(&["issue", &users[2].to_string(), "4900"]).await.is_err(), "nobody bills the dead");
+    listening.leave().await;
+    store.close().await;
+    Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
+    invoices.end().await;
+}
+
+/// After a restore of the owner people live where it says, whatever was known of later versions.
+#[sqlx::test]
+async fn an_application_that_is_told_anew_by_a_restored_owner_believes_it(db: PgPool) {
+    let house = House::open(db).await;
+    let invoices = App::of(&house, "invoices").await;
+    let wish = json!({ "routing_keys": ["user.created", "user.deleted"], "fields": ["city"],
+                       "owner": "team-invoices", "purpose": "addresses on invoices" });
+    let path = format!("/v1/subscriptions/{}", invoices.subscription);
+    Answer::to(house.request(Method::PUT, &path).json(&wish)).await.ok();
+    let listening = invoices.run(&[]).await;
+    let store = invoices.database().await;
+    let lives = async |city: &str, version: i64| {
+        eventually("the address", async || {
+            let known: Vec<(String, i64)> =
+                sqlx::query_as("select address->>'city', version from debtors").fetch_all(&store).await.unwrap();
+            if known == [(city.to_owned(), version)] { Ok(()) } else { Err(known) }
+        })
+        .await;
+    };
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    lives("Oslo", 2).await;
+    let restore = r#"update users set version = 1, profile = '{"city":"Riga"}' where id = $1"#;
+    sqlx::query(restore).bind(ana).execute(&house.db).await.unwrap();
+    Answer::to(house.request(Method::POST, &format!("{path}/backfill")).json(&json!({ "users": "all" }))).await.ok();
+    lives("Riga", 1).await;
     listening.leave().await;
     store.close().await;
     Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();

@@ -23,7 +23,7 @@ use tidings_sdk::{
     letter::{Letter, Reason},
     owner::Owner,
     subscription::Subscription,
-    topology::{self, Depth, Source},
+    topology::{self, Depth, RETRY_DELAYS, Source},
 };
 use time::OffsetDateTime;
 use tokio::{sync::Semaphore, task::JoinHandle};
@@ -505,6 +505,58 @@ impl Observer for Attempts {
     }
 }
 
+/// Has words of its own for what went wrong, and loses the cause in some of them.
+#[derive(Clone, Default)]
+struct Wordy {
+    calls: Arc<AtomicUsize>,
+    done: Arc<AtomicUsize>,
+}
+
+impl Handler for Wordy {
+    async fn changed(&self, news: News) -> Result<(), Failure> {
+        let words = self.calls.fetch_add(1, Ordering::SeqCst) % 3;
+        let Err(error) = news.latest().await else {
+            self.done.fetch_add(1, Ordering::SeqCst);
+            return Ok(());
+        };
+        Err(Failure::because(match words {
+            0 => anyhow::Error::new(error),
+            1 => anyhow::Error::new(error).context("no badge"),
+            _ => anyhow::anyhow!("no badge: {error}"),
+        }))
+    }
+}
+
+#[sqlx::test]
+async fn an_outage_of_the_owner_is_one_in_whatever_words_it_is_told(db: PgPool) {
+    let mut house = House::open(db).await;
+    let before = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let direct = std::mem::replace(&mut house.service.url, format!("http://{}", before.address()));
+    let (attempts, wordy, stop) = (Attempts::default(), Wordy::default(), CancellationToken::new());
+    let subscription = subscription(&house);
+    let consumer = consumer(&house, &env("AMQP_URL"), &subscription).observe(attempts.clone());
+    house.service.url = direct;
+    let running = tokio::spawn(consumer.run(wordy.clone(), stop.clone()));
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    is_attended(&connection, subscription.name.queue()).await;
+    before.down();
+    load::users(&house, 9).await;
+    let reach = async |what: &str, count: &AtomicUsize, goal: usize| {
+        eventually(what, async || match count.load(Ordering::SeqCst) {
+            count if count >= goal => Ok(()),
+            count => Err((count, attempts.0.lock().unwrap().clone())),
+        })
+        .await;
+    };
+    reach("calls to begin again", &wordy.calls, 60).await;
+    before.up();
+    reach("everybody", &wordy.done, 9).await;
+    assert_eq!(*attempts.0.lock().unwrap(), []);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    topology::delete(&connection.create_channel().await.unwrap(), &subscription.name, &SOON).await.unwrap();
+}
+
 /// So is one that takes every request and answers none, although it takes longer than a handler may.
 #[sqlx::test]
 async fn an_owner_that_says_nothing_makes_no_dead_letters(db: PgPool) {
@@ -750,6 +802,23 @@ async fn who_is_asked_to_leave_finishes_what_is_under_way_and_gives_back_the_res
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
 }
 
+/// Who wants to wait for ever may say so, and who wants to look all the time.
+#[sqlx::test]
+async fn settings_without_measure_break_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let (patient, hasty) = (Duration::MAX, Duration::ZERO);
+    for interval in [patient, hasty] {
+        let owner = owner_at(&house.service.url).patience(patient);
+        let source = Source { exchange: house.exchange.clone(), prefix: None };
+        let consumer = Consumer::new(&env("AMQP_URL"), source, subscription(&house), owner).unwrap();
+        let consumer = consumer.retry_delays(SOON).handler_deadline(patient).check_every(interval).farewell(patient);
+        let listener = Listener::started(&house, Diary::new(), consumer).await;
+        house.user(json!({})).await;
+        listener.called(1).await;
+        listener.end().await;
+    }
+}
+
 #[sqlx::test]
 async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     let house = House::open(db).await;
@@ -783,6 +852,52 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
     assert!(url.contains("amqp://") && !url.contains("s3cret"), "{url}");
 }
 
+/// Waits until somebody consumes from this queue.
+async fn is_attended(connection: &Connection, queue: &str) {
+    eventually("the consumer to listen", async || {
+        let channel = connection.create_channel().await.unwrap();
+        match topology::depth(&channel, queue).await {
+            Ok(depth) if depth.consumers == 1 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+}
+
+/// A newer build, or the registry, binds the queue for more than this build asks for: what comes of that is told, and not acknowledged
+/// unseen.
+#[sqlx::test]
+async fn what_its_queue_is_bound_for_is_told_whatever_this_build_asks_for(db: PgPool) {
+    let house = House::open(db).await;
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    for is_registered in [false, true] {
+        let mut narrow = Subscription::new(format!("{}.{is_registered}", house.exchange).parse().unwrap());
+        narrow.fields.insert("city".parse().unwrap());
+        let mut wide = narrow.clone();
+        wide.fields.insert("phone".parse().unwrap());
+        let delays = if is_registered { &RETRY_DELAYS[..] } else { &SOON[..] };
+        topology::declare(&channel, &source, &narrow, delays).await.unwrap();
+        let consumer = consumer(&house, &env("AMQP_URL"), &narrow);
+        let consumer = if is_registered { consumer.registered() } else { consumer };
+        let (diary, stop) = (Diary::new(), CancellationToken::new());
+        let running = tokio::spawn(consumer.run(diary.clone(), stop.clone()));
+        is_attended(&connection, narrow.name.queue()).await;
+        topology::declare(&channel, &source, &wide, delays).await.unwrap();
+        let ana = house.user(json!({})).await;
+        house.amend(&ana, json!({ "phone": "1" })).await.ok();
+        eventually("the change of the phone", async || match said(&diary.of(&ana)) {
+            told if told == ["2 updated[phone]"] => Ok(()),
+            told => Err(told),
+        })
+        .await;
+        stop.cancel();
+        running.await.unwrap().unwrap();
+        topology::delete(&channel, &narrow.name, delays).await.unwrap();
+    }
+}
+
 /// Woken for fields alone: other changes do not even reach the queue.
 #[sqlx::test]
 async fn a_subscription_to_fields_is_woken_for_these_alone(db: PgPool) {
@@ -792,14 +907,7 @@ async fn a_subscription_to_fields_is_woken_for_these_alone(db: PgPool) {
     let (diary, stop) = (Diary::new(), CancellationToken::new());
     let running = tokio::spawn(consumer(&house, &env("AMQP_URL"), &fields).run(diary.clone(), stop.clone()));
     let connection = connect(&env("AMQP_URL")).await.unwrap();
-    eventually("the consumer to listen", async || {
-        let channel = connection.create_channel().await.unwrap();
-        match topology::depth(&channel, fields.name.queue()).await {
-            Ok(depth) if depth.consumers == 1 => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })
-    .await;
+    is_attended(&connection, fields.name.queue()).await;
     let ana = house.user(json!({})).await;
     for patch in
         [json!({ "phone": "1" }), json!({ "city": "Riga" }), json!({ "phone": "2" }), json!({ "city": "Oslo" })]

@@ -12,6 +12,7 @@ use std::{
 
 use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{
+    BasicProperties,
     options::{QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -19,13 +20,15 @@ use reqwest::StatusCode;
 use serde_json::json;
 use sqlx::PgPool;
 use tidings_sdk::{
-    consumer::{CatchUp, Dropped, Failure, Gap, Observer},
+    cache::Cache,
+    consumer::{CatchUp, Dropped, Failure, Gap, Handler, News, Observer},
     envelope::{Event, Notice},
     letter::{Letter, Reason},
-    mirror::Mirror,
-    topology::{self, Depth},
+    mirror::{Keeper, Mirror},
+    topology::{self, Depth, Source},
 };
 use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -33,7 +36,7 @@ use crate::{
     hurt::HurtBroker,
     load,
     proxy::Proxy,
-    sdk::{Curse, Diary, Listener, SOON, notice, said, updated},
+    sdk::{Curse, Diary, Listener, SOON, consumer, notice, said, subscription, updated},
 };
 
 /// Counts what was dropped, and why.
@@ -90,6 +93,14 @@ fn letter(dead: &lapin::message::BasicGetMessage) -> Letter {
     Letter::read(dead.delivery.properties.headers().as_ref()).unwrap()
 }
 
+/// This notice as the message of a backfill.
+fn backfilled(notice: &Notice) -> (BasicProperties, Vec<u8>) {
+    let (properties, body) = notice.to_message("urn:test");
+    let mut headers = properties.headers().clone().unwrap();
+    headers.insert(topology::BACKFILL.into(), AMQPValue::LongString(Uuid::new_v4().to_string().into()));
+    (properties.with_headers(headers), body)
+}
+
 /// A way to the broker that a test can cut; its URL.
 async fn line() -> (Proxy, String) {
     let authority = env("AMQP_URL").split_once('@').unwrap().1.split('/').next().unwrap().to_owned();
@@ -99,7 +110,7 @@ async fn line() -> (Proxy, String) {
 }
 
 /// What stands before the owner and answers 500 to whatever is about this user, if there is one; its URL.
-async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
+pub async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
     let (owner, http, cursed) = (owner.to_owned(), house::http(), cursed.clone());
     let answer = move |request: Request| {
         let (owner, http, cursed) = (owner.clone(), http.clone(), *cursed.lock().unwrap());
@@ -145,6 +156,30 @@ async fn what_failed_is_told_with_the_next_news_of_that_user(db: PgPool) {
     assert_eq!(listener.diary.calls().len(), 1, "what came back from waiting was done already");
     let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
     listener.leave().await;
+    topology::delete(&channel, &name, &later).await.unwrap();
+}
+
+/// Nor by what another process did meanwhile, which knew nothing of it.
+#[sqlx::test]
+async fn what_failed_in_a_process_that_is_gone_is_tried_again_by_the_next(db: PgPool) {
+    let house = House::open(db).await;
+    let later = [Duration::from_secs(4)];
+    let first = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(later)).await;
+    let ana = Uuid::new_v4();
+    first.diary.curse(ana, Curse::Fails);
+    house.put(&ana, json!({})).await.ok();
+    let retry = first.subscription.name.retry_queue(later[0]);
+    eventually("the failed attempt to be parked", async || match first.depth(&retry).await.unwrap().ready {
+        1 => Ok(()),
+        ready => Err(ready),
+    })
+    .await;
+    first.leave().await;
+    let second = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays(later)).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    assert_eq!(said(&second.called(2).await), ["2 updated[city]", "1 created"]);
+    let (channel, name) = (second.channel.clone(), second.subscription.name.clone());
+    second.leave().await;
     topology::delete(&channel, &name, &later).await.unwrap();
 }
 
@@ -209,6 +244,7 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     let mut headers = properties.headers().clone().unwrap();
     headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("elsewhere".into())].into()));
     headers.insert("city".into(), AMQPValue::LongString("Riga".into()));
+    headers.insert(topology::REDRIVEN.into(), AMQPValue::LongInt(2));
     let hostile = properties.with_headers(headers).with_expiration("600000".into()).with_user_id("guest".into());
     listener.send(hostile.with_reply_to("elsewhere".into()), &body).await;
     let dead = listener.dead_letter().await;
@@ -217,6 +253,8 @@ async fn a_dead_letter_keeps_the_notice_and_nothing_that_steers_the_broker(db: P
     assert_eq!(Notice::from_message(kept, &dead.delivery.data).unwrap(), told);
     assert_eq!((kept.expiration(), kept.user_id(), kept.reply_to()), (&None, &None, &None));
     assert!(!kept.headers().as_ref().unwrap().contains_key("city"), "{kept:?}");
+    let redriven = kept.headers().as_ref().unwrap().inner().get(topology::REDRIVEN);
+    assert_eq!(redriven, Some(&AMQPValue::LongInt(2)), "whoever looks at it has to know that it was put back before");
     assert_eq!(
         topology::depth(&listener.channel, &elsewhere).await.unwrap().ready,
         0,
@@ -304,15 +342,86 @@ async fn after_a_backfill_of_a_restored_owner_news_is_news_again(db: PgPool) {
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
     handled(3).await;
     sqlx::query("update users set version = 1 where id = $1").bind(ana).execute(&house.db).await.unwrap();
-    let (properties, body) = notice(ana, 1, Event::Created).to_message("urn:test");
-    let mut headers = properties.headers().clone().unwrap();
-    headers.insert(topology::BACKFILL.into(), AMQPValue::LongString(Uuid::new_v4().to_string().into()));
-    listener.send(properties.with_headers(headers), &body).await;
+    let (properties, body) = backfilled(&notice(ana, 1, Event::Created));
+    listener.send(properties, &body).await;
     handled(1).await;
     house.amend(&ana, json!({ "city": "Rome" })).await.ok();
     handled(2).await;
     assert!(drops.0.lock().unwrap().iter().all(|why| *why != Dropped::Old), "{drops:?}");
     listener.end().await;
+}
+
+/// A copy and a cache.
+struct Copies {
+    keeper: Keeper,
+    cache: Cache,
+    begun: Arc<AtomicUsize>,
+    gate: Arc<Semaphore>,
+}
+
+impl Handler for Copies {
+    async fn changed(&self, news: News) -> Result<(), Failure> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        drop(self.gate.acquire().await?);
+        self.cache.heed(&news);
+        self.keeper.changed(news).await
+    }
+}
+
+/// What an application holds is ahead of its restored owner, and so is what waits for it: a backfill sets right what is held, although
+/// later versions of the old history wait with it.
+#[sqlx::test]
+async fn what_a_backfill_of_a_restored_owner_brings_is_taken_over(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner_at(&house.service.url), Mirror::new());
+    mirror.prepare(&house.db).await.unwrap();
+    let cache = Cache::new(owner.clone(), 10);
+    let users = load::users(&house, 2).await;
+    for user in &users {
+        house.amend(user, json!({ "city": "Oslo" })).await.ok();
+        house.amend(user, json!({ "city": "Rome" })).await.ok();
+        let latest = cache.get(*user).await.unwrap();
+        assert_eq!(latest.version(), 3);
+        mirror.apply(&mut house.db.acquire().await.unwrap(), &latest).await.unwrap();
+    }
+    house.settle().await;
+    let restore = r#"update users set version = 1, profile = '{"city":"Riga"}'"#;
+    sqlx::query(restore).execute(&house.db).await.unwrap();
+
+    let (subscription, source) = (subscription(&house), Source { exchange: house.exchange.clone(), prefix: None });
+    let broker = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = broker.create_channel().await.unwrap();
+    topology::declare(&channel, &source, &subscription, &[]).await.unwrap();
+    let of_old = [2, 3].map(|version| notice(users[0], version, updated("city")).to_message("urn:test"));
+    let anew = [users[0], users[1]].map(|user| backfilled(&notice(user, 1, Event::Created)));
+    for (properties, body) in of_old.into_iter().chain(anew) {
+        let queue = subscription.name.queue().into();
+        channel.basic_publish("".into(), queue, Default::default(), &body, properties).await.unwrap();
+    }
+    let keeper = mirror.clone().keeper(house.db.clone(), owner);
+    let (begun, gate, stop) = (Arc::<AtomicUsize>::default(), Arc::new(Semaphore::new(0)), CancellationToken::new());
+    let copies = Copies { keeper, cache: cache.clone(), begun: begun.clone(), gate: gate.clone() };
+    // Whatever fails is a dead letter at once.
+    let consumer = consumer(&house, &env("AMQP_URL"), &subscription).retry_delays([]);
+    let running = tokio::spawn(consumer.run(copies, stop.clone()));
+    // When the other user has his turn, all that was sent before has come, and waits together.
+    eventually("both users' turn", async || match begun.load(Ordering::SeqCst) {
+        2 => Ok(()),
+        begun => Err(begun),
+    })
+    .await;
+    gate.add_permits(1_000);
+    for user in &users {
+        eventually("the copy to be set right", async || {
+            let copy = mirror.get(&mut house.db.acquire().await.unwrap(), *user).await.unwrap().unwrap();
+            if (copy.version, &copy.profile["city"]) == (1, &json!("Riga")) { Ok(()) } else { Err(copy.version) }
+        })
+        .await;
+    }
+    assert_eq!(cache.get(users[1]).await.unwrap().version(), 1);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    topology::delete(&broker.create_channel().await.unwrap(), &subscription.name, &[]).await.unwrap();
 }
 
 /// What unacknowledged messages a queue of this broker has, by the broker's own word.

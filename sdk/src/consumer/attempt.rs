@@ -2,17 +2,14 @@
 
 use std::{
     panic::AssertUnwindSafe,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt;
 use lapin::message::Delivery;
 use time::OffsetDateTime;
-use tokio::{
-    sync::OnceCell,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 use uuid::Uuid;
@@ -38,19 +35,29 @@ pub(super) struct Arrival {
     pub delivery: Delivery,
     /// Attempts that have failed so far.
     pub attempts: u32,
+    /// Whether it tells a state and not a change.
+    pub is_backfill: bool,
 }
 
 /// What has become of a job.
 pub(super) enum Report {
     /// To be acknowledged.
     /// `deletions` only once they are confirmed to the owner.
-    Handled { user: Uuid, version: i64, event: Event, done: Vec<Delivery>, deletions: Vec<Delivery> },
+    Handled { user: Uuid, handled: Handled, done: Vec<Delivery>, deletions: Vec<Delivery> },
     /// To be parked.
     Failed { user: Uuid, event: Event, reason: Reason, arrivals: Vec<Arrival> },
     /// Nobody waits for it any more; the messages will come again.
     GivenUp { user: Uuid },
     /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
     Settled(Option<Box<Delivery>>),
+}
+
+/// What a call stood for that succeeded.
+pub(super) struct Handled {
+    pub version: i64,
+    pub event: Event,
+    pub is_backfill: bool,
+    pub messages: Vec<Uuid>,
 }
 
 /// Everything that attempts share.
@@ -72,10 +79,10 @@ pub(super) struct Attempts<H> {
 impl<H: Handler> Attempts<H> {
     /// Handles a group, which is not empty, and with it what is owed to this user.
     pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>, owed: Option<Event>) -> Report {
-        let (news, began) = (self.news(user, &arrivals, owed), Instant::now());
+        let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
-        let outcome = self.attempt(&news).instrument(span).await;
-        let News { version, event, latest, .. } = news;
+        let outcome = self.attempt(&mut news).instrument(span).await;
+        let News { version, event, latest, is_backfill, notices, .. } = news;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
@@ -87,7 +94,9 @@ impl<H: Handler> Attempts<H> {
                     arrivals.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
                 let deliveries =
                     |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
-                Report::Handled { user, version, event, done: deliveries(done), deletions: deliveries(deletions) }
+                let messages = notices.iter().map(|notice| notice.message_id).collect();
+                let handled = Handled { version, event, is_backfill, messages };
+                Report::Handled { user, handled, done: deliveries(done), deletions: deliveries(deletions) }
             }
             Some(Err(reason)) => Report::Failed { user, event, reason, arrivals },
         }
@@ -102,7 +111,9 @@ impl<H: Handler> Attempts<H> {
         let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
         let version = newest.map_or(1, |notice| notice.version);
         let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
-        News { user_id: user, version, event, notices, owner, latest: Arc::new(OnceCell::new()) }
+        let is_backfill = arrivals.iter().any(|arrival| arrival.is_backfill);
+        let (latest, outage) = Default::default();
+        News { user_id: user, version, event, notices, is_backfill, owner, latest, outage }
     }
 
     /// Part of the trace of the request that made the change.
@@ -121,7 +132,7 @@ impl<H: Handler> Attempts<H> {
     }
 
     /// `None` when it was given up because nobody waits for it any more.
-    async fn attempt(&self, news: &News) -> Option<Result<(), Reason>> {
+    async fn attempt(&self, news: &mut News) -> Option<Result<(), Reason>> {
         let mut pauses = back_off();
         loop {
             let called = self.over.run_until_cancelled(self.call(news)).await?;
@@ -134,6 +145,10 @@ impl<H: Handler> Attempts<H> {
                     tracing::warn!("an outage, waiting: {why}");
                     self.observer.outage(why);
                     self.stop.run_until_cancelled(sleep(pauses.next().unwrap_or(super::LONGEST_DELAY))).await?;
+                    // What is written over a newer version has to be fetched after the handler's look at that version.
+                    if news.is_backfill {
+                        news.latest = Arc::default();
+                    }
                 }
                 Called::Failed(failure @ Failure { kind: Kind::Attempt(reason), .. }) => {
                     tracing::debug!(?failure, "the handler failed");
@@ -146,11 +161,13 @@ impl<H: Handler> Attempts<H> {
     }
 
     async fn call(&self, news: &News) -> Result<(), Called> {
+        let (latest, outage) = (news.latest.clone(), Arc::<OnceLock<_>>::default());
         let news = News {
             notices: news.notices.clone(),
             event: news.event.clone(),
             owner: news.owner.clone(),
-            latest: news.latest.clone(),
+            latest: latest.clone(),
+            outage: outage.clone(),
             ..*news
         };
         let work = async {
@@ -161,7 +178,11 @@ impl<H: Handler> Attempts<H> {
             }
         };
         match timeout(self.deadline, AssertUnwindSafe(work).catch_unwind()).await {
-            Ok(Ok(outcome)) => outcome.map_err(Called::Failed),
+            Ok(Ok(outcome)) => outcome.map_err(|failure| {
+                // One that is over by now has not made the call fail.
+                let outage = outage.get().copied().filter(|_| latest.get().is_none());
+                Called::Failed(failure.after(outage))
+            }),
             Ok(Err(_)) => Err(Called::Panicked),
             Err(_) => Err(Called::TimedOut),
         }

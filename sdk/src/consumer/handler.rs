@@ -1,6 +1,13 @@
 //! What an application brings: a handler, a way to catch up, an observer.
 
-use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use tokio::sync::OnceCell;
 use uuid::Uuid;
@@ -48,8 +55,11 @@ pub struct News {
     pub event: Event,
     /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,
+    pub(super) is_backfill: bool,
     pub(super) owner: Owner,
-    pub(super) latest: std::sync::Arc<OnceCell<Latest>>,
+    pub(super) latest: Arc<OnceCell<Latest>>,
+    /// What kept this call from [`News::latest`], if it was an outage.
+    pub(super) outage: Arc<OnceLock<&'static str>>,
 }
 
 impl News {
@@ -58,8 +68,19 @@ impl News {
     /// # Errors
     /// [`FetchError`], for which `?` does the right thing.
     pub async fn latest(&self) -> Result<Latest, FetchError> {
-        let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await?;
-        Ok(latest.clone())
+        let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await;
+        if let Err(error) = &latest
+            && let Kind::Outage(why) = kind_of_fetch(error)
+        {
+            self.outage.get_or_init(|| why);
+        }
+        latest.cloned()
+    }
+
+    /// Whether a backfill tells how the user is. That counts even if it is a lower version than what was held before
+    /// [`News::latest`] was asked: the owner may have been restored from a backup.
+    pub fn is_backfill(&self) -> bool {
+        self.is_backfill
     }
 }
 
@@ -85,9 +106,19 @@ impl Failure {
         Self { kind: Kind::Outage("the application says so"), cause: cause.into() }
     }
 
-    /// A failed attempt, for causes that `?` does not take: words, or an `anyhow::Error`.
+    /// For causes that `?` does not take: words, or an `anyhow::Error`. An outage that [`News::latest`] met in this call is one whatever it
+    /// is wrapped in; others are looked for among the causes, where a bare `anyhow::Error` hides itself: give it a `.context(..)`.
     pub fn because(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { kind: Kind::Attempt(Reason::HandlerFailed), cause: cause.into() }
+        let cause = cause.into();
+        Self { kind: kind(&*cause), cause }
+    }
+
+    /// The same, knowing what kept the call from the latest record, which its cause may have lost.
+    pub(super) fn after(self, outage: Option<&'static str>) -> Self {
+        match (self.kind, outage) {
+            (Kind::Attempt(Reason::HandlerFailed), Some(why)) => Self { kind: Kind::Outage(why), ..self },
+            _ => self,
+        }
     }
 }
 
@@ -169,6 +200,7 @@ impl fmt::Debug for Failure {
 
 /// How news may have been missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Gap {
     /// This process has not listened yet. Its queue may be new, or have been there all the while.
     FirstStart,
@@ -205,13 +237,12 @@ pub(super) fn boxed(catch_up: impl CatchUp) -> BoxedCatchUp {
 
 /// Why a notice was acknowledged without a call of the handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dropped {
     /// This version of the user, or a newer one, was handled already.
     Old,
     /// The same message was there twice.
     Duplicate,
-    /// The subscription does not ask for it (any more).
-    Unwanted,
 }
 
 /// Is told what goes on, to make metrics of it. Every method does nothing unless it is given something to do.
@@ -270,5 +301,16 @@ mod tests {
         assert_eq!(Failure::from(refused).kind, Kind::Attempt(Reason::FetchFailed));
         assert_eq!(Failure::from(std::fmt::Error).kind, Kind::Attempt(Reason::HandlerFailed));
         assert_eq!(Failure::because("no paper").kind, Kind::Attempt(Reason::HandlerFailed));
+    }
+
+    #[test]
+    fn a_cause_that_question_mark_does_not_take_is_looked_through_too() {
+        let unavailable = FetchError::Unavailable("no answer");
+        let boxed: Box<dyn Error + Send + Sync> = Box::new(Wrapped(unavailable.clone()));
+        assert_eq!(Failure::because(boxed).kind, Kind::Outage("no answer"));
+        let in_context = anyhow::Error::new(unavailable).context("no badge");
+        assert_eq!(Failure::because(in_context).kind, Kind::Outage("no answer"));
+        assert_eq!(Failure::because("no paper").after(Some("no answer")).kind, Kind::Outage("no answer"));
+        assert_eq!(Failure::from(FetchError::UnknownUser).after(Some("no answer")).reason(), "unknown_user");
     }
 }

@@ -56,10 +56,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    FOREVER,
     owner::{FetchError, Owner},
     subscription::Subscription,
     topology::{self, RETRY_DELAYS, Source},
-    trust::Trust,
+    trust::{self, Trust},
 };
 use handler::{BoxedCatchUp, boxed};
 use memory::Memory;
@@ -70,6 +71,7 @@ const HEARTBEAT_S: u16 = 10;
 /// For the question whether the key is good.
 const KEY_DEADLINE: Duration = Duration::from_secs(3);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
 /// A session that lasted this long was a good one: the next back-off starts small again.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 
@@ -121,13 +123,20 @@ impl Settings {
     }
 }
 
-/// The URL of a broker is not one. It is not repeated: it may hold a password.
+/// Why a URL leads to no broker. It is not repeated: it may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("expected the broker's URL, such as amqp://USER:PASSWORD@HOST/VHOST")]
-pub struct InvalidUrl;
+#[non_exhaustive]
+pub enum InvalidUrl {
+    #[error("expected the broker's URL, such as amqp://USER:PASSWORD@HOST/VHOST")]
+    NotAmqp,
+    /// Without it the connection would be a plain one, password and all.
+    #[error("amqps:// needs the feature \"tls\" of tidings-sdk, without which this program was built")]
+    NoTls,
+}
 
 /// Why a consumer cannot begin: what waiting would not mend.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StartError {
     #[error(transparent)]
     Topology(#[from] topology::Error),
@@ -139,6 +148,12 @@ pub enum StartError {
     NotRegistered(String),
     #[error("there is no exchange {0:?} at the broker: check its name, and that its owner has been started there once")]
     NoExchange(String),
+    #[error("nothing wakes the subscription {0:?}: give it at least one routing key or one field")]
+    NothingWakesIt(String),
+    #[error(
+        "no routing key begins with {0:?}: a prefix is words with dots between them, without * and #, or none at all"
+    )]
+    InvalidPrefix(String),
     #[error("the owner answers {status} {code} to this key: give the consumer a valid one with the scope users:read")]
     KeyRefused { status: u16, code: String },
 }
@@ -147,9 +162,12 @@ impl Consumer {
     /// A consumer of `subscription` at the broker of this URL. Nothing is sent yet.
     ///
     /// # Errors
-    /// When `amqp_url` is no AMQP URL.
+    /// When `amqp_url` is no AMQP URL, or one of `amqps` without the feature `tls`.
     pub fn new(amqp_url: &str, source: Source, subscription: Subscription, owner: Owner) -> Result<Self, InvalidUrl> {
-        let mut uri: AMQPUri = amqp_url.parse().map_err(|_| InvalidUrl)?;
+        let mut uri: AMQPUri = amqp_url.parse().map_err(|_| InvalidUrl::NotAmqp)?;
+        if !trust::can_reach(&uri) {
+            return Err(InvalidUrl::NoTls);
+        }
         uri.query.heartbeat.get_or_insert(HEARTBEAT_S);
         let (broker, settings) = (Address { uri, trust: Trust::default() }, Settings::default());
         Ok(Self { broker, source, subscription, owner, settings, catch_up: None, observer: Arc::new(handler::Blind) })
@@ -210,14 +228,15 @@ impl Consumer {
     /// How long running handlers may go on when the consumer is to leave; 15 s unless told otherwise.
     #[must_use]
     pub fn farewell(mut self, bound: Duration) -> Self {
-        self.settings.farewell = bound;
+        self.settings.farewell = bound.min(FOREVER);
         self
     }
 
-    /// How often exchange and bindings are looked after, since nobody tells when they are deleted; 30 s unless told otherwise.
+    /// How often exchange and bindings are looked after, since nobody tells when they are deleted; 30 s unless told otherwise, and never
+    /// more than a hundred times a second.
     #[must_use]
     pub fn check_every(mut self, interval: Duration) -> Self {
-        self.settings.check_every = interval;
+        self.settings.check_every = interval.clamp(SHORTEST_INTERVAL, FOREVER);
         self
     }
 
@@ -248,6 +267,7 @@ impl Consumer {
     /// # Errors
     /// [`StartError`], at the first start only.
     pub async fn run(self, handler: impl Handler, stop: CancellationToken) -> Result<(), StartError> {
+        self.check_bindings()?;
         self.check_key().await?;
         let (handler, mut memory) = (Arc::new(handler), Memory::new(self.settings.remembered));
         let (mut gap, mut delays) = (Gap::FirstStart, back_off());
@@ -275,6 +295,18 @@ impl Consumer {
         Ok(())
     }
 
+    /// The broker takes bindings that nothing ever matches, and says nothing.
+    fn check_bindings(&self) -> Result<(), StartError> {
+        let Subscription { name, keys, fields } = &self.subscription;
+        match &self.source.prefix {
+            // The registry has made them.
+            _ if !self.settings.declares => Ok(()),
+            Some(prefix) if !topology::are_words(prefix) => Err(StartError::InvalidPrefix(prefix.clone())),
+            _ if keys.is_empty() && fields.is_empty() => Err(StartError::NothingWakesIt(name.to_string())),
+            _ => Ok(()),
+        }
+    }
+
     /// Before anything is taken from the queue: an outage of the owner is no reason not to begin, a wrong key is. One that is refused
     /// later may have been revoked to be replaced, and is waited out.
     async fn check_key(&self) -> Result<(), StartError> {
@@ -293,4 +325,36 @@ fn back_off() -> impl Iterator<Item = Duration> + Send {
         .with_jitter()
         .without_max_times()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(url: &str, prefix: Option<&str>, keys: &[&str]) -> Result<Consumer, InvalidUrl> {
+        let source = Source { exchange: "masterdata".into(), prefix: prefix.map(str::to_owned) };
+        let mut subscription = Subscription::new("badges".parse().unwrap());
+        subscription.keys = keys.iter().map(|key| key.parse().unwrap()).collect();
+        Consumer::new(url, source, subscription, Owner::at("http://127.0.0.1:8080").unwrap())
+    }
+
+    #[test]
+    fn a_broker_over_tls_is_refused_by_a_build_that_cannot_verify_it() {
+        let refusal = |url| made(url, None, &[]).err();
+        let of_tls = (!cfg!(feature = "tls")).then_some(InvalidUrl::NoTls);
+        assert_eq!(refusal("amqps://ana:s3cret@host"), of_tls);
+        assert_eq!(refusal("amqp://ana:s3cret@host"), None);
+        assert_eq!(refusal("http://ana:s3cret@host"), Some(InvalidUrl::NotAmqp));
+    }
+
+    #[test]
+    fn bindings_that_nothing_ever_matches_are_refused() {
+        let refusal = |prefix, keys| made("amqp://host", prefix, keys).unwrap().check_bindings().err();
+        for wrong in ["", "eu.", ".eu", "eu..prod", "eu.*", "#"] {
+            assert!(matches!(refusal(Some(wrong), &["#"]), Some(StartError::InvalidPrefix(_))), "{wrong:?}");
+        }
+        assert!(matches!(refusal(None, &[]), Some(StartError::NothingWakesIt(_))));
+        assert!(refusal(Some("eu.prod"), &["#"]).is_none() && refusal(None, &["user.*"]).is_none());
+        assert!(made("amqp://host", Some(""), &[]).unwrap().registered().check_bindings().is_ok());
+    }
 }

@@ -17,17 +17,17 @@ use tokio::{sync::Mutex, time::timeout};
 
 use super::session::{Address, CONNECT_DEADLINE};
 use crate::{
-    envelope::{APP_ID, Event, FieldName, message_id},
+    envelope::{APP_ID, FieldName, message_id},
     letter::{Letter, Reason},
     subscription::SubscriptionName,
-    topology::{BACKFILL, DEAD, RECEIPT_OWED, retry_key},
+    topology::{BACKFILL, DEAD, RECEIPT_OWED, REDRIVEN, retry_key},
 };
 
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
 /// Of a message that is no notice, more than this is not kept.
 const BODY_LIMIT_BYTES: usize = 64 * 1024;
 /// Headers that travel on, beside one for each field.
-const CARRIED: [&str; 9] = [
+const CARRIED: [&str; 10] = [
     "version",
     "traceparent",
     "cloudEvents_specversion",
@@ -37,10 +37,12 @@ const CARRIED: [&str; 9] = [
     "cloudEvents_subject",
     "cloudEvents_time",
     BACKFILL,
+    REDRIVEN,
 ];
 /// All headers have to go into one frame, with room for what we add.
 const FIELD_LIMIT: usize = 1_000;
 const TEXT_LIMIT_BYTES: usize = 512;
+const EVENT_LIMIT_BYTES: usize = 64;
 
 pub(super) struct Parker {
     broker: Address,
@@ -119,13 +121,19 @@ fn carried(properties: &BasicProperties) -> BasicProperties {
     if let Some(id) = message_id(properties) {
         kept = kept.with_message_id(id.to_string().into());
     }
-    if let Some(kind) = properties.kind().clone().filter(|kind| Event::NAMES.contains(&kind.as_str())) {
+    if let Some(kind) = properties.kind().clone().filter(|kind| could_be_event(kind.as_str())) {
         kept = kept.with_type(kind);
     }
     if let Some(timestamp) = *properties.timestamp() {
         kept = kept.with_timestamp(timestamp);
     }
     kept.with_content_type("application/json".into()).with_app_id(APP_ID.into())
+}
+
+/// Whether a later version of this contract may have an event of this name. What was put aside for not being known can then be put back.
+fn could_be_event(name: &str) -> bool {
+    let is_word = |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    name.len() <= EVENT_LIMIT_BYTES && name.contains('.') && name.split('.').all(is_word)
 }
 
 fn headers(properties: &BasicProperties) -> FieldTable {
@@ -235,7 +243,7 @@ impl Parker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::Notice;
+    use crate::envelope::{Event, Notice};
 
     #[test]
     fn a_notice_travels_on_as_it_was() {
@@ -249,6 +257,21 @@ mod tests {
         };
         let (properties, _) = notice.to_message("urn:tidings:test");
         assert_eq!(carried(&properties), properties);
+        let mut headers = properties.headers().clone().unwrap();
+        headers.insert(BACKFILL.into(), AMQPValue::LongString(uuid::Uuid::from_u128(3).to_string().into()));
+        headers.insert(REDRIVEN.into(), AMQPValue::LongInt(2));
+        let addressed = properties.with_headers(headers);
+        assert_eq!(carried(&addressed), addressed);
+    }
+
+    #[test]
+    fn an_event_of_a_later_contract_keeps_its_name() {
+        let unknown = BasicProperties::default().with_type("user.merged".into());
+        assert_eq!(carried(&unknown).kind(), unknown.kind());
+        assert!(Event::NAMES.into_iter().all(could_be_event));
+        for other in ["", "ana", "Ana.Silva", "user.", "user..merged", "user.merged twice", &"a.".repeat(40)] {
+            assert!(!could_be_event(other), "{other}");
+        }
     }
 
     #[test]

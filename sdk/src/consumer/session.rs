@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{
     Consumer, StartError,
-    attempt::{Arrival, Attempts, Report},
+    attempt::{Arrival, Attempts, Handled, Report},
     handler::{Dropped, Gap, Handler},
     lanes::Lanes,
     ledger::{Ack, Ledger},
@@ -283,14 +283,8 @@ impl<'a> Session<'a> {
             self.jobs.spawn(attempts.clone().park(delivery, Reason::Malformed, 0));
             return;
         };
-        let subscription = &self.consumer.subscription;
         // What comes through its own exchange was meant for it: a further attempt, a backfill, a redrive.
-        let was_addressed = delivery.exchange.as_str() == subscription.name.as_str();
-        if !was_addressed && !subscription.wants(&notice.event) {
-            self.consumer.observer.dropped(Dropped::Unwanted);
-            self.ledger.done(delivery.delivery_tag);
-            return;
-        }
+        let was_addressed = delivery.exchange.as_str() == self.consumer.subscription.name.as_str();
         // Handled before, and only to be confirmed. Whoever could forge that on the way here could also have sent the receipt.
         if was_addressed && notice.event == Event::Deleted && park::tries(&delivery.properties).is_some() {
             self.jobs.spawn(attempts.clone().confirm(notice.user_id, delivery));
@@ -298,15 +292,22 @@ impl<'a> Session<'a> {
         }
         let letter = Letter::read(delivery.properties.headers().as_ref());
         let attempts = letter.map_or(0, |letter| letter.attempts);
-        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts });
+        let is_backfill =
+            delivery.properties.headers().as_ref().is_some_and(|headers| headers.contains_key(topology::BACKFILL));
+        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts, is_backfill });
     }
 
     /// Starts groups while there is room for more users.
-    fn start_what_can_be<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &Memory) {
+    fn start_what_can_be<H: Handler>(&mut self, attempts: &Arc<Attempts<H>>, memory: &mut Memory) {
         while self.lanes.out() < self.consumer.settings.concurrency
             && let Some((user, group)) = self.lanes.next()
         {
+            let (group, rest) = apart(group);
+            for arrival in rest {
+                self.lanes.arrive(user, arrival);
+            }
             let (old, news): (Vec<_>, Vec<_>) = group.into_iter().partition(|arrival| is_old(arrival, memory));
+            old.iter().for_each(|arrival| memory.is_back(&arrival.notice));
             let (news, again) = distinct(news);
             // A deletion that comes again may not have been confirmed before the connection was lost.
             let (deletions, old): (Vec<_>, Vec<_>) =
@@ -348,9 +349,12 @@ impl<'a> Session<'a> {
         memory: &mut Memory,
     ) -> Result<(), Ended> {
         match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
-            Report::Handled { user, version, event, done, deletions } => {
+            Report::Handled { user, handled: Handled { version, event, is_backfill, messages }, done, deletions } => {
                 self.is_back(user);
-                memory.note(user, version, &event);
+                match is_backfill {
+                    true => memory.begin_anew(user, version, &event),
+                    false => memory.note(user, version, &event, &messages),
+                }
                 for delivery in deletions.into_iter().filter(|delivery| delivery.acker.usable()) {
                     self.jobs.spawn(attempts.clone().confirm(user, delivery));
                 }
@@ -360,7 +364,9 @@ impl<'a> Session<'a> {
             }
             Report::Failed { user, event, reason, arrivals } => {
                 self.is_back(user);
-                memory.owe(user, event);
+                let delays = self.consumer.settings.retry_delays().len();
+                let comes_back = |arrival: &Arrival| (arrival.notice.message_id, (arrival.attempts as usize) < delays);
+                memory.owe(user, event, arrivals.iter().map(comes_back));
                 // What came on a connection that is lost comes again by itself.
                 for Arrival { delivery, attempts: tried, .. } in
                     arrivals.into_iter().filter(|a| a.delivery.acker.usable())
@@ -445,11 +451,21 @@ fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
     (first, again)
 }
 
+/// What comes to one call, and the rest. A backfill is one by itself: what waits with it may be from before a restore of the owner, which
+/// shows no version so high any more.
+fn apart(mut group: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
+    let end = match group.iter().position(|arrival| arrival.is_backfill) {
+        Some(0) => 1,
+        Some(before) => before,
+        None => group.len(),
+    };
+    let rest = group.split_off(end);
+    (group, rest)
+}
+
 /// A backfill is for those who have lost what they held, whatever this process remembers.
 fn is_old(arrival: &Arrival, memory: &Memory) -> bool {
-    let headers = arrival.delivery.properties.headers().as_ref();
-    let is_backfill = headers.is_some_and(|headers| headers.contains_key(topology::BACKFILL));
-    !is_backfill && memory.is_old(&arrival.notice)
+    !arrival.is_backfill && memory.is_old(&arrival.notice, arrival.attempts > 0)
 }
 
 async fn request<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, Ended> {

@@ -39,8 +39,12 @@ impl Mirror {
 
 impl Handler for Keeper {
     async fn changed(&self, news: News) -> Result<(), Failure> {
+        let over = match news.is_backfill() {
+            true => self.mirror.version(&mut *self.pool.acquire().await?, news.user_id).await?,
+            false => None,
+        };
         let latest = news.latest().await?;
-        self.mirror.apply(&mut *self.pool.acquire().await?, &latest).await?;
+        self.mirror.apply_over(&mut *self.pool.acquire().await?, &latest, over).await?;
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Mirror: a full copy of the living users in the consumer's own Postgres.
 //!
-//! Promise: a state is never replaced by an older one, and a deleted user never comes back, whatever the order in which news arrives;
-//! a missed one is found by [`Mirror::verify`] and mended by [`Mirror::repair`].
+//! Promise: a state is never replaced by an older one, and a deleted user never comes back, whatever the order in which news arrives,
+//! unless the owner itself was set back; a missed one is found by [`Mirror::verify`] and mended by [`Mirror::repair`].
 //! Not here, on purpose: a connection of its own. What is applied is applied in the consumer's transaction, beside whatever else the
 //! consumer derives from it.
 
@@ -104,8 +104,30 @@ impl Mirror {
     /// # Errors
     /// When the database refuses.
     pub async fn apply(&self, connection: &mut PgConnection, latest: &Latest) -> sqlx::Result<Applied> {
-        let written = store::keep(connection, vec![self.state(latest)], None).await?;
+        self.apply_over(connection, latest, None).await
+    }
+
+    /// The same, and also over `held`, the [`Mirror::version`] from before `latest` was fetched, even if that is as new or newer: for what a
+    /// backfill brings, since the owner may have been restored. What came meanwhile is not written over.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn apply_over(
+        &self,
+        connection: &mut PgConnection,
+        latest: &Latest,
+        held: Option<i64>,
+    ) -> sqlx::Result<Applied> {
+        let written = store::keep_over(connection, self.state(latest), held).await?;
         Ok(if written == 1 { Applied::Written } else { Applied::Old })
+    }
+
+    /// The version held of a user, of a deleted one too.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn version(&self, connection: &mut PgConnection, user: Uuid) -> sqlx::Result<Option<i64>> {
+        Ok(store::held(connection, &[user]).await?.remove(&user))
     }
 
     fn state(&self, latest: &Latest) -> State {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use serde_json::{Map, Value};
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{PgConnection, PgExecutor, PgPool, types::Json};
 use uuid::Uuid;
 
 use super::Copy;
@@ -33,7 +33,7 @@ end
 $$
 ";
 
-/// States of users, each of whom stands here once; nobody is written over who is as new. With the cursor, if there is one, in one
+/// States of users, each of whom stands here once; nobody is written over who is as new, but for one of version `$5`. With the cursor, if there is one, in one
 /// statement: it is kept with what it stands for, and a caller that is cut off leaves no transaction open.
 const KEEP: &str = "
 with told as (
@@ -52,6 +52,7 @@ select id, version, profile
 on conflict (id) do update
    set version = excluded.version, profile = excluded.profile
  where held.version < excluded.version
+    or held.version = $5
 ";
 
 const GET: &str = "
@@ -137,11 +138,26 @@ pub(super) async fn keep(
     states: Vec<State>,
     cursor: Option<&Cursor>,
 ) -> sqlx::Result<u64> {
+    keep_all(connection, states, cursor, None).await
+}
+
+/// Keeps a state, also over this version. 1 unless something newer is held.
+pub(super) async fn keep_over(connection: &mut PgConnection, state: State, over: Option<i64>) -> sqlx::Result<u64> {
+    keep_all(connection, vec![state], None, over).await
+}
+
+async fn keep_all(
+    connection: &mut PgConnection,
+    states: Vec<State>,
+    cursor: Option<&Cursor>,
+    over: Option<i64>,
+) -> sqlx::Result<u64> {
     let done = sqlx::query(KEEP)
         .bind(states.iter().map(|state| state.id).collect::<Vec<_>>())
         .bind(states.iter().map(|state| state.version).collect::<Vec<_>>())
         .bind(states.into_iter().map(|state| state.profile.map(Json)).collect::<Vec<_>>())
         .bind(cursor.map(|Cursor(cursor)| cursor))
+        .bind(over)
         .execute(connection)
         .await?;
     Ok(done.rows_affected())
@@ -154,8 +170,8 @@ pub(super) async fn get(connection: &mut PgConnection, user: Uuid) -> sqlx::Resu
 }
 
 /// The versions held of these users, the deleted ones included.
-pub(super) async fn held(pool: &PgPool, users: &[Uuid]) -> sqlx::Result<HashMap<Uuid, i64>> {
-    let rows: Vec<(Uuid, i64)> = sqlx::query_as(HELD).bind(users).fetch_all(pool).await?;
+pub(super) async fn held(db: impl PgExecutor<'_>, users: &[Uuid]) -> sqlx::Result<HashMap<Uuid, i64>> {
+    let rows: Vec<(Uuid, i64)> = sqlx::query_as(HELD).bind(users).fetch_all(db).await?;
     Ok(rows.into_iter().collect())
 }
 

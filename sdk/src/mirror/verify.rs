@@ -100,11 +100,10 @@ impl Mirror {
     ) -> Result<(), MirrorError> {
         // What the owner never had, or what is no older than what the owner has and differs (restored from a backup), no comparison of
         // versions would ever mend.
-        if let Some(held) = held.filter(|held| latest.is_none_or(|latest| latest.version() <= *held)) {
-            store::drop_at(pool, user, held).await?;
-        }
-        if let Some(latest) = latest {
-            self.apply(&mut *pool.acquire().await?, latest).await?;
+        match (latest, held) {
+            (Some(latest), held) => drop(self.apply_over(&mut *pool.acquire().await?, latest, held).await?),
+            (None, Some(held)) => store::drop_at(pool, user, held).await?,
+            (None, None) => {}
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response, StatusCode, Uri,
-    body::{Bytes, Incoming},
+    body::Bytes,
     header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER},
 };
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
@@ -22,7 +22,10 @@ use tokio::{
     time::{Instant, sleep, timeout, timeout_at},
 };
 
-use crate::trust::{Connector, InvalidCa, Trust};
+use crate::{
+    FOREVER,
+    trust::{Connector, InvalidCa, Trust},
+};
 
 /// For one try. The owner answers in milliseconds, and gives up by itself after 30 s.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -54,6 +57,7 @@ pub enum KeyFileError {
 
 /// Why there is no record. Holds no value of anybody's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FetchError {
     /// Nobody ever had this id. Not a deletion: that is [`super::Latest::Gone`].
     #[error("the owner never knew this user")]
@@ -77,7 +81,7 @@ pub enum FetchError {
 
 impl FetchError {
     /// Whether it is everybody's trouble, and passes: nothing is wrong with the request, nor with the user that it is about.
-    pub(crate) fn is_outage(&self) -> bool {
+    pub fn is_outage(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::Denied { .. })
     }
 }
@@ -177,7 +181,7 @@ impl Http {
     }
 
     pub(super) fn with_patience(&self, patience: Duration) -> Self {
-        Self { patience, ..self.copy() }
+        Self { patience: patience.min(FOREVER), ..self.copy() }
     }
 
     pub(super) fn with_key(&self, key: &str) -> Result<Self, InvalidKey> {
@@ -310,9 +314,9 @@ impl From<Outage> for FetchError {
     }
 }
 
-fn pause_asked_for(response: &Response<Incoming>) -> Duration {
+fn pause_asked_for<B>(response: &Response<B>) -> Duration {
     let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(0))
+    Duration::from_secs(seconds.unwrap_or(0)).min(FOREVER)
 }
 
 /// The owner's own 503 and those of proxies before it. Not 500: that one may be this user's alone, and for ever.
@@ -373,6 +377,14 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_patience_without_end_has_one() {
+        let http = Http::at("http://127.0.0.1:8080").unwrap().with_patience(Duration::MAX);
+        assert!(http.end() > Instant::now() + http.patience() / 2);
+        let asks = Response::builder().header(RETRY_AFTER, u64::MAX);
+        assert_eq!(pause_asked_for(&asks.body(()).unwrap()), FOREVER);
+    }
 
     #[test]
     fn an_owner_has_a_plain_address() {

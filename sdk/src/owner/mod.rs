@@ -109,6 +109,7 @@ pub enum Fetched {
 
 /// What became of a receipt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Receipt {
     Kept,
     /// There is nothing to confirm: the user lives, nobody ever had the id, or the subscription is not registered with this owner.
