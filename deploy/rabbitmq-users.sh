@@ -39,6 +39,13 @@ rights() {
     esac
 }
 
+# To the end: whoever still writes when nobody reads any more is killed for it, and with pipefail that is a no.
+is_among() {
+    local lines
+    lines=$(cat)
+    grep -qxF -- "$1" <<<"$lines"
+}
+
 need_queue() { [[ -n $1 ]] || { help >&2 && exit 2; }; }
 
 give() {
@@ -46,12 +53,12 @@ give() {
     all=$(rights "$role" "${3-}")
     mapfile -t given <<<"$all"
     # rabbitmqctl would take what is on stdin, whatever it is asked.
-    if ! "${CTL[@]}" -q list_users </dev/null | cut -f 1 | grep -qxF -- "$name"; then
+    if ! "${CTL[@]}" -q list_users </dev/null | cut -f 1 | is_among "$name"; then
         # Without a line end at the end of the file, read says no and has read all the same.
         IFS= read -rs password || [[ -n $password ]] || { echo "error: a new user's password is read from stdin, and there is none" >&2 && exit 2; }
         "${CTL[@]}" -q add_user "$name" <<<"$password"
     fi
-    "${CTL[@]}" -q list_vhosts </dev/null | grep -qxF -- "$VHOST" || "${CTL[@]}" -q add_vhost "$VHOST" </dev/null
+    "${CTL[@]}" -q list_vhosts </dev/null | is_among "$VHOST" || "${CTL[@]}" -q add_vhost "$VHOST" </dev/null
     "${CTL[@]}" -q set_permissions -p "$VHOST" "$name" "${given[@]}" </dev/null
     [[ $role != monitor ]] || "${CTL[@]}" -q set_user_tags "$name" monitoring </dev/null
 }

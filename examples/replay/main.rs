@@ -2,7 +2,8 @@
 //!
 //! ```sh
 //! ./dev run
-//! eval "$(./dev up)"; cargo run --example replay -- changes.jsonl.gz
+//! eval "$(./dev up)"
+//! TIDINGS_URL=$(./dev status --url) TIDINGS_API_KEY=$(./dev key) cargo run --locked --example replay -- changes.jsonl.gz
 //! ```
 //!
 //! The log has one change a line, plain or gzip:

@@ -41,7 +41,7 @@ start_contract_service() {
     local ready=$DEV/run/contract.ready
     contract_psql "drop database if exists contract with (force)"
     contract_psql "create database contract"
-    CONTRACT_DATABASE_URL=${DATABASE_URL%/*}/contract
+    CONTRACT_DATABASE_URL=$(database_beside contract)
     # What the last one said must not be taken for what this one says.
     : >"$ready"
     DATABASE_URL=$CONTRACT_DATABASE_URL TIDINGS_EXCHANGE=contract TIDINGS_LISTEN=127.0.0.1:0 TIDINGS_RATE_LIMIT=off \
@@ -63,7 +63,7 @@ end_contract_service() {
     contract_psql "drop database if exists contract with (force)" || true
 }
 
-contract_psql() { (bin=$(find_postgres) && use_unpacked && "$bin/psql" "$DATABASE_URL" -qc "$1") >&2; }
+contract_psql() { (psql_at "$DATABASE_URL" -qc "$1") >&2; }
 
 # Somebody to be found, and a subscription with a queue.
 seed_contract_service() {

@@ -44,6 +44,31 @@ stop_every_postgres() {
 postgres_query() { "$1/psql" -XAtq -h 127.0.0.1 -p "$(port "$2")" -U postgres -d postgres -c "$3"; }
 postgres_answers() { postgres_query "$1" "$2" 'select 1' >/dev/null 2>&1; }
 
+# The address of another database on the server in use.
+database_beside() {
+    [[ $DATABASE_URL =~ ^([^:]+://[^/?]*)(/[^?]*)?(\?.*)?$ ]] || die "DATABASE_URL is not the address of a database"
+    echo "${BASH_REMATCH[1]}/$1${BASH_REMATCH[3]}"
+}
+
+# psql_at URL ARGS..: becomes psql. The password goes by the environment, as everybody on the machine sees the arguments.
+psql_at() {
+    local url=$1 bin
+    bin=$(find_postgres)
+    shift
+    if [[ $url =~ ^([^:]+://[^:@/?]*):([^@/?]*)(@.*)$ ]]; then
+        url=${BASH_REMATCH[1]}${BASH_REMATCH[3]}
+        PGPASSWORD=$(percent_decoded "${BASH_REMATCH[2]}")
+        export PGPASSWORD
+    fi
+    use_unpacked
+    exec "$bin/psql" "$url" "$@"
+}
+
+percent_decoded() {
+    local text=${1//\\/\\\\}
+    printf '%b' "${text//%/\\x}"
+}
+
 # An interrupted initdb leaves only the unfinished folder, which the next one replaces.
 create_cluster() {
     local bin=$1 data=$2 log

@@ -131,5 +131,5 @@ choose_port() {
     echo "$candidate" >"$file"
 }
 
-is_free() { ! (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+is_free() { ! (: <>"/dev/tcp/${2-127.0.0.1}/$1") 2>/dev/null; }
 is_promised() { grep -qsx "$1" "$DEV"/ports/*; }

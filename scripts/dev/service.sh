@@ -54,7 +54,7 @@ key_opens() {
     status=$({
         printf 'GET /v1/users?limit=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\nConnection: close\r\n\r\n' "$1" >&3
         timeout 5 head -n 1 <&3
-    } 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$(port_of_service)")
+    } 2>/dev/null 3<>"/dev/tcp/$(host_of "$(service_address)")/$(port_of_service)")
     [[ $status == 'HTTP/1.1 200 '* ]]
 }
 
@@ -66,7 +66,7 @@ fingerprint() {
 
 choose_address() {
     local address=${TIDINGS_LISTEN:-127.0.0.1:8080}
-    if ! is_free "${address##*:}"; then
+    if ! is_free "${address##*:}" "$(host_of "$address")"; then
         [[ -z ${TIDINGS_LISTEN-} ]] || die "port ${address##*:} is taken" "give another address in TIDINGS_LISTEN"
         choose_port tidings
         say "port 8080 is taken by another program, so tidings takes $(port tidings)"
@@ -84,7 +84,7 @@ ask_readiness() {
     {
         printf 'GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
         timeout 5 cat <&3
-    } 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$(port_of_service)"
+    } 2>/dev/null 3<>"/dev/tcp/$(host_of "$(service_address)")/$(port_of_service)"
 }
 
 # Twice a second is enough: the service logs each time that it had to say no.
@@ -94,7 +94,19 @@ service_becomes_ready() {
 
 service_url() {
     alive tidings || die "tidings does not run" "./dev run"
-    echo "http://127.0.0.1:$(port_of_service)"
+    local host
+    host=$(host_of "$(service_address)")
+    [[ $host != *:* ]] || host="[$host]"
+    echo "http://$host:$(port_of_service)"
+}
+
+# Where it is reached from here: who listens everywhere listens at the loopback address, too.
+host_of() {
+    case ${1%:*} in
+        0.0.0.0) echo 127.0.0.1 ;;
+        '[::]') echo ::1 ;;
+        *) tr -d '[]' <<<"${1%:*}" ;;
+    esac
 }
 
 port_of_service() {
@@ -140,7 +152,7 @@ tidings() {
 
 # An example application with a database of its own, beside the running service.
 app() {
-    local name=${1-} bin
+    local name=${1-}
     [[ -f $ROOT/examples/$name/main.rs && $name =~ ^(orders|events|crm|invoices)$ ]] ||
         die "no such application: $name" "orders, events, crm and invoices are in examples/"
     shift
@@ -148,10 +160,8 @@ app() {
     TIDINGS_API_KEY=$(key)
     use_servers
     provide postgres
-    bin=$(find_postgres)
-    APP_DATABASE_URL=${DATABASE_URL%/*}/app_$name
-    (use_unpacked && "$bin/psql" "$APP_DATABASE_URL" -qc '' 2>/dev/null ||
-        "$bin/psql" "$DATABASE_URL" -qc "create database app_$name") >&2 || die "there can be no database app_$name"
+    APP_DATABASE_URL=$(database_beside "app_$name")
+    (psql_at "$APP_DATABASE_URL" -qc '') >&2 2>/dev/null || (psql_at "$DATABASE_URL" -qc "create database app_$name") >&2 || die "there can be no database app_$name"
     export TIDINGS_URL TIDINGS_API_KEY APP_DATABASE_URL
     exec cargo run --quiet --locked --manifest-path "$ROOT/Cargo.toml" --example "$name" -- "$@"
 }

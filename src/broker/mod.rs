@@ -253,7 +253,7 @@ impl Broker {
             let Some(note) = &self.note_missing else {
                 bail!("exchange {:?} is missing; `tidings serve` and `tidings relay` make it", self.exchange)
             };
-            note().await.context("that the exchange is missing cannot be noted")?;
+            note().await.with_context(|| format!("exchange {:?} is missing, and not made anew", self.exchange))?;
             channel = open(session).await?;
         } else {
             there.with_context(|| format!("exchange {:?} cannot be used", self.exchange))?;

@@ -45,17 +45,20 @@ pub fn routes() -> OpenApiRouter<Guarded<Processing>> {
 /// Every profile field, with who may read it and for what purpose.
 ///
 /// For the record of processing (GDPR, article 30): what a subscription declares is what its client may read. Administrators, who may
-/// read everything, are named with every field.
+/// read everything, are named with every field. Who is no administrator sees what he reads himself, and nobody else.
 #[utoipa::path(get, path = "/v1/fields", tag = "subscriptions", operation_id = "listFields", security(("key" = ["subscriptions"])),
     responses((status = 200, description = "All fields in order of name", body = FieldsRead), Refusals<(ManageSubscriptions, Params<NoParams>)>))]
 async fn list(
-    Allowed { desk: processing, .. }: Allowed<ManageSubscriptions, Processing>,
+    Allowed { caller, desk: processing, .. }: Allowed<ManageSubscriptions, Processing>,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<FieldsRead>, Problem> {
-    let readers = processing.readers().await.map_err(|trouble| {
+    let mut readers = processing.readers().await.map_err(|trouble| {
         tracing::warn!("a query failed: {}", trouble.report());
         Problem::from(Code::DatabaseUnavailable)
     })?;
+    if !caller.is_admin() {
+        readers.retain(|(_, reader)| reader.client.as_deref() == Some(&*caller.client));
+    }
     let read = |field: &str| FieldRead {
         field: field.to_owned(),
         readers: readers.iter().filter(|(fields, _)| fields.has(field)).map(|(_, reader)| reader.clone()).collect(),

@@ -174,7 +174,7 @@ impl From<Unknowable> for Problem {
 }
 
 /// The name of a subscription that the caller looks after, in the path as `{name}`. Of another client's nothing is told, not even
-/// that it is there.
+/// that it is there; only who would register its name hears that it is taken, and by which team.
 pub struct Mine(pub SubscriptionName);
 
 impl<T: Send + Sync> FromRequestParts<Guarded<T>> for Mine {

@@ -279,6 +279,10 @@ fn headers(sample: &Value) -> Value {
         "description": "Only to one subscription alone: it tells a state, not a change, and this is the id of its backfill" });
     schema["properties"][topology::REDRIVEN] = json!({ "type": "integer", "minimum": 1,
         "description": "Only to one subscription alone: how often it was put back from the dead letters" });
+    if sample["cloudEvents_type"] == json!(Event::Deleted.name()) {
+        schema["properties"][topology::RECEIPT_OWED] = json!({ "type": "integer", "minimum": 1, "description": "Only to one subscription alone, \
+            from its own consumer: it has handled the deletion and could not confirm it yet; how often that was tried" });
+    }
     schema
 }
 

@@ -217,7 +217,10 @@ pub fn routes() -> OpenApiRouter<Ops> {
 
 /// Alive: the process answers.
 #[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "health", security(()),
-    responses((status = 200, description = "The process answers", body = String, content_type = "text/plain", example = json!("ok\n"))))]
+    responses(
+        (status = 200, description = "The process answers", body = String, content_type = "text/plain", example = json!("ok\n")),
+        Refusals<()>,
+    ))]
 async fn healthz() -> &'static str {
     "ok\n"
 }
@@ -249,6 +252,7 @@ enum Readily {
 /// Without the broker an instance is degraded, not unready: changes are kept, and told when the broker is back.
 #[utoipa::path(get, path = "/readyz", tag = "operations", operation_id = "readiness", security(()),
     responses(
+        Refusals<()>,
         (status = 200, description = "Send requests: ready or degraded", body = Readiness),
         (status = 503, description = "Send none: the database does not answer, or does not say who may ask", body = Readiness),
     ))]

@@ -1,6 +1,7 @@
 //! `tidings subscription ..`: the registry for operators, directly on database and broker.
 //!
-//! Promise: data on stdout and talk on stderr; a refusal says what can be done about it.
+//! Promise: data on stdout and talk on stderr; a refusal says what can be done about it. A missing exchange is left alone once something
+//! was bound to it: perhaps TIDINGS_EXCHANGE names another one than the service's.
 
 use std::{
     io::{Write, stdout},
@@ -8,11 +9,15 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::anyhow;
+use anyhow::{anyhow, ensure};
+use futures_util::{FutureExt, future::BoxFuture};
 use serde::Serialize;
+use sqlx::PgPool;
 use tidings_sdk::subscription::SubscriptionName;
 
-use super::{Asker, Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered};
+use super::{
+    Asker, Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered, store,
+};
 use crate::{
     config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers},
     profile::Schema,
@@ -28,8 +33,13 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
     match action {
         SubscriptionAction::Put(put) => Box::pin(register(put, faults)).await,
         SubscriptionAction::List(list) => {
-            let (_, subscriptions) = open(None, &list.servers, None, faults)?;
-            let listing = ended(&subscriptions, subscriptions.view_all(&Asker::Operator)).await?;
+            let (_, subscriptions) = open(None, &list.servers, None, false, faults)?;
+            let looked = async {
+                let listing = subscriptions.view_all(&Asker::Operator).await?;
+                say_why_not(&subscriptions, &listing.subscriptions).await;
+                Ok(listing)
+            };
+            let listing = ended(&subscriptions, looked).await?;
             if list.servers.json {
                 return print_json(&listing);
             }
@@ -37,17 +47,22 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
             print_unregistered(listing.unregistered.as_deref())
         }
         SubscriptionAction::Show(show) => {
-            let (name, subscriptions) = open(Some(&show.name), &show.servers, None, faults)?;
-            print(&ended(&subscriptions, subscriptions.view(&named(name))).await?, show.servers.json)
+            let (name, subscriptions) = open(Some(&show.name), &show.servers, None, false, faults)?;
+            let looked = async {
+                let view = subscriptions.view(&named(name)).await?;
+                say_why_not(&subscriptions, std::slice::from_ref(&view)).await;
+                Ok(view)
+            };
+            print(&ended(&subscriptions, looked).await?, show.servers.json)
         }
         SubscriptionAction::Recovered(recovered) => {
-            let (name, subscriptions) = open(Some(&recovered.name), &recovered.servers, None, faults)?;
+            let (name, subscriptions) = open(Some(&recovered.name), &recovered.servers, None, false, faults)?;
             ended(&subscriptions, subscriptions.recovered(&named(name))).await?;
             eprintln!("{} misses nothing any more", recovered.name);
             Ok(())
         }
         SubscriptionAction::Delete(delete) => {
-            let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, faults)?;
+            let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, false, faults)?;
             ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting)).await?;
             eprintln!("{} is deleted", delete.name);
             Ok(())
@@ -60,7 +75,7 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
 async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()> {
     let expires_after = put.expires_after.as_deref().map(config::duration).transpose();
     let expires_after = faults.note("--expires-after", expires_after).flatten();
-    let (name, subscriptions) = open(Some(&put.name), &put.servers, put.profile_schema.as_deref(), faults)?;
+    let (name, subscriptions) = open(Some(&put.name), &put.servers, put.profile_schema.as_deref(), true, faults)?;
     let name = named(name);
     let wish = Wish {
         routing_keys: put.keys,
@@ -82,6 +97,16 @@ async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()
     print(&view, put.servers.json)
 }
 
+/// Where the broker told nothing of a subscription, why.
+async fn say_why_not(subscriptions: &Subscriptions, views: &[View]) {
+    let silent = views.iter().find(|view| view.queue.is_none() && view.dead_letters.is_none());
+    let Some(Ok(name)) = silent.map(|view| view.name.parse::<SubscriptionName>()) else { return };
+    let Some(registrar) = &subscriptions.registrar else { return };
+    if let Err(trouble) = registrar.desk().look(&[&name]).await {
+        eprintln!("warning: what the queues hold is not known: {}", with_causes(&trouble.into()));
+    }
+}
+
 /// What came of a verb, with the connection to the broker ended in order.
 async fn ended<T>(subscriptions: &Subscriptions, verb: impl Future<Output = Result<T, Error>>) -> anyhow::Result<T> {
     let outcome = verb.await;
@@ -94,6 +119,7 @@ fn open(
     name: Option<&str>,
     servers: &SubscriptionServers,
     schema: Option<&Path>,
+    may_be_first: bool,
     mut faults: Faults,
 ) -> anyhow::Result<(Option<SubscriptionName>, Subscriptions)> {
     let name = name.and_then(|name| faults.note("NAME", name.parse::<SubscriptionName>()));
@@ -105,9 +131,27 @@ fn open(
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
         unreachable!("no faults, so all are there")
     };
-    let broker = broker.noting_missing(super::note_missing_exchange(&db));
+    let queries = db.pool("queries", 4, []);
+    let broker = if may_be_first { broker.noting_missing(refuse_if_bound(&queries)) } else { broker };
     let desk = Some(Desk::new(broker.as_registry()));
-    Ok((name, Subscriptions::new(&db, db.pool("queries", 4, []), Arc::new(schema), desk, management, IDLE_AFTER)))
+    Ok((name, Subscriptions::new(&db, queries, Arc::new(schema), desk, management, IDLE_AFTER)))
+}
+
+/// The first registration of all may make the exchange. Once others were bound to it, it is the service that sees to what they lost.
+fn refuse_if_bound(queries: &PgPool) -> impl Fn() -> BoxFuture<'static, anyhow::Result<()>> + use<> {
+    let queries = queries.clone();
+    move || {
+        let queries = queries.clone();
+        let looked = async move {
+            let known = store::find(&queries, None).await?;
+            ensure!(
+                known.iter().all(|row| row.declared_revision == 0),
+                "there are subscriptions; `tidings serve` and `tidings relay` make it for them"
+            );
+            Ok(())
+        };
+        looked.boxed()
+    }
 }
 
 fn named(name: Option<SubscriptionName>) -> SubscriptionName {
@@ -131,9 +175,11 @@ fn explained(error: Error) -> anyhow::Error {
         Error::Undeclared(Trouble::Refused(_)) => {
             "it is registered; give the broker's user the right, and the running service declares it"
         }
-        Error::Undeclared(_) => "it is registered; the running service declares it when the broker is back",
+        Error::Undeclared(_) => "it is registered; the running service declares it, as soon as its broker is there",
         Error::Database(_) => "is the database up, and migrated? `tidings migrate`",
-        Error::Broker(_) | Error::NoBroker => "nothing was changed; is the broker up?",
+        Error::Broker(_) | Error::NoBroker => {
+            "nothing was changed; is the broker up, and TIDINGS_EXCHANGE as it is for the service?"
+        }
         Error::Full => "delete some",
     };
     let error = match error {

@@ -34,10 +34,14 @@ use crate::{
     certificates::{Authority, terminate},
     clients::{client, revoke},
     house::{self, House, PATIENCE, collect, env, eventually, file, proxy_before, through},
+    load::users,
     proxy::Proxy,
     rights::{as_user, make_user, unmake},
     tls::TlsBroker,
 };
+
+/// How many users a program asks for at once.
+const PAGE: usize = 500;
 
 #[derive(Debug, Clone, Copy)]
 enum Language {
@@ -416,7 +420,7 @@ async fn keeps_up(db: PgPool, language: Language) {
 async fn asks_until_it_sees(db: PgPool, language: Language) {
     let house = talkative_house(db).await;
     let mut consumer = Consumer::start(&house, language).await;
-    consumer.restart(&[("TIDINGS_PATIENCE_S", "60")]).await;
+    consumer.restart(&[("TIDINGS_PATIENCE_S", "60.5")]).await;
     let ana = house.user(json!({ "city": "Riga" })).await;
     assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({ "city": "Riga" })));
     consumer.forge(ana, 2).await;
@@ -609,6 +613,57 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
     consumer.end().await;
 }
 
+/// A setting that says nothing is the end at the start, and is named.
+async fn refuses_nonsense(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    for nonsense in ["soon", "-1", "NaN"] {
+        consumer.restart(&[("TIDINGS_PATIENCE_S", nonsense)]).await;
+        let left = timeout(PATIENCE, consumer.process.wait()).await.expect("it goes on").unwrap();
+        assert!(!left.success(), "{}", consumer.log());
+        consumer.complains("TIDINGS_PATIENCE_S is not a number of seconds").await;
+    }
+    consumer.end().await;
+}
+
+/// An answer that never ends holds nobody for ever, though some of it always arrives. Who waits for one and is asked to leave, leaves; the
+/// message goes back.
+async fn gives_up_on_an_endless_answer(db: PgPool, language: Language) {
+    let house = talkative_house(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.owner.trickle();
+    let ana = house.user(json!({})).await;
+    is_read(&house, 200).await;
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+    consumer.owner.up();
+    consumer.restart(&[]).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({})));
+    consumer.end().await;
+}
+
+/// Asked to leave in the middle of a resync, it ends with the page in hand. The next process begins anew.
+async fn leaves_a_resync(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let (queue, exchange) = (consumer.name.queue(), house.exchange.as_str());
+    consumer.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+    let all = users(&house, PAGE + 1).await;
+    house.settle().await;
+    consumer.owner.hold_answers();
+    consumer.lose_queue().await;
+    consumer.resyncs_anew(2).await;
+    consumer.ask_to_leave().await;
+    consumer.owner.up();
+    assert_eq!(consumer.leaves().await.len(), PAGE, "{}", consumer.log());
+
+    consumer.restart(&[]).await;
+    for _ in &all {
+        assert_eq!(consumer.next().await["event"], "resync");
+    }
+    consumer.end().await;
+}
+
 /// Asked to leave, it finishes what it has in hand; what waits behind goes back. Nothing is lost and nothing comes twice.
 async fn leaves_in_order(db: PgPool, language: Language) {
     let house = talkative_house(db).await;
@@ -745,8 +800,23 @@ macro_rules! stories {
             }
 
             #[sqlx::test]
+            async fn refuses_nonsense(db: PgPool) {
+                super::refuses_nonsense(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn gives_up_on_an_endless_answer(db: PgPool) {
+                super::gives_up_on_an_endless_answer(db, $language).await;
+            }
+
+            #[sqlx::test]
             async fn leaves_in_order(db: PgPool) {
                 super::leaves_in_order(db, $language).await;
+            }
+
+            #[sqlx::test]
+            async fn leaves_a_resync(db: PgPool) {
+                super::leaves_a_resync(db, $language).await;
             }
         }
     )+};

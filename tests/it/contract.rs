@@ -237,6 +237,16 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
 }
 
+/// [`Answer::to`] finds out whether the route has promised it.
+#[sqlx::test]
+async fn a_uri_may_be_too_long_for_any_route(db: PgPool) {
+    let house = House::open(db).await;
+    let long = "x".repeat(8000);
+    for path in ["/healthz", "/readyz", "/metrics", "/openapi.yaml", "/asyncapi.yaml", "/v1/users", "/v1/fields"] {
+        assert_eq!(house.page(&format!("{path}?{long}")).await.refusal(414), "uri_too_long", "{path}");
+    }
+}
+
 #[sqlx::test]
 async fn the_pages_are_all_here_and_let_nothing_else_in(db: PgPool) {
     let house = House::open(db).await;

@@ -1,14 +1,15 @@
 //! A faulty TCP proxy: what stands between the service and its servers when a test says that the network is bad.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, slice, sync::Arc, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{self, AsyncReadExt, AsyncWriteExt},
     net::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::watch,
+    time::timeout,
 };
 
 /// What the proxy does to the bytes that pass.
@@ -20,6 +21,8 @@ pub struct Weather {
     pub hold_requests: bool,
     /// What the server says is held back.
     pub hold_answers: bool,
+    /// What is said after the head of a request or an answer comes a byte a second.
+    pub trickle: bool,
     /// How often the connections that stood were cut.
     cuts: usize,
     /// How often the connections that stood were silenced.
@@ -68,6 +71,11 @@ impl Proxy {
     /// The client hears the server, which does not hear what the client says.
     pub fn hold_requests(&self) {
         self.set(Weather { hold_requests: true, ..Weather::default() });
+    }
+
+    /// Heads arrive at once, and bodies a byte a second.
+    pub fn trickle(&self) {
+        self.set(Weather { trickle: true, ..Weather::default() });
     }
 
     /// Nothing arrives on either side, and no connection breaks.
@@ -124,9 +132,33 @@ async fn pump(
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         // What was held back when the line is cut is lost.
         if weather.wait_for(|weather| !weather.down && !is_held(weather) && weather.silences == silences).await.is_err()
-            || to.write_all(&buffer[..length]).await.is_err()
         {
             return;
         }
+        let Ok(rest) = trickle(&buffer[..length], &mut to, &mut weather).await else { return };
+        if to.write_all(rest).await.is_err() {
+            return;
+        }
     }
+}
+
+/// As much as arrives slowly; gives what is left when the weather is, or becomes, another.
+async fn trickle<'a>(
+    said: &'a [u8],
+    to: &mut OwnedWriteHalf,
+    weather: &mut watch::Receiver<Weather>,
+) -> io::Result<&'a [u8]> {
+    if !weather.borrow().trickle {
+        return Ok(said);
+    }
+    let (head, mut body) = said.split_at(said.windows(4).position(|end| end == b"\r\n\r\n").map_or(0, |end| end + 4));
+    to.write_all(head).await?;
+    while let [next, rest @ ..] = body {
+        if timeout(Duration::from_secs(1), weather.wait_for(|weather| !weather.trickle)).await.is_ok() {
+            break;
+        }
+        to.write_all(slice::from_ref(next)).await?;
+        body = rest;
+    }
+    Ok(body)
 }

@@ -13,7 +13,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{House, Service, connect, database_url, env, eventually, tidings},
+    house::{House, Service, connect, database_url, env, eventually, file, tidings},
     load,
     sdk::{Curse, Listener, notice, subscription},
 };
@@ -170,6 +170,21 @@ async fn a_user_of_a_virtual_host_that_is_not_there_yet_may_begin_at_once() {
     unmake("vhosts", &name).await;
     unmake("users", &name).await;
     connected.unwrap();
+}
+
+/// At a broker of very many users and virtual hosts, the first ones of which are looked for: nobody stops to read there.
+#[tokio::test]
+async fn who_is_among_many_users_is_found() {
+    let ctl = r#"case "$2" in
+        list_users | list_vhosts) echo ana && seq 100000 ;;
+        set_permissions) ;;
+        *) exit 1 ;;
+    esac"#;
+    let ctl = format!("bash {}", file(ctl).display());
+    let mut command = script();
+    command.args(["relay", "ana"]).envs([("RABBITMQCTL", ctl.as_str()), ("VHOST", "ana")]);
+    let given = command.stdin(std::process::Stdio::null()).output().await.unwrap();
+    assert!(given.status.success(), "{given:?}");
 }
 
 async fn rights(of: &[&str]) -> String {

@@ -582,9 +582,9 @@ async fn what_is_told_to_an_exchange_that_was_made_anew_is_told_again(db: PgPool
     }
 }
 
-/// `tail` could not note it, and leaves it alone.
+/// Perhaps the command was given the name of another one: no subscription is marked as lost for that, and no second exchange made.
 #[sqlx::test]
-async fn no_command_makes_the_exchange_anew_without_noting_it(db: PgPool) {
+async fn no_command_makes_a_missing_exchange(db: PgPool) {
     let house = House::with(db, &[("TIDINGS_NO_RELAY", "true")]).await;
     let (admin, orders, billing) = (Admin::new().await, unique("orders"), unique("billing"));
     house.has_registered(&orders, 1).await;
@@ -594,15 +594,18 @@ async fn no_command_makes_the_exchange_anew_without_noting_it(db: PgPool) {
         let done = done.expect("it does not end").unwrap();
         (done.status.success(), String::from_utf8(done.stderr).unwrap())
     };
-    let (is_well, talk) = run("tail").await;
-    assert!(!is_well && talk.contains("is missing; `tidings serve`"), "{talk}");
-    assert!(!admin.has_exchange(&house.exchange).await);
-    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null);
     let put = format!("subscription put {billing} --key user.deleted --owner team-billing --purpose x");
-    let (is_well, talk) = run(&put).await;
-    assert!(is_well && talk.contains("the exchange was deleted"), "{talk}");
-    assert!(house.subscription(&orders).await.body["lost_at"].is_string());
-    assert!(run(&format!("subscription delete {billing}")).await.0);
+    let (show, delete) = (format!("subscription show {orders}"), format!("subscription delete {orders}"));
+    for (line, may_do_without) in
+        [("tail", false), ("subscription list", true), (&show, true), (&delete, false), (&put, false)]
+    {
+        let (is_well, talk) = run(line).await;
+        assert!(is_well == may_do_without && talk.contains("is missing"), "{line}: {talk}");
+        assert!(talk.contains("`tidings serve` and `tidings relay` make it"), "{line}: {talk}");
+        assert!(!admin.has_exchange(&house.exchange).await, "{line}");
+    }
+    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null);
+    assert_eq!(house.subscription(&billing).await.body["declared"], false);
 }
 
 /// Who declares one that was lost while he did does not know of the loss.

@@ -32,7 +32,7 @@ var (
 	queue    = required("TIDINGS_QUEUE")
 	mark     = queue + ".resync" // a queue that is there as long as a resync is owed, whatever becomes of this process
 	declares = os.Getenv("TIDINGS_DECLARE") != "no"
-	patience = setting("TIDINGS_PATIENCE_S", "30") // for a state that the owner has told of and does not show
+	patience = seconds("TIDINGS_PATIENCE_S", "30") // for a state that the owner has told of and does not show
 	keys     = os.Args[1:]
 
 	uuid     = regexp.MustCompile(`^(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
@@ -91,8 +91,7 @@ func pause(ctx context.Context, atLeast time.Duration) error {
 
 // What the owner says, asked for as long as it takes.
 func fetch(ctx context.Context, path string, found any) error {
-	seconds, _ := strconv.Atoi(patience)
-	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	end := time.Now().Add(patience)
 	told := 0
 	for {
 		answer, body, err := ask(path)
@@ -249,6 +248,9 @@ func resync(ctx context.Context) error {
 			return nil
 		}
 		after = "&after=" + *page.Next
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 	}
 }
 
@@ -411,6 +413,15 @@ func setting(name, otherwise string) string {
 		return value
 	}
 	return otherwise
+}
+
+func seconds(name, otherwise string) time.Duration {
+	value := setting(name, otherwise)
+	if !regexp.MustCompile(`^\d{1,9}(\.\d+)?$`).MatchString(value) {
+		log.Fatalf("%s is not a number of seconds", name)
+	}
+	seconds, _ := strconv.ParseFloat(value, 64) // digits, so it is one
+	return time.Duration(seconds * float64(time.Second))
 }
 
 func required(name string) string {

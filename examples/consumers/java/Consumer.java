@@ -35,10 +35,13 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 import java.util.concurrent.BlockingQueue;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.ExecutionException;
 import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
+import java.util.concurrent.TimeoutException;
 import java.util.regex.Pattern;
 import javax.net.ssl.SSLContext;
 import javax.net.ssl.SSLParameters;
@@ -51,7 +54,7 @@ public class Consumer {
     static final String MARK = QUEUE + ".resync"; // a queue that is there as long as a resync is owed, whatever becomes of this process
     static final boolean DECLARE = !"no".equals(System.getenv("TIDINGS_DECLARE"));
     // For a state that the owner has told of and does not show.
-    static final Duration PATIENCE = Duration.ofSeconds(Long.parseLong(setting("TIDINGS_PATIENCE_S", "30")));
+    static final Duration PATIENCE = Duration.ofMillis((long) (1000 * seconds("TIDINGS_PATIENCE_S", "30")));
 
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
@@ -99,9 +102,17 @@ public class Consumer {
         return file == null ? required("TIDINGS_API_KEY") : Files.readString(Path.of(file)).strip().split("\\s+")[0];
     }
 
+    /** Within 10 s, the body included, which the timeout of a request leaves out. */
     static HttpResponse<String> ask(String path) throws IOException, InterruptedException {
-        HttpRequest.Builder request = HttpRequest.newBuilder(URI.create(OWNER + path)).timeout(Duration.ofSeconds(10));
-        return HTTP.send(request.header("Authorization", "Bearer " + key()).build(), BodyHandlers.ofString());
+        HttpRequest request = HttpRequest.newBuilder(URI.create(OWNER + path)).header("Authorization", "Bearer " + key()).build();
+        CompletableFuture<HttpResponse<String>> answer = HTTP.sendAsync(request, BodyHandlers.ofString());
+        try {
+            return answer.get(10, TimeUnit.SECONDS);
+        } catch (ExecutionException | TimeoutException failed) {
+            throw new IOException(failed);
+        } finally {
+            answer.cancel(true); // gives up the connection, unless the answer is there
+        }
     }
 
     /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
@@ -204,6 +215,7 @@ public class Consumer {
             }
             if (page.get("next").isJsonNull()) return;
             after = "&after=" + page.get("next").getAsString();
+            pause(0);
         }
     }
 
@@ -214,7 +226,7 @@ public class Consumer {
             channel.queueDeclarePassive(queue);
             channel.close();
             return true;
-        } catch (IOException | java.util.concurrent.TimeoutException refused) {
+        } catch (IOException | TimeoutException refused) {
             if (reason(refused).contains("NOT_FOUND")) return false;
             throw new IOException(refused);
         }
@@ -362,6 +374,14 @@ public class Consumer {
     static String setting(String name, String otherwise) {
         String value = System.getenv(name);
         return value == null || value.isEmpty() ? otherwise : value;
+    }
+
+    static double seconds(String name, String otherwise) {
+        String value = setting(name, otherwise);
+        if (value.matches("\\d{1,9}(\\.\\d+)?")) return Double.parseDouble(value);
+        System.err.println(name + " is not a number of seconds");
+        System.exit(1);
+        return 0;
     }
 
     static String required(String name) {

@@ -13,11 +13,12 @@ const { AMQP_URL, TIDINGS_URL, TIDINGS_EXCHANGE: EXCHANGE = "masterdata", TIDING
 const { TIDINGS_API_KEY, TIDINGS_API_KEY_FILE } = process.env;
 const MARK = `${QUEUE}.resync`; // a queue that is there as long as a resync is owed, whatever becomes of this process
 const DECLARE = process.env.TIDINGS_DECLARE !== "no";
-const PATIENCE_MS = 1000 * (process.env.TIDINGS_PATIENCE_S ?? 30); // for a state that the owner has told of and does not show
+const PATIENCE_S = process.env.TIDINGS_PATIENCE_S ?? "30"; // for a state that the owner has told of and does not show
 const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
 for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
   if (!process.env[name]) throw new Error(`${name} is not set`);
 }
+if (!/^\d{1,9}(\.\d+)?$/.test(PATIENCE_S)) throw new Error("TIDINGS_PATIENCE_S is not a number of seconds");
 if (!TIDINGS_API_KEY && !TIDINGS_API_KEY_FILE) throw new Error("TIDINGS_API_KEY is not set");
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
@@ -65,7 +66,7 @@ async function checkKey() {
 
 // What the owner says, asked for as long as it takes.
 async function ask(path) {
-  const patience = Date.now() + PATIENCE_MS;
+  const patience = Date.now() + 1000 * PATIENCE_S;
   let told;
   for (;;) {
     let answer, found;
@@ -125,6 +126,7 @@ async function resync() {
   while (page.next !== null) {
     page = await ask(`/v1/users?limit=500${page.next && `&after=${page.next}`}`);
     for (const { id, ...record } of page.users) if (isNews(id, record.version)) keep("resync", id, record);
+    await pause(0);
   }
 }
 

@@ -27,6 +27,12 @@ function setting(string $name, ?string $otherwise = null): string
     return $value === false ? $otherwise ?? throw new RuntimeException("$name is not set") : $value; // "0" is false to PHP
 }
 
+function seconds(string $name, string $otherwise): float
+{
+    $value = setting($name, $otherwise);
+    return preg_match('/\A\d{1,9}(\.\d+)?\z/', $value) ? (float) $value : throw new RuntimeException("$name is not a number of seconds");
+}
+
 /** Read anew for each request when it is in a file: a new key takes effect without a restart. */
 function apiKey(): string
 {
@@ -45,7 +51,7 @@ define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
 define('QUEUE', setting('TIDINGS_QUEUE'));
 define('MARK', QUEUE . '.resync'); // a queue that is there as long as a resync is owed, whatever becomes of this process
 define('DECLARES', getenv('TIDINGS_DECLARE') !== 'no');
-define('PATIENCE_S', (float) setting('TIDINGS_PATIENCE_S', '30')); // for a state that the owner has told of and does not show
+define('PATIENCE_S', seconds('TIDINGS_PATIENCE_S', '30')); // for a state that the owner has told of and does not show
 define('KEYS', array_slice($argv, 1) ?: ['#']);
 
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';

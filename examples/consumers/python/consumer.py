@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -27,8 +28,10 @@ EXCHANGE = os.environ.get("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = os.environ["TIDINGS_QUEUE"]
 MARK = f"{QUEUE}.resync"  # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = os.environ.get("TIDINGS_DECLARE") != "no"
-PATIENCE_S = float(os.environ.get("TIDINGS_PATIENCE_S", "30"))  # for a state that the owner has told of and does not show
+PATIENCE_S = os.environ.get("TIDINGS_PATIENCE_S", "30")  # for a state that the owner has told of and does not show
 KEYS = sys.argv[1:] or ["#"]
+if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", PATIENCE_S):
+    sys.exit("TIDINGS_PATIENCE_S is not a number of seconds")
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
@@ -76,7 +79,7 @@ class Consumer:
 
     def fetch(self, path):
         """What the owner says, asked for as long as it takes."""
-        patience = time.monotonic() + PATIENCE_S
+        patience = time.monotonic() + float(PATIENCE_S)
         told = None
         while True:
             try:
@@ -214,11 +217,26 @@ def ask(path):
     request = Request(OWNER + path)
     request.add_unredirected_header("Authorization", f"Bearer {key()}")  # for the owner alone
     try:
-        with urlopen(request, timeout=10) as answer:
+        with within(10), urlopen(request) as answer:
             return answer.status, answer.headers, answer.read()
     except HTTPError as refusal:
-        with refusal:
+        with within(10), refusal:
             return refusal.code, refusal.headers, refusal.read()
+
+
+@contextmanager
+def within(seconds):
+    """TimeoutError when it takes longer, whatever the owner does: urlopen's own limit counts from each piece that arrives."""
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def give_up(*_):
+    raise TimeoutError
 
 
 def read(properties, body):

@@ -14,8 +14,9 @@ EXCHANGE = ENV.fetch("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = ENV.fetch("TIDINGS_QUEUE")
 MARK = "#{QUEUE}.resync" # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = ENV["TIDINGS_DECLARE"] != "no"
-PATIENCE_S = Float(ENV.fetch("TIDINGS_PATIENCE_S", "30")) # for a state that the owner has told of and does not show
+PATIENCE_S = ENV.fetch("TIDINGS_PATIENCE_S", "30") # for a state that the owner has told of and does not show
 KEYS = ARGV.empty? ? ["#"] : ARGV
+abort "TIDINGS_PATIENCE_S is not a number of seconds" unless /\A\d{1,9}(\.\d+)?\z/.match?(PATIENCE_S)
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
 DENIALS = %w[401 403] # nothing is wrong with the message: the key may be about to be replaced
@@ -38,7 +39,6 @@ SEEN = Memory.new     # message ids
 VERSIONS = Memory.new # highest version handled, by user; your own copy would keep it beside the data
 HTTP = Net::HTTP.new(OWNER.host, OWNER.port)
 HTTP.use_ssl = OWNER.scheme == "https"
-HTTP.open_timeout = HTTP.read_timeout = 10
 
 def now = Process.clock_gettime(Process::CLOCK_MONOTONIC)
 
@@ -55,9 +55,12 @@ def key
   file ? File.read(file).split.first.to_s : ENV.fetch("TIDINGS_API_KEY")
 end
 
+# Within 10 s, whatever the owner does: Net::HTTP's own limits count from each piece that arrives.
 def ask(path)
-  HTTP.start unless HTTP.started?
-  HTTP.get(OWNER.path.chomp("/") + path, "Authorization" => "Bearer #{key}")
+  Timeout.timeout(10) do
+    HTTP.start unless HTTP.started?
+    HTTP.get(OWNER.path.chomp("/") + path, "Authorization" => "Bearer #{key}")
+  end
 end
 
 # Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
@@ -70,7 +73,7 @@ end
 
 # What the owner says, asked for as long as it takes.
 def fetch(path)
-  patience = now + PATIENCE_S
+  patience = now + PATIENCE_S.to_f
   told = nil
   loop do
     answer = ask(path)
@@ -125,6 +128,7 @@ def resync
     page = fetch("/v1/users?limit=500#{after && "&after=#{after}"}")
     page["users"].each { |user| keep("resync", user["id"], user) if user["version"] > VERSIONS.fetch(user["id"], 0) }
     after = page["next"] or return
+    pause(0)
   end
 end
 
