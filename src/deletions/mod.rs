@@ -15,7 +15,9 @@ pub use http::{observing, routes};
 pub use model::{Confirmation, Deletion, How, Lateness, Overdue, Place, Recorded, State};
 pub use recorder::Recorder;
 pub use reminder::Reminder;
-pub use store::{BY_INDEX, DUTY, FIND, LATE, LATENESS, LOOKED, LOOKED_AT, OVERDUE, RECORD, RELEASE, settle_duty};
+pub use store::{
+    BY_INDEX, DUTY, FIND, IS_LATE, LATE, LATENESS, LOOKED, LOOKED_AT, OVERDUE, RECORD, RELEASE, is_late, settle_duty,
+};
 
 use std::{sync::Arc, time::Duration};
 

@@ -258,6 +258,15 @@ const COUNT_LIMIT: i64 = 10_000;
 /// A deletion is committed, or given up, within this time after it began: the writer's statements end after 5 s.
 const COMMITTED_AFTER_S: f64 = 60.0;
 
+/// Whether a subscription has not confirmed a deletion whose deadline has passed.
+pub const IS_LATE: &str = "
+select exists (select from deletion_receipts where subscription = $1 and confirmed_at is null)
+";
+
+pub async fn is_late<'e>(on: impl PgExecutor<'e>, name: &SubscriptionName) -> sqlx::Result<bool> {
+    sqlx::query_scalar(IS_LATE).bind(name.as_str()).fetch_one(on).await
+}
+
 pub async fn settle_duty<'e>(
     on: impl PgExecutor<'e>,
     name: &SubscriptionName,

@@ -63,7 +63,7 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
         }
         SubscriptionAction::Delete(delete) => {
             let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, false, faults)?;
-            ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting)).await?;
+            ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting, Asker::Operator)).await?;
             eprintln!("{} is deleted", delete.name);
             Ok(())
         }
@@ -167,9 +167,10 @@ fn explained(error: Error) -> anyhow::Error {
             return anyhow!("{error}:{}\nhint: `tidings subscription put --help`", faults.concat());
         }
         Error::Taken(_) => "give the same --owner, choose another name, or delete it first",
-        Error::NameOfExchange => "choose another name",
+        Error::NameOfExchange | Error::Adopted => "choose another name",
         Error::NotFound => "`tidings subscription list` tells what there is",
         Error::NotEmpty(Waiting { .. }) => "have them handled, or lose them with --discard-waiting",
+        Error::Owing => "`tidings deletions overdue` tells which",
         Error::Busy => "try again",
         Error::Differs(_) => "nothing was changed",
         Error::Undeclared(Trouble::Refused(_)) => {

@@ -69,7 +69,9 @@ refuses!(
 ///
 /// Its queue is declared and bound at the broker. Once this is answered with 200 or 201 no news is missed, and the consumer needs no
 /// right to configure anything. What no longer wakes it is unbound after everything new is bound. After 503 `broker_unavailable` or
-/// `broker_refused` it is registered, and declared as soon as the broker allows it; until then news is missed.
+/// `broker_refused` it is registered, and declared as soon as the broker allows it; until then news is missed. Where a queue of this
+/// name is at the broker and nobody registered it, only an administrator may; for another client's first registration the broker has to
+/// say that there is none, and without its answer nothing is registered.
 #[utoipa::path(put, path = "/v1/subscriptions/{name}", tag = "subscriptions", operation_id = "putSubscription", security(("key" = ["subscriptions"])),
     request_body = Registration,
     params(("name" = crate::web::Name, Path, description = "The subscription")),
@@ -124,6 +126,8 @@ async fn list(
 }
 
 /// Delete a subscription, with its queues and bindings.
+///
+/// What it still has to confirm of deletions goes with it: one that is late with them is deleted by an administrator alone.
 #[utoipa::path(delete, path = "/v1/subscriptions/{name}", tag = "subscriptions", operation_id = "deleteSubscription", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription"), Deletion),
     responses(
@@ -131,11 +135,11 @@ async fn list(
         Refusals<(ManageSubscriptions, Mine, Params<Deletion>, Missing, Deleting)>,
     ))]
 async fn delete(
-    Allowed { desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
+    Allowed { caller, desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
     Mine(name): Mine,
     Params(deletion): Params<Deletion>,
 ) -> Result<StatusCode, Problem> {
-    subscriptions.delete(name, deletion.waiting.is_some()).await?;
+    subscriptions.delete(name, deletion.waiting.is_some(), Asker::of(&caller)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -179,6 +183,10 @@ impl From<Error> for Problem {
             Error::NameOfExchange => {
                 Self::new(Code::NameTaken, "the exchange that everything is published to has this name")
             }
+            Error::Adopted => Self::new(
+                Code::NameTaken,
+                "a queue of this name is at the broker, and nobody registered it; an administrator can, if it is yours",
+            ),
             error @ Error::Full => Self::new(Code::TooManySubscriptions, error.to_string()),
             Error::NotFound => Code::SubscriptionNotFound.into(),
             Error::NotEmpty(Waiting { ready, retrying, dead_letters }) => Self::new(
@@ -187,6 +195,10 @@ impl From<Error> for Problem {
                     "{ready} messages wait, {retrying} are on their way back, {dead_letters} are dead letters; \
                      have them handled, or lose them with ?waiting=discard"
                 ),
+            ),
+            Error::Owing => Self::new(
+                Code::SubscriptionNotEmpty,
+                "it has not confirmed deletions whose deadline has passed; confirm them, or have an administrator delete it",
             ),
             Error::Busy => Code::SubscriptionBusy.into(),
             Error::Differs(error) => Self::new(Code::QueueDiffers, format!("{error}; nothing was changed")),

@@ -100,12 +100,16 @@ pub enum Error {
     Taken(String),
     #[error("the name is that of the owner's exchange")]
     NameOfExchange,
-    #[error("there are {} subscriptions already", store::MOST)]
+    #[error("a queue of this name is at the broker, and nobody registered it")]
+    Adopted,
+    #[error("there are {} subscriptions already, or {} of this client", store::MOST, store::MOST_OF_ONE)]
     Full,
     #[error("there is no such subscription")]
     NotFound,
     #[error("messages wait: {} ready, {} on their way back, {} dead letters", .0.ready, .0.retrying, .0.dead_letters)]
     NotEmpty(Waiting),
+    #[error("it has not confirmed deletions whose deadline has passed")]
+    Owing,
     #[error("the subscription is being changed by somebody else")]
     Busy,
     #[error(transparent)]
@@ -204,9 +208,9 @@ impl Subscriptions {
     }
 
     /// Deletes with all that lies in it, which has to be `discard`ed knowingly.
-    pub async fn delete(&self, name: SubscriptionName, discard: bool) -> Result<(), Error> {
+    pub async fn delete(&self, name: SubscriptionName, discard: bool, by: Asker) -> Result<(), Error> {
         let registrar = self.registrar()?;
-        to_its_end(async move { registrar.delete(name, discard).await }).await
+        to_its_end(async move { registrar.delete(name, discard, by == Asker::Operator).await }).await
     }
 
     /// Ends a loss: its subscriber was brought up to date.

@@ -59,7 +59,7 @@ impl Registrar {
         &self.desk
     }
 
-    /// `by_operator`: also what another client stands for.
+    /// `by_operator`: also what another client stands for, or a queue that nobody registered.
     pub async fn put(&self, wish: Registration, by_operator: bool) -> Result<Put, Error> {
         if wish.subscription.name.as_str() == self.desk.exchange() {
             return Err(Error::NameOfExchange);
@@ -77,6 +77,9 @@ impl Registrar {
         };
         if let Some(before) = before.as_ref().filter(is_others) {
             return Err(Error::Taken(before.registration.owner.clone()));
+        }
+        if before.is_none() && !by_operator && self.is_declared(name).await? {
+            return Err(Error::Adopted);
         }
         // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
         let noted = match &before {
@@ -99,6 +102,11 @@ impl Registrar {
             }
             Err(trouble) => Err(Error::Undeclared(trouble)),
         }
+    }
+
+    /// Whether the broker has its queue: an application that declares for itself is not to find it in another's hands.
+    async fn is_declared(&self, name: &SubscriptionName) -> Result<bool, Error> {
+        Ok(self.desk.look(&[name]).await?.iter().any(|look| look.work.is_some()))
     }
 
     /// Declares what is registered, on a line that is somebody's own. What is registered then; `None` when it is not any more.
@@ -142,10 +150,17 @@ impl Registrar {
         Ok(lost)
     }
 
-    /// Deletes a subscription; when messages wait in it, only if they may be `discarded`.
-    pub async fn delete(&self, name: SubscriptionName, discard: bool) -> Result<(), Error> {
+    /// Deletes a subscription; when messages wait in it, only if they may be `discarded`. What it owes of erasures goes with it, so that
+    /// only an operator can delete one that is late.
+    pub async fn delete(&self, name: SubscriptionName, discard: bool, by_operator: bool) -> Result<(), Error> {
         self.in_turn(&name, async |line| {
             let row = find(line, &name).await?.ok_or(Error::NotFound)?;
+            if line.run_in_session(async |db| deletions::is_late(db, &name).await).await? {
+                if !by_operator {
+                    return Err(Error::Owing);
+                }
+                tracing::warn!(subscription = %name, "deleted by an administrator while it owed confirmations of deletions");
+            }
             let waiting = self.waiting(&row).await?;
             if !discard && waiting != Waiting::default() {
                 return Err(Error::NotEmpty(waiting));

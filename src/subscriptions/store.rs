@@ -10,6 +10,8 @@ use super::model::{Registered, Registration, Seen};
 
 /// Subscriptions at one time.
 pub const MOST: i64 = 1_000;
+/// Of one client that is no administrator.
+pub const MOST_OF_ONE: i64 = 100;
 
 /// One subscription, or all of them by name.
 pub const FIND: &str = "
@@ -30,7 +32,9 @@ pub const PUT: &str = "
 insert into subscriptions as held
        (name, routing_keys, fields, owner, purpose, expires_after_s, bound_keys, bound_fields, client)
 select $1, $2, $3, $4, $5, $6, $2, $3, $8
- where exists (select from subscriptions where name = $1) or (select count(*) from subscriptions) < $7
+ where exists (select from subscriptions where name = $1)
+    or ((select count(*) from subscriptions) < $7
+        and ($9 or (select count(*) from subscriptions where client = $8) < $10))
 on conflict (name) do update
    set routing_keys = excluded.routing_keys,
        fields = excluded.fields,
@@ -148,6 +152,7 @@ pub async fn put(connection: &mut PgConnection, wish: &Registration, by_operator
         .bind(MOST)
         .bind(&wish.client)
         .bind(by_operator)
+        .bind(MOST_OF_ONE)
         .fetch_optional(connection)
         .await
 }

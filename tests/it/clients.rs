@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::house::{self, Answer, House, Service, eventually, file, http_with, tidings};
+use crate::{
+    house::{self, Answer, House, Service, eventually, file, http_with, tidings},
+    subscribed::Subscribed,
+};
 
 /// What revocation is promised to take.
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -473,6 +476,49 @@ async fn of_another_clients_subscription_nothing_is_told(db: PgPool) {
     orders.get(&path).await.ok();
     assert_eq!(house.page(&path).await.ok().body["client"], "orders", "an administrator looks after all of them");
     Answer::to(orders.request(Method::DELETE, &path)).await.ok();
+}
+
+/// An application may declare for itself, and the registry declares the very same: it must not come into another client's hands.
+#[sqlx::test]
+async fn a_queue_that_nobody_registered_is_no_clients_to_take(db: PgPool) {
+    let house = House::open(db).await;
+    let own = Subscribed::to(&house, "badges", &["user.deleted"], &[]).await;
+    sqlx::query("delete from subscriptions").execute(&house.db).await.unwrap();
+    let rival = Holder::new(&house, "rival --scope subscriptions").await;
+    let path = format!("/v1/subscriptions/{}", own.name);
+    let refused = rival.put(&path, registration(&["#"], &[])).await;
+    assert_eq!(refused.refusal(409), "name_taken");
+    assert_eq!(house.page(&path).await.refusal(404), "subscription_not_found");
+    // Nor is that decided while nobody can tell.
+    let other = format!("/v1/subscriptions/other.{}", Uuid::new_v4().simple());
+    house.broker.down();
+    assert_eq!(rival.put(&other, registration(&["#"], &[])).await.refusal(503), "broker_unavailable");
+    assert_eq!(house.page(&other).await.refusal(404), "subscription_not_found");
+    house.broker.up();
+    Answer::to(house.request(Method::PUT, &path).json(&registration(&["user.deleted"], &[]))).await.ok();
+    own.end().await;
+}
+
+#[sqlx::test]
+async fn one_client_leaves_others_their_share_of_subscriptions(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "60s")]).await;
+    let greedy = Holder::new(&house, "greedy --scope subscriptions").await;
+    let modest = Holder::new(&house, "modest --scope subscriptions").await;
+    let hundred = "
+        insert into subscriptions (name, routing_keys, fields, owner, purpose, bound_keys, bound_fields, client, declared_revision)
+        select 'greedy.' || n, '{#}', '{}', 'greedy', 'a test', '{#}', '{}', 'greedy', 1 from generate_series(1, 100) as n
+    ";
+    // After the look, of which there is one a minute: nobody is to declare their queues.
+    eventually("the first look", async || match house.metric("tidings_subscriptions_watching").await {
+        1.0 => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    sqlx::query(hundred).execute(&house.db).await.unwrap();
+    let path = format!("/v1/subscriptions/one.{}", Uuid::new_v4().simple());
+    assert_eq!(greedy.put(&path, registration(&["#"], &[])).await.refusal(409), "too_many_subscriptions");
+    modest.put(&path, registration(&["#"], &[])).await.ok();
+    Answer::to(modest.request(Method::DELETE, &path)).await.ok();
 }
 
 #[sqlx::test]

@@ -632,6 +632,29 @@ async fn client(house: &House, client: &str, names: &[&str]) -> reqwest::Client 
     http
 }
 
+/// Its debt would go with it.
+#[sqlx::test]
+async fn who_is_late_does_not_delete_his_subscription(db: PgPool) {
+    let house = House::with(db, &IMPATIENT).await;
+    let crm = client(&house, "crm", &["crm"]).await;
+    let ana = deleted(&house).await;
+    awaits_overdue(&house, &[ana]).await;
+    let name = format!("{}.crm", house.exchange);
+    let url = format!("{}/v1/subscriptions/{name}?waiting=discard", house.service.url);
+    let delete = async || Answer::to(crm.delete(&url)).await;
+    let refused = delete().await;
+    assert_eq!(refused.refusal(409), "subscription_not_empty");
+    assert!(refused.body["detail"].as_str().unwrap().contains("confirm"), "{refused:?}");
+    assert_eq!(confirm(&house, &ana, &name).await.status, 204);
+    delete().await.ok();
+    // An administrator may, and the log has it.
+    let crm = register(&house, "crm", &["user.deleted"]).await;
+    let bo = deleted(&house).await;
+    awaits_overdue(&house, &[bo]).await;
+    unregister(&house, &crm).await;
+    assert!(house.service.log().contains("while it owed confirmations"), "{}", house.service.log());
+}
+
 #[sqlx::test]
 async fn a_client_confirms_for_itself_and_is_seen_fetching_the_tombstone(db: PgPool) {
     let house = House::open(db).await;

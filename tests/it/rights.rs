@@ -221,6 +221,8 @@ async fn no_role_may_more_than_it_needs(db: PgPool) {
         ("relay", "select * from client_keys"),
         ("relay", "select * from clients"),
         ("relay", "select * from changes"),
+        ("relay", "update subscriptions set client = null"),
+        ("relay", "update subscriptions set routing_keys = '{#}'"),
         ("api", "delete from users"),
         ("api", "delete from outbox"),
         ("api", "update outbox set version = 1"),

@@ -77,6 +77,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (audit_leaks::SAMPLE, 2),
         (deletions::DUTY, 0),
         (deletions::FIND, 6),
+        (deletions::IS_LATE, 1),
         (deletions::LATE, 4),
         (deletions::LATENESS, 3),
         (deletions::LOOKED, 0),
