@@ -876,6 +876,14 @@ async fn what_waits_is_not_deleted_unasked(db: PgPool) {
         );
         published.await.unwrap().await.unwrap();
     }
+    // One that is in the collector's hand is neither in the queue nor kept.
+    eventually("the dead letters to be collected", async || {
+        match sqlx::query("select from dead_letters").fetch_all(&house.db).await.unwrap().len() {
+            2 => Ok(()),
+            kept => Err(kept),
+        }
+    })
+    .await;
     let refused = house.unsubscribe(&orders, "").await;
     assert_eq!(refused.refusal(409), "subscription_not_empty");
     let detail = refused.body["detail"].as_str().unwrap();
