@@ -565,7 +565,6 @@ async fn a_forged_mark_does_not_spare_the_handler(db: PgPool) {
         _ => Ok(()),
     })
     .await;
-    house.audit.forgive().await;
     application.end().await;
     unregister(&house, &orders).await;
 }
