@@ -539,6 +539,17 @@ async fn wrong_words_are_named_all_at_once(db: PgPool) {
     client(&house, "create orders --scope users:read").await;
     let (code, _, stderr) = client_command(&house, "create orders --scope admin").await;
     assert!(code == Some(1) && stderr.contains("hint:"), "{stderr}");
+    // A browser on this machine asks what any page tells it to.
+    let ask = |method: Method, path: &str, headers: &[(&'static str, &'static str)]| {
+        let request = Client::new().request(method, format!("{}{path}", open.url));
+        Answer::to(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)))
+    };
+    for elsewhere in [("host", "evil.example"), ("origin", "https://evil.example"), ("origin", "null")] {
+        assert_eq!(ask(Method::GET, "/v1/users", &[elsewhere]).await.refusal(403), "forbidden", "{elsewhere:?}");
+        let cancel = ask(Method::POST, "/v1/subscriptions/orders/backfill:cancel", &[elsewhere]).await;
+        assert_eq!(cancel.refusal(403), "forbidden", "{elsewhere:?}");
+    }
+    ask(Method::GET, "/v1/users", &[("host", "localhost:8080"), ("origin", "http://127.0.0.1:3000")]).await.ok();
     let (code, _, stderr) = client_command(&house, "revoke nobody").await;
     assert!(code == Some(1) && stderr.contains("hint:"), "{stderr}");
     assert!(!house::key().is_empty());
