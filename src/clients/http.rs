@@ -3,11 +3,11 @@
 //! Promise: a handler comes to its feature only through [`Allowed`], which asks for a permission: a route without a policy does not
 //! compile.
 
-use std::{marker::PhantomData, sync::Arc};
+use std::{marker::PhantomData, net::IpAddr, sync::Arc};
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderMap, header, request::Parts},
+    http::{HeaderMap, Uri, header, request::Parts},
 };
 use tidings_sdk::subscription::SubscriptionName;
 
@@ -100,7 +100,7 @@ impl<P: Permission, T: Clone + Send + Sync> FromRequestParts<Guarded<T>> for All
 
 async fn authenticate(parts: &Parts, clients: &Clients) -> Result<Caller, Problem> {
     if clients.is_anybody() {
-        return Ok(Caller::anonymous());
+        return if is_of_this_machine(&parts.headers) { Ok(Caller::anonymous()) } else { Err(from_elsewhere()) };
     }
     let caller = identify(parts, clients).await?;
     if let Some(meter) = Meter::of(&parts.extensions) {
@@ -142,6 +142,20 @@ fn verify(token: &str, clients: &Clients, meter: Option<&Meter>) -> Result<Optio
     Ok(sought)
 }
 
+/// Whether nobody else's page can have sent it. A browser on this machine sends what any page tells it to: it says whose page that is
+/// in `Origin`, and by which name the page has called us in `Host`, though that name may lead here.
+fn is_of_this_machine(headers: &HeaderMap) -> bool {
+    [header::HOST, header::ORIGIN].iter().flat_map(|name| headers.get_all(name)).all(|value| {
+        let uri = value.to_str().ok().and_then(|text| text.parse::<Uri>().ok());
+        uri.as_ref().and_then(Uri::host).is_some_and(is_loopback)
+    })
+}
+
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
+}
+
 /// The token of `Authorization: Bearer ..` (RFC 6750, section 2.1), if there is exactly one.
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
@@ -153,6 +167,12 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 /// The same words whatever is wrong with a key: unknown, revoked, expired or misspelt.
 fn unauthenticated(challenge: &'static str) -> Problem {
     Problem::from(Code::Unauthenticated).with_header(header::WWW_AUTHENTICATE, challenge)
+}
+
+fn from_elsewhere() -> Problem {
+    let words = "no key is asked for here, so nobody else's page is heard: Host, and Origin if there is one, have to name localhost or a \
+                 loopback address";
+    Problem::new(Code::Forbidden, words)
 }
 
 fn forbidden(scope: Scope) -> Problem {
@@ -201,6 +221,26 @@ impl<T: Send + Sync> FromRequestParts<Guarded<T>> for Mine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_of_this_machine_is_told_from_anothers() {
+        let is_ours = |named: &[(header::HeaderName, &str)]| {
+            is_of_this_machine(&named.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect())
+        };
+        for ours in ["127.0.0.1:8080", "127.8.0.1", "localhost", "LOCALHOST:1", "[::1]:8080", "[::1]"] {
+            assert!(is_ours(&[(header::HOST, ours)]), "{ours}");
+            assert!(is_ours(&[(header::HOST, ours), (header::ORIGIN, &format!("http://{ours}"))]), "{ours}");
+        }
+        let here = (header::HOST, "127.0.0.1:8080");
+        for other in
+            ["evil.example", "localhost.evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", "[::2]", "", "/"]
+        {
+            assert!(!is_ours(&[(header::HOST, other)]), "{other}");
+            assert!(!is_ours(&[here.clone(), (header::HOST, other)]), "{other}");
+            assert!(!is_ours(&[here.clone(), (header::ORIGIN, &format!("https://{other}"))]), "{other}");
+        }
+        assert!(!is_ours(&[here, (header::ORIGIN, "null")]));
+    }
 
     #[test]
     fn a_bearer_token_stands_alone() {

@@ -3,11 +3,11 @@
 use std::{fs, path::PathBuf};
 
 use clap::Args;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use tidings_sdk::trust::Trust;
 use uuid::Uuid;
 
-use super::{Api, Faults};
+use super::{Api, Faults, faults::secret};
 use crate::profile::Schema;
 
 pub(super) const IMPORT_HELP: &str = "\
@@ -49,14 +49,17 @@ pub struct Import {
     /// Send nothing; say what is wrong with the lines. With TIDINGS_PROFILE_SCHEMA also what that schema would refuse.
     #[arg(long)]
     pub dry_run: bool,
-    /// Make the ids of users that bring only an external_id from this UUID and the external_id. Keep it to yourself: with it, the
-    /// external_id can be guessed from the id, which stands in every notice. Without: a random one per journal.
-    #[arg(long, value_name = "UUID")]
-    pub namespace: Option<String>,
+    /// File that holds a UUID: the ids of users that bring only an external_id are made from it and the external_id. Keep it to
+    /// yourself: with it, the external_id can be guessed from the id, which stands in every notice. The UUID itself is given by
+    /// TIDINGS_IMPORT_NAMESPACE only. Without either: a random one per journal.
+    #[arg(long, env = "TIDINGS_IMPORT_NAMESPACE_FILE", value_name = "FILE")]
+    pub namespace_file: Option<PathBuf>,
     /// JSON Schema file that decides what a profile may hold, for --dry-run.
     #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
     pub profile_schema: Option<PathBuf>,
 }
+
+pub(super) const NAMESPACE: &str = "TIDINGS_IMPORT_NAMESPACE";
 
 /// What an import needs to begin.
 pub struct ImportSettings {
@@ -86,8 +89,7 @@ impl Import {
         let file = faults.note("FILE", file);
         let (url, key) = (self.api.address(faults), self.api.key(faults));
         let trust = self.api.trust(faults);
-        let namespace = self.namespace.as_deref().map(Uuid::parse_str).transpose();
-        let namespace = faults.note("--namespace", namespace.map_err(|_| "expected a UUID"));
+        let namespace = faults.note(NAMESPACE, self.namespace());
         let import_id = self.import_id.as_deref().map(Uuid::parse_str).transpose();
         let import_id = faults.note("--import-id", import_id.map_err(|_| "expected a UUID"));
         let schema = self.profile_schema.as_deref().filter(|_| self.dry_run);
@@ -100,6 +102,14 @@ impl Import {
         let concurrency = self.concurrency.into();
         let (url, trust, namespace, import_id) = (url?, trust?, namespace?, import_id?);
         Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, import_id, schema })
+    }
+
+    fn namespace(&self) -> Result<Option<Uuid>, String> {
+        if self.namespace_file.is_none() && std::env::var_os(NAMESPACE).is_none() {
+            return Ok(None);
+        }
+        let text = secret(NAMESPACE, self.namespace_file.as_ref())?;
+        Uuid::parse_str(text.expose_secret()).map(Some).map_err(|_| "expected a UUID".to_owned())
     }
 
     fn file(&self) -> std::io::Result<(Input, Option<u64>)> {

@@ -30,7 +30,7 @@ use tidings_sdk::envelope::FieldName;
 
 use crate::{profile::Schema, telemetry::LogFormat};
 use deletions::DELETIONS_HELP;
-use import::IMPORT_HELP;
+use import::{IMPORT_HELP, NAMESPACE};
 use servers::{API_KEY, MANAGEMENT_URL};
 
 /// The owner of user master data, which tells every other application that something changed.
@@ -268,7 +268,7 @@ pub fn unknown_settings() -> Vec<String> {
         commands.flat_map(|command| command.get_arguments().filter_map(|arg| arg.get_env())).collect();
     // Kubernetes describes a service called "tidings" to its pods in variables of these names.
     let kubernetes = |name: &str| ["TIDINGS_PORT", "TIDINGS_SERVICE_"].iter().any(|prefix| name.starts_with(prefix));
-    let known = |name: &str| [MANAGEMENT_URL, API_KEY].contains(&name) || known.contains(OsStr::new(name));
+    let known = |name: &str| [MANAGEMENT_URL, API_KEY, NAMESPACE].contains(&name) || known.contains(OsStr::new(name));
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     names.filter(|name| name.starts_with("TIDINGS_") && !kubernetes(name) && !known(name)).collect()
 }

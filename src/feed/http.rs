@@ -61,19 +61,19 @@ async fn changes(
 ///
 /// An entry's hash is the first 8 bytes of SHA-256 over the 16 bytes of the user's id and its version as 8 bytes, big endian; a
 /// bucket's hash is the XOR of its entries. A user's bucket is the top bits of the first 2 bytes of SHA-256 over the 16 bytes of the id.
-/// Changes go on meanwhile: a difference is a question, not yet a fault. One digest at a time per instance. All users in one answer take
-/// a second for some hundred thousand, and an answer has 30: beyond a million ask page by page, with a `limit`, and add the pages up,
-/// counts by addition and hashes by XOR.
+/// Changes go on meanwhile: a difference is a question, not yet a fault. An instance works at one digest at a time, and clients take
+/// turns: of one client nine may be under way. All users in one answer take a second for some hundred thousand, and an answer has 30:
+/// beyond a million ask page by page, with a `limit`, and add the pages up, counts by addition and hashes by XOR.
 #[utoipa::path(get, path = "/v1/digest", tag = "reconciling", operation_id = "digest", security(("key" = ["users:read"])), params(Spread),
     responses((status = 200, description = "Count and hash of each bucket that has users", body = Digests), Refusals<(ReadUsers, Params<Spread>, web::Cursor, Reading, Digesting)>))]
 async fn compare(
-    Allowed { desk: feed, .. }: Allowed<ReadUsers, Feed>,
+    Allowed { caller, desk: feed, .. }: Allowed<ReadUsers, Feed>,
     Params(spread): Params<Spread>,
 ) -> Result<Json<Digests>, Problem> {
     let buckets = buckets(spread.buckets)?;
     let limit = spread.limit.map_or(Ok(usize::MAX), |asked| limit(Some(asked), MAX_DIGEST_PAGE, MAX_DIGEST_PAGE))?;
     let after = spread.after.as_deref().map(read_cursor).transpose()?;
-    let Sum { digests, next } = feed.digest(buckets, after, limit).await?;
+    let Sum { digests, next } = feed.digest(&caller.client, buckets, after, limit).await?;
     let digests: Vec<BucketDigest> = digests.into_iter().map(BucketDigest::from).collect();
     let count = digests.iter().map(|digest| digest.count).sum();
     Ok(Json(Digests { buckets, count, digests, next: next.map(cursor) }))
@@ -257,7 +257,7 @@ impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         match error {
             Error::Expired => Code::CursorExpired.into(),
-            Error::Overloaded => Self::new(Code::Overloaded, "another digest is under way"),
+            Error::Overloaded => Self::new(Code::Overloaded, "too many digests of this client are under way"),
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
                 Code::DatabaseUnavailable.into()

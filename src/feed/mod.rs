@@ -17,25 +17,27 @@ use serde::Serialize;
 use sqlx::{Connection, PgPool};
 use tidings_sdk::digest::{self, Digest};
 use time::OffsetDateTime;
-use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::{
     db::{self, Db, Trouble},
     users::{UserId, Version},
+    web::{LineFull, Turns},
 };
 pub use cursor::Cursor;
 use cursor::Place;
 
 /// Users who are read and added up at once for a digest: some milliseconds.
 const CHUNK: usize = 2_000;
+/// Digests of one client that may wait for their turn. Each that has begun holds a megabyte or two.
+const LINE_LIMIT: usize = 8;
 
 /// The questions that can be asked. Cheap to clone.
 #[derive(Clone)]
 pub struct Feed {
     /// Its own: pollers and digests must not keep the operator's questions waiting.
     queries: PgPool,
-    digesting: Arc<Semaphore>,
+    digesting: Turns,
 }
 
 /// That a user changed, and what it came to.
@@ -88,7 +90,7 @@ pub struct Entry {
 pub enum Error {
     #[error("the cursor belongs to another history of the database")]
     Expired,
-    #[error("another digest is under way")]
+    #[error("too many digests of this client are under way")]
     Overloaded,
     #[error("the query failed")]
     Query(#[from] Trouble),
@@ -96,7 +98,7 @@ pub enum Error {
 
 impl Feed {
     pub fn open(db: &Db) -> Self {
-        Self { queries: db.pool("feed", 4, IN_ORDER), digesting: Arc::new(Semaphore::new(1)) }
+        Self { queries: db.pool("feed", 4, IN_ORDER), digesting: Turns::new(1, LINE_LIMIT) }
     }
 
     pub async fn close(self) {
@@ -128,15 +130,16 @@ impl Feed {
     }
 
     /// What up to `limit` living users past `after` come to. Not one moment's picture: it takes a while, and changes go on.
-    async fn digest(&self, buckets: u32, after: Option<Uuid>, limit: usize) -> Result<Sum, Error> {
-        let turn = Arc::new(self.digesting.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?);
+    async fn digest(&self, client: &Arc<str>, buckets: u32, after: Option<Uuid>, limit: usize) -> Result<Sum, Error> {
         let mut digests = BTreeMap::<u32, Digest>::new();
         let (mut after, mut left) = (after.unwrap_or_default(), limit);
         loop {
             let size = left.min(CHUNK);
+            // A turn for each chunk, as all of them may take half a minute: nobody waits behind another's whole digest.
+            let turn = self.digesting.take(client).await.map_err(|LineFull| Error::Overloaded)?;
             // A task for each chunk: when the client hangs up, what is under way ends in order, and the turn with it; nothing follows.
             // One more than asked for tells whether there are others.
-            let (queries, turn) = (self.queries.clone(), turn.clone());
+            let queries = self.queries.clone();
             let read = async move {
                 let _turn = turn;
                 store::living(&queries, after, size as i64 + 1).await

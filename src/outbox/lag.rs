@@ -47,9 +47,13 @@ pub struct Lag {
 }
 
 /// From this place on.
-pub async fn lag(on: impl PgExecutor<'_>, floor: OutboxId) -> sqlx::Result<Lag> {
-    sqlx::query_as(LAG).bind(COUNT_LIMIT).bind(floor).fetch_one(on).await
+pub async fn lag(on: impl PgExecutor<'_>, Place(first): Place) -> sqlx::Result<Lag> {
+    sqlx::query_as(LAG).bind(COUNT_LIMIT).bind(first).fetch_one(on).await
 }
+
+/// Where a look begins. Only a [`Floor`] gives one, so that nobody who looks again and again can leave it out.
+#[derive(Debug, Clone, Copy)]
+pub struct Place(OutboxId);
 
 /// Where the next look may begin: rows that died keep their place while an old snapshot may still see them, and to walk over an hour of
 /// them takes longer than a look may. Pure.
@@ -64,10 +68,11 @@ pub struct Floor {
 impl Floor {
     /// Below it nothing waits and nothing will come. A place below what a look saw may be filled later, so that one look proves
     /// nothing: the lowest of all does that were made while a place that was given out could still be filled.
-    pub fn place(&self) -> OutboxId {
-        let (Some((first, _)), Some((last, _))) = (self.seen.front(), self.seen.back()) else { return 0 };
+    pub fn place(&self) -> Place {
+        let (Some((first, _)), Some((last, _))) = (self.seen.front(), self.seen.back()) else { return Place(0) };
         let is_settled = last.duration_since(*first) >= SETTLED_AFTER;
-        if is_settled { self.seen.iter().map(|(_, place)| *place).min().unwrap_or(0) } else { 0 }
+        let lowest = if is_settled { self.seen.iter().map(|(_, place)| *place).min() } else { None };
+        Place(lowest.unwrap_or(0))
     }
 
     /// A look from [`Self::place`] on has seen this.
@@ -103,13 +108,13 @@ mod tests {
         let at = |seconds| began + Duration::from_secs(seconds);
         saw(&mut floor, Some((100, 900)), began);
         saw(&mut floor, Some((400, 900)), at(30));
-        assert_eq!(floor.place(), 0, "what took an id before these may yet commit");
+        assert_eq!(floor.place().0, 0, "what took an id before these may yet commit");
         saw(&mut floor, None, at(60));
-        assert_eq!(floor.place(), 100);
+        assert_eq!(floor.place().0, 100);
         saw(&mut floor, None, at(90));
-        assert_eq!(floor.place(), 400);
+        assert_eq!(floor.place().0, 400);
         saw(&mut floor, None, at(120));
-        assert_eq!(floor.place(), 901, "all that was there was told");
+        assert_eq!(floor.place().0, 901, "all that was there was told");
     }
 
     #[test]
@@ -120,13 +125,13 @@ mod tests {
         for seconds in [15, 30, 45, 60, 75, 90] {
             saw(&mut floor, Some((50, 900)), at(seconds));
         }
-        assert_eq!(floor.place(), 50);
+        assert_eq!(floor.place().0, 50);
         for seconds in [105, 120, 135, 150] {
             saw(&mut floor, None, at(seconds));
         }
-        assert_eq!(floor.place(), 50, "the last look that saw it was a minute ago at most");
+        assert_eq!(floor.place().0, 50, "the last look that saw it was a minute ago at most");
         saw(&mut floor, None, at(165));
-        assert_eq!(floor.place(), 901);
+        assert_eq!(floor.place().0, 901);
     }
 
     #[test]
@@ -135,11 +140,11 @@ mod tests {
         let at = |seconds| began + Duration::from_secs(seconds);
         saw(&mut floor, Some((100, 900)), began);
         saw(&mut floor, None, at(60));
-        assert_eq!(floor.place(), 100);
+        assert_eq!(floor.place().0, 100);
         saw_on(2, &mut floor, None, at(61));
-        assert_eq!(floor.place(), 0);
+        assert_eq!(floor.place().0, 0);
         saw_on(2, &mut floor, Some((70, 80)), at(121));
-        assert_eq!(floor.place(), 1, "what was seen from a floor of before proves nothing");
+        assert_eq!(floor.place().0, 1, "what was seen from a floor of before proves nothing");
     }
 
     #[test]

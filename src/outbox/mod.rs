@@ -7,7 +7,7 @@ mod bell;
 mod lag;
 
 pub use bell::{AT_HAND, Bell, Heard};
-pub use lag::{Floor, LAG, Lag, lag};
+pub use lag::{Floor, LAG, Lag, Place, lag};
 
 use sqlx::{PgConnection, types::Json};
 use tidings_sdk::envelope::{Event, FieldName, Notice};

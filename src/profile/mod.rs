@@ -7,7 +7,7 @@ mod field_set;
 mod schema;
 
 pub use field_set::FieldSet;
-pub use schema::Schema;
+pub use schema::{Schema, TOO_LARGE};
 
 use std::{fmt, sync::Arc};
 

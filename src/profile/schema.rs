@@ -22,6 +22,9 @@ const MAX_FIELDS: usize = 256;
 /// A request's body is limited, but amendments add up.
 const MAX_PROFILE_BYTES: usize = 64 * 1024;
 
+/// The code of the fault of a profile with more than that.
+pub const TOO_LARGE: &str = "too_large";
+
 /// What a profile may hold.
 pub struct Schema {
     validator: Validator,
@@ -71,7 +74,7 @@ impl Schema {
             let profile = Profile::from_instance(&instance);
             let fits = profile.as_str().len() <= MAX_PROFILE_BYTES;
             let too_large =
-                || Fault::new(ROOT, "too_large", format!("would have more than {MAX_PROFILE_BYTES} bytes as JSON"));
+                || Fault::new(ROOT, TOO_LARGE, format!("would have more than {MAX_PROFILE_BYTES} bytes as JSON"));
             return if fits { Ok(profile) } else { Err(vec![too_large()]) };
         }
         Err(self.validator.iter_errors(&instance).flat_map(|error| explain(&error)).take(MAX_FAULTS).collect())

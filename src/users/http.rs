@@ -21,7 +21,8 @@ use super::{
 };
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers, field_forbidden},
-    profile::{EXTERNAL_ID, Fields},
+    json::Fault,
+    profile::{EXTERNAL_ID, Fields, TOO_LARGE},
     web::{
         Code, Cursor, Id, IdempotencyKey, NoParams, NoPrecondition, Params, Place, Precondition, Problem,
         ReadCondition, Refusals, Trace, View, cursor, etag_of_view, read_cursor, refuses,
@@ -108,7 +109,7 @@ async fn create(
     Document { profile, external_id }: Document,
 ) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
-    let verb = Verb::Create(users.admit(profile).map_err(Refusal::Invalid)?);
+    let verb = Verb::Create(users.admit(profile).map_err(|faults| Refusal::Invalid(faults).seen_by(&caller))?);
     let change = Change { external_id, ..Change::new(UserId::new(), verb, trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
@@ -358,8 +359,34 @@ impl IdempotencyKey {
 
 impl Done {
     fn seen_by(self, caller: &Caller) -> Seen {
-        let done = Self { decided: self.decided.map(|changed| changed.seen_by(caller)), ..self };
+        let done = Self { decided: seen_by(self.decided, caller), ..self };
         Seen { done, view: caller.view() }
+    }
+}
+
+/// What was decided, as `caller` may hear it.
+pub fn seen_by(decided: Result<Changed, Refusal>, caller: &Caller) -> Result<Changed, Refusal> {
+    decided.map(|changed| changed.seen_by(caller)).map_err(|refusal| refusal.seen_by(caller))
+}
+
+impl Refusal {
+    /// Of faults in fields that the caller may neither see nor write, no more than that there are some.
+    fn seen_by(self, caller: &Caller) -> Self {
+        let Self::Invalid(faults) = self else { return self };
+        let (mut seen, hidden): (Vec<_>, Vec<_>) = faults.into_iter().partition(|fault| may_hear(caller, fault));
+        if !hidden.is_empty() {
+            const HIDDEN: &str = "with it the profile would break the schema in fields that are not for this client";
+            seen.push(Fault::new("/profile", "hidden_field", HIDDEN));
+        }
+        Self::Invalid(seen)
+    }
+}
+
+fn may_hear(caller: &Caller, fault: &Fault) -> bool {
+    // No field's name has a character that a pointer spells otherwise.
+    match fault.pointer.strip_prefix("/profile/").and_then(|rest| rest.split('/').next()) {
+        Some(field) => caller.writes.has(field) || caller.sees_field(field),
+        None => caller.writes.is_all() || caller.view().is_none() || fault.code == TOO_LARGE,
     }
 }
 

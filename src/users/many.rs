@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Change, Changed, Record, Tombstone, User, UserId, Users, Version,
     body::{Document, Documents, Entry, MAX_ENTRIES},
-    http::{Reading, SeenGone, Writing, check_fields, replacement},
+    http::{Reading, SeenGone, Writing, check_fields, replacement, seen_by},
     writer,
 };
 use crate::{
@@ -155,7 +155,7 @@ async fn replace_many(
                 Ok(change) => users.change_read(lane, change, before).await.map_err(Problem::from),
                 Err(problem) => Err(problem),
             };
-            Outcome::new(id, decided.and_then(|decided| decided.map_err(Problem::from)))
+            Outcome::new(id, decided.and_then(|decided| seen_by(decided, &caller).map_err(Problem::from)))
         })
         .buffered(AT_ONCE)
         .collect()

@@ -238,7 +238,7 @@ impl Drop for Turn {
 
 /// Lets go of what was kept for a day, until `stop`. Any number of instances may do it.
 pub async fn purge(mut line: Line, stop: CancellationToken) {
-    while stop.run_until_cancelled(sleep(PURGE_EVERY)).await.is_some() {
+    loop {
         loop {
             match line.run(async |connection| store::purge(connection, PURGE).await).await {
                 Ok(purged) if purged == PURGE.unsigned_abs() => {}
@@ -248,6 +248,9 @@ pub async fn purge(mut line: Line, stop: CancellationToken) {
                     break;
                 }
             }
+        }
+        if stop.run_until_cancelled(sleep(PURGE_EVERY)).await.is_none() {
+            break;
         }
     }
     line.hang_up().await;

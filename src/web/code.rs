@@ -81,7 +81,8 @@ codes! {
 
     /// No valid key came with the request.
     Unauthenticated UNAUTHORIZED "unauthenticated" "send a valid key as Authorization: Bearer";
-    /// The key lacks the scope that the route demands.
+    /// The key lacks the scope that the route demands; or no key is asked for here (`--insecure-no-auth`), and the request may be that of
+    /// somebody else's page.
     Forbidden FORBIDDEN "forbidden" "the key lacks the scope users:write";
     /// The client may not have to do with some of the fields; see `errors`.
     FieldForbidden FORBIDDEN "field_forbidden" "some fields are not for this client, see errors";

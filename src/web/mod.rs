@@ -38,3 +38,4 @@ pub use problem::{Problem, ProblemBody, Refusals, Refuses, examples};
 pub use rate::Rate;
 pub use server::{Peer, listen, serve};
 pub use traffic::Traffic;
+pub use turns::{LineFull, Turns};

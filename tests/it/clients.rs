@@ -307,6 +307,45 @@ async fn a_client_with_a_field_list_sees_only_these_fields(db: PgPool) {
 }
 
 #[sqlx::test]
+async fn a_refusal_tells_nothing_of_fields_that_are_not_the_clients(db: PgPool) {
+    // What may stand in one field depends on another.
+    let schema = file(
+        r#"{ "type": "object", "additionalProperties": false,
+             "properties": { "city": { "maxLength": 10 }, "job_title": {}, "standing": {}, "email": {} },
+             "if": { "properties": { "city": { "const": "Bonn" } }, "required": ["city"] },
+             "then": { "properties": { "standing": { "enum": ["left", "dismissed"] }, "job_title": { "const": "Clerk" } }, "required": ["email"] } }"#,
+    );
+    let house = House::with(db, &[("TIDINGS_PROFILE_SCHEMA", schema.to_str().unwrap())]).await;
+    let ana = house.user(json!({ "city": "Riga", "standing": "away" })).await;
+    let words = "crm --scope users:read,users:write --field city,job_title --write-field city";
+    let crm = Holder::new(&house, words).await;
+    let faults = |problem: &Value| -> Vec<String> {
+        assert!(
+            ["standing", "email", "dismissed", "away"].iter().all(|word| !problem["errors"].to_string().contains(word)),
+            "{problem}"
+        );
+        let errors = problem["errors"].as_array().unwrap().iter();
+        errors
+            .map(|fault| format!("{} {}", fault["pointer"].as_str().unwrap(), fault["code"].as_str().unwrap()))
+            .collect()
+    };
+    let hidden = ["/profile hidden_field"];
+    let bonn = json!({ "profile": { "city": "Bonn" } });
+    assert_eq!(faults(&crm.patch(&ana, json!({ "city": "Bonn" })).await.body), hidden);
+    assert_eq!(faults(&crm.put(&format!("/v1/users/{ana}"), bonn.clone()).await.body), hidden);
+    assert_eq!(faults(&crm.post("/v1/users", bonn).await.body), hidden);
+    let entry = json!({ "users": [{ "id": ana, "profile": { "city": "Bonn" } }] });
+    let many = crm.post("/v1/users:batchReplace", entry).await.ok();
+    assert_eq!(faults(&many.body["results"][0]["problem"]), hidden);
+    // Of its own fields, those too that it only sees, a client hears all.
+    assert_eq!(faults(&crm.patch(&ana, json!({ "city": "Castrop-Rauxel" })).await.body), ["/profile/city maxLength"]);
+    house.amend(&ana, json!({ "job_title": "Editor" })).await.ok();
+    let both = ["/profile/job_title const", "/profile hidden_field"];
+    assert_eq!(faults(&crm.patch(&ana, json!({ "city": "Bonn" })).await.body), both);
+    assert_eq!(house.amend(&ana, json!({ "city": "Bonn" })).await.body["errors"].as_array().unwrap().len(), 3);
+}
+
+#[sqlx::test]
 async fn the_external_id_is_a_field_like_another(db: PgPool) {
     let house = House::open(db).await;
     let named = json!({ "external_id": "E-1", "profile": { "first_name": "Ana" } });
@@ -548,6 +587,17 @@ async fn nobody_is_asked_for_a_key_only_where_nobody_else_comes(db: PgPool) {
     settings.push(("TIDINGS_INSECURE_NO_AUTH".to_owned(), "true".to_owned()));
     let open = Service::start(&["serve", "--no-relay"], &settings).await;
     assert_eq!(Client::new().get(format!("{}/v1/users", open.url)).send().await.unwrap().status(), 200);
+    // A browser on this machine asks what any page tells it to.
+    let ask = |method: Method, path: &str, headers: &[(&'static str, &'static str)]| {
+        let request = Client::new().request(method, format!("{}{path}", open.url));
+        Answer::to(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)))
+    };
+    for elsewhere in [("host", "evil.example"), ("origin", "https://evil.example"), ("origin", "null")] {
+        assert_eq!(ask(Method::GET, "/v1/users", &[elsewhere]).await.refusal(403), "forbidden", "{elsewhere:?}");
+        let cancel = ask(Method::POST, "/v1/subscriptions/orders/backfill:cancel", &[elsewhere]).await;
+        assert_eq!(cancel.refusal(403), "forbidden", "{elsewhere:?}");
+    }
+    ask(Method::GET, "/v1/users", &[("host", "localhost:8080"), ("origin", "http://127.0.0.1:3000")]).await.ok();
     eventually("the service to say so", async || {
         let log = open.log();
         if log.contains("whoever reaches 127.0.0.1:0 may do everything") { Ok(()) } else { Err(log) }

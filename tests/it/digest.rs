@@ -1,13 +1,16 @@
 //! The digest: numbers that tell whether two sides hold the same, and where they do not.
 
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
+use futures_util::future::{join, join_all};
+use reqwest::Client;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tidings::clients::{NewClient, Scope};
 use tidings_sdk::digest::{self, Digest};
 use uuid::Uuid;
 
-use crate::house::{Answer, House, owner_at};
+use crate::house::{Answer, House, http, http_with, new_client, owner_at};
 
 /// Living users with ids and versions of all kinds, and some tombstones among them.
 async fn populate(db: &PgPool, count: i32) -> BTreeMap<Uuid, i64> {
@@ -157,20 +160,34 @@ async fn one_version_that_is_wrong_is_found(db: PgPool) {
 }
 
 #[sqlx::test]
-async fn one_digest_at_a_time(db: PgPool) {
+async fn who_asks_for_many_digests_keeps_nobody_else_from_one(db: PgPool) {
     let house = House::open(db).await;
-    answered(&house, 256).await;
-    house.postgres.freeze();
-    let (mut one, mut other) = (Box::pin(house.page("/v1/digest")), Box::pin(house.page("/v1/digest")));
-    let (refused, waiting): (Answer, _) = tokio::select! {
-        answer = &mut one => (answer, other),
-        answer = &mut other => (answer, one),
+    let mirror = new_client(&house.db, NewClient::named("mirror", [Scope::ReadUsers]).unwrap()).await;
+    // Several chunks.
+    populate(&house.db, 5_000).await;
+    let ask = async |http: &Client| Answer::to(http.get(format!("{}/v1/digest", house.service.url))).await;
+    let (over, refused) = (Cell::new(false), Cell::new(0));
+    let insist = async |_| {
+        let http = http();
+        while !over.get() {
+            let answer = ask(&http).await;
+            if answer.status != 200 {
+                assert_eq!(answer.refusal(503), "overloaded");
+                assert_eq!(answer.headers["retry-after"], "1");
+                refused.set(refused.get() + 1);
+            }
+        }
     };
-    assert_eq!(refused.refusal(503), "overloaded");
-    assert_eq!(refused.headers["retry-after"], "1");
-    house.postgres.up();
-    waiting.await.ok();
-    house.page("/v1/digest").await.ok();
+    let compare = async {
+        let http = http_with(&mirror);
+        for _ in 0..5 {
+            ask(&http).await.ok();
+        }
+        over.set(true);
+    };
+    // One whose turn it is, eight that wait, and three for whom there is no room in the line.
+    join(join_all((0..12).map(insist)), compare).await;
+    assert!(refused.get() > 0, "the line has no end");
 }
 
 #[sqlx::test]

@@ -1,19 +1,20 @@
 //! The feed: who polls learns of every user's latest version, in an order that skips nobody.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
     path::Path,
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use futures_util::future::join;
+use futures_util::{StreamExt, future::join, stream};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool, migrate::Migrator};
 use tidings::users::AMEND;
 use uuid::Uuid;
 
 use crate::{
-    house::{Answer, House, eventually},
+    house::{Answer, House, eventually, http},
     hurt::Standby,
     load::{Load, users},
     sessions,
@@ -44,6 +45,13 @@ impl Poller {
         }
         self.cursor = Some(page.body["next"].as_str().unwrap().to_owned());
         page.body["more"].as_bool().unwrap()
+    }
+
+    /// Polls without a pause until it is over.
+    async fn follow(&mut self, house: &House, over: &Cell<bool>) {
+        while !over.get() {
+            self.poll(house, 100).await;
+        }
     }
 
     async fn poll_all(&mut self, house: &House) {
@@ -78,6 +86,28 @@ async fn table(db: &PgPool) -> Mirror {
     let rows: Vec<(Uuid, i64, bool)> =
         sqlx::query_as("select id, version, deleted_at is null from users").fetch_all(db).await.unwrap();
     rows.into_iter().map(|(id, version, is_living)| (id, (version, is_living))).collect()
+}
+
+/// Has transactions that change users end in another order than they began in, as on a busy server.
+async fn commit_at_leisure(db: &PgPool) {
+    let trigger = "
+        create function linger() returns trigger language plpgsql as $$
+          begin perform pg_sleep(random() * 0.05); return null; end
+        $$;
+        create trigger linger after insert on outbox for each statement execute function linger();
+    ";
+    sqlx::raw_sql(trigger).execute(db).await.unwrap();
+}
+
+/// Amends each of these users once, at the instance that listens there, in many small batches.
+async fn amend_at(url: &str, users: &[Uuid]) {
+    let http = http();
+    let amend = async |user: &Uuid| {
+        let request =
+            http.patch(format!("{url}/v1/users/{user}")).header("content-type", "application/merge-patch+json");
+        Answer::to(request.body(json!({ "profile": { "job_title": "Editor" } }).to_string())).await.ok();
+    };
+    stream::iter(users).map(amend).buffer_unordered(2).for_each(async |()| ()).await;
 }
 
 /// The service's own statement, in a transaction that is in the test's hands.
@@ -199,11 +229,22 @@ async fn under_load_on_two_instances_a_poller_ends_with_what_the_table_has(db: P
     }
     load.end_well().await;
     other_load.end_well().await;
+    // No later change of a user covers up that one was skipped.
+    let once = users(&house, 200).await;
+    poller.catch_up(&house).await;
+    commit_at_leisure(&house.db).await;
+    let over = Cell::new(false);
+    let amend = async {
+        let (these, those) = once.split_at(once.len() / 2);
+        join(amend_at(&house.service.url, these), amend_at(&second.url, those)).await;
+        over.set(true);
+    };
+    join(poller.follow(&house, &over), amend).await;
     poller.catch_up(&house).await;
     let different: BTreeSet<_> = poller.told.iter().collect();
     assert_eq!(different.len(), poller.told.len(), "a version is told once");
     let entries: i64 = sqlx::query_scalar("select count(*) from changes").fetch_one(&house.db).await.unwrap();
-    assert_eq!(entries, 50, "one entry per user");
+    assert_eq!(entries, 250, "one entry per user");
 }
 
 /// The cursor with one of its bytes changed.

@@ -81,6 +81,13 @@ async fn import(url: &str, arguments: &[&str]) -> Ended {
     Import::start(url, arguments).ends().await
 }
 
+/// Ids are made from external ids and this.
+async fn import_under(namespace: &str, url: &str, arguments: &[&str]) -> Ended {
+    let mut command = Import::command(url, arguments);
+    command.env("TIDINGS_IMPORT_NAMESPACE", namespace);
+    Import::spawn(command).ends().await
+}
+
 impl Ended {
     #[track_caller]
     fn well(&self) -> &Self {
@@ -425,8 +432,8 @@ async fn an_external_id_that_was_given_on_overwrites_nobody(db: PgPool) {
     for (old, new, concurrency) in [("E1", "E2", "1000"), ("E3", "E4", "7")] {
         let send = async |text: String| {
             let lines = file(&text);
-            let arguments = [name(&lines), "--namespace", &namespace, "--concurrency", concurrency];
-            import(&house.service.url, &arguments).await
+            let arguments = [name(&lines), "--concurrency", concurrency];
+            import_under(&namespace, &house.service.url, &arguments).await
         };
         send(line(old, "Ana") + &others).await.well();
         let ana = named(&house, old).await;
@@ -461,8 +468,7 @@ async fn those_who_came_in_by_an_external_id_before_cost_few_requests(db: PgPool
     };
     let send = async |text: &str| {
         let lines = file(text);
-        let arguments = [name(&lines), "--namespace", &namespace];
-        import(&house.service.url, &arguments).await
+        import_under(&namespace, &house.service.url, &[name(&lines)]).await
     };
     send(&lines("before")).await.well().says(&["2000 users created"]);
     let before = traces(&house).await;
@@ -474,20 +480,25 @@ async fn those_who_came_in_by_an_external_id_before_cost_few_requests(db: PgPool
 #[sqlx::test]
 async fn an_external_id_cannot_be_guessed_from_the_id_unless_its_maker_wants_that(db: PgPool) {
     let house = House::open(db).await;
-    let id_of = async |arguments: &[&str]| {
+    let id_of = async |setting: &[(&str, &str)]| {
         let lines = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
-        import(&house.service.url, &[&[name(&lines)], arguments].concat()).await.well().says(&["1 users created"]);
+        let mut command = Import::command(&house.service.url, &[name(&lines)]);
+        command.envs(setting.iter().copied());
+        Import::spawn(command).ends().await.well().says(&["1 users created"]);
         let id = named(&house, "E1").await;
         house.delete(&id).await.ok();
         id
     };
     assert_ne!(id_of(&[]).await, id_of(&[]).await);
-    let namespace = Uuid::new_v4().to_string();
-    let id = id_of(&["--namespace", &namespace]).await;
+    let [namespace, other] = [(); 2].map(|()| Uuid::new_v4().to_string());
+    let id = id_of(&[("TIDINGS_IMPORT_NAMESPACE", &namespace)]).await;
     assert_eq!(id, Uuid::new_v5(&namespace.parse().unwrap(), b"E1"));
+    let kept = file(&format!("{other}\n"));
+    let id = id_of(&[("TIDINGS_IMPORT_NAMESPACE_FILE", name(&kept))]).await;
+    assert_eq!(id, Uuid::new_v5(&other.parse().unwrap(), b"E1"));
     // Made from the same, the user that was deleted stays deleted.
     let again = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
-    import(&house.service.url, &[name(&again), "--namespace", &namespace]).await.says(&["line 1: 410 user_deleted"]);
+    import_under(&namespace, &house.service.url, &[name(&again)]).await.says(&["line 1: 410 user_deleted"]);
 }
 
 #[sqlx::test]
@@ -654,9 +665,10 @@ async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPo
 
 #[tokio::test]
 async fn wrong_settings_are_named_at_once() {
-    let wrong = import("ftp://ana:s3cret@host", &["/nowhere/at/all", "--namespace", "mine"]).await;
+    let wrong = import_under("s3cret", "ftp://ana:s3cret@host", &["/nowhere/at/all"]).await;
     assert_eq!(wrong.code, Some(2), "{wrong:?}");
-    wrong.says(&["3 settings are wrong", "FILE: cannot read", "TIDINGS_URL: expected", "--namespace: expected a UUID"]);
+    let namespace = "TIDINGS_IMPORT_NAMESPACE: expected a UUID";
+    wrong.says(&["3 settings are wrong", "FILE: cannot read", "TIDINGS_URL: expected", namespace]);
     assert!(!wrong.said.contains("s3cret"));
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let began = std::time::Instant::now();

@@ -4,7 +4,7 @@
 
 use reqwest::Method;
 use serde_json::{Map, Value, json};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use uuid::Uuid;
 
@@ -66,7 +66,7 @@ async fn places_with(house: &House, canary: &str) -> Vec<&'static str> {
         ("readyz", text("/readyz").await),
         // Values travel as parameters, never within a statement, where Postgres' own log and statistics would show them.
         ("statements", statements(&house.db).await),
-        ("Postgres's log", postgres_log(&house.db).await),
+        ("Postgres's log", postgres_log(house).await),
     ];
     for (name, text) in &places {
         assert!(text.len() > 20, "nothing in {name}: {text:?}");
@@ -83,14 +83,50 @@ fn bytes_of(text: &str) -> String {
     format!("{:?}", text.as_bytes()).trim_matches(['[', ']']).to_owned()
 }
 
-/// What the server of the tests has logged, if it runs on this machine and writes into a file.
-async fn postgres_log(db: &PgPool) -> String {
-    let postmaster: String = sqlx::query_scalar("select pg_read_file('postmaster.pid')").fetch_one(db).await.unwrap();
+/// The same database, of which Postgres logs all that it can, of every session whose role does not say otherwise. The roles of the
+/// service do.
+async fn talkative(db: PgPool) -> PgPool {
+    let tell_all = "
+        do $$
+        declare setting text;
+        begin
+          foreach setting in array array['log_error_verbosity = verbose', 'log_min_error_statement = error', 'log_statement = ''all''',
+            'log_min_duration_statement = 0', 'log_min_duration_sample = 0', 'log_transaction_sample_rate = 1',
+            'log_parameter_max_length = -1', 'log_parameter_max_length_on_error = -1']
+          loop
+            execute format('alter database %I set %s', current_database(), setting);
+          end loop;
+          -- The tests' own user looks for values, and so has them in what it asks.
+          foreach setting in array array['log_statement = none', 'log_min_duration_statement = -1', 'log_min_duration_sample = -1',
+            'log_transaction_sample_rate = 0']
+          loop
+            execute format('alter role %I in database %I set %s', current_user, current_database(), setting);
+          end loop;
+        end
+        $$;
+    ";
+    sqlx::raw_sql(tell_all).execute(&db).await.unwrap();
+    // Sessions have the settings that they began with.
+    let options = db.connect_options();
+    db.close().await;
+    PgPoolOptions::new().max_connections(5).connect_with((*options).clone()).await.unwrap()
+}
+
+/// What the server of the tests has logged: it runs on this machine, and writes into a file. What a session without the settings of
+/// our roles has failed at is there, value and all.
+async fn postgres_log(house: &House) -> String {
+    let told = canary("told");
+    let mut careless = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    let fails = AssertSqlSafe(format!("select '{told}'::int"));
+    sqlx::raw_sql(fails).execute(&mut careless).await.unwrap_err();
+    let postmaster: String =
+        sqlx::query_scalar("select pg_read_file('postmaster.pid')").fetch_one(&house.db).await.unwrap();
     let pid = postmaster.lines().next().unwrap();
-    match std::fs::read(format!("/proc/{pid}/fd/2")) {
-        Ok(log) => String::from_utf8_lossy(&log).into_owned(),
-        Err(error) => format!("the log of the server of the tests cannot be read: {error}"),
-    }
+    let log = std::fs::read(format!("/proc/{pid}/fd/2"));
+    let log = log.unwrap_or_else(|error| panic!("the log of the server of the tests cannot be read: {error}"));
+    let log = String::from_utf8_lossy(&log).into_owned();
+    assert!(log.contains(&told), "the database does not tell all, so what is not in its log proves nothing");
+    log
 }
 
 async fn statements(db: &PgPool) -> String {
@@ -108,7 +144,7 @@ fn refused(answer: &Answer, status: u16, canary: &str) -> String {
 
 #[sqlx::test]
 async fn a_value_is_kept_with_its_user_and_nowhere_else(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let [old, new, last] = ["old", "new", "last"].map(canary);
     let ana = house.user(full_of(&old)).await;
     assert_eq!(tables_with(&house.db, &old).await, ["public.users"], "the search finds what is there");
@@ -153,7 +189,7 @@ async fn a_value_is_kept_with_its_user_and_nowhere_else(db: PgPool) {
 
 #[sqlx::test]
 async fn a_refusal_repeats_no_value(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let value = canary("refused");
     let ana = house.user(json!({ "city": value })).await;
     let bodies = [
@@ -196,7 +232,7 @@ async fn a_refusal_repeats_no_value(db: PgPool) {
 
 #[sqlx::test]
 async fn no_trouble_brings_a_value_to_light(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let value = canary("trouble");
     let ana = house.user(full_of(&value)).await;
     let amend = async |patch: Value| refused(&house.amend(&ana, patch).await, 503, &value);
@@ -290,7 +326,7 @@ async fn passwords_are_never_logged(db: PgPool) {
 /// Whatever a URL or a header holds: a path is logged as its route's template, a query and headers are not logged at all.
 #[sqlx::test]
 async fn what_stands_in_a_url_or_a_header_is_neither_logged_nor_repeated(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let ana = house.user(json!({})).await;
     let value = canary("url");
     let paths = [
@@ -340,7 +376,7 @@ async fn what_stands_in_a_url_or_a_header_is_neither_logged_nor_repeated(db: PgP
 /// A row that a constraint rules out breaks an `expect`, whose words quote it: the client hears that we failed, the operator hears where.
 #[sqlx::test]
 async fn a_panic_brings_no_value_to_light(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let value = canary("panic");
     let (ana, bo) = (house.user(json!({ "city": value })).await, house.user(json!({ "city": value })).await);
     let corrupt = [
@@ -364,7 +400,7 @@ async fn a_panic_brings_no_value_to_light(db: PgPool) {
 #[sqlx::test]
 async fn what_waits_at_the_broker_holds_no_value(db: PgPool) {
     let hurt = HurtBroker::borrow().await;
-    let house = House::at(db, &hurt.amqp_url, &AT_TRACE).await;
+    let house = House::at(talkative(db).await, &hurt.amqp_url, &AT_TRACE).await;
     let value = canary("queue");
     let orders = Subscribed::at(&house, &hurt.amqp_url, "orders", &["#"], &[]).await;
     let ana = house.user(full_of(&value)).await;
@@ -397,7 +433,7 @@ async fn what_waits_at_the_broker_holds_no_value(db: PgPool) {
 /// Of a deleted user stay id, version and time, and who has confirmed: in all the tables there are.
 #[sqlx::test]
 async fn of_a_deleted_user_stays_nothing_but_the_tombstone(db: PgPool) {
-    let house = House::with(db, &AT_TRACE).await;
+    let house = House::with(talkative(db).await, &AT_TRACE).await;
     let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
     let value = canary("deleted");
     let ana = Uuid::new_v4();

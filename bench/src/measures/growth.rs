@@ -115,7 +115,9 @@ impl Stage {
         taken
             .on(&mut db, "sweep of 500", async |db, _| outbox::sweep(db, last, BATCH, &under_way).await.map(drop))
             .await?;
-        taken.on(&mut db, "lag", async |db, _| outbox::lag(db, 0).await.map(drop)).await?;
+        taken
+            .on(&mut db, "lag", async |db, _| outbox::lag(db, outbox::Floor::default().place()).await.map(drop))
+            .await?;
         let told = outbox::claim(&mut db, first - 1, TIMES as usize * BATCH, &[]).await?;
         let confirmed: Vec<_> =
             told.iter().map(|entry| Confirmed { id: entry.id, message_id: entry.notice.message_id }).collect();
