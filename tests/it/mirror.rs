@@ -269,6 +269,45 @@ async fn a_mirror_of_another_history_begins_anew(db: PgPool) {
     assert_eq!(caught_up(&house, &mirror, &owner).await, (1, 1));
 }
 
+/// An owner that is set back while it is asked: it cannot show the user whom its first page tells of, and then has another history, without
+/// anybody; its URL.
+async fn set_back_meanwhile(user: Uuid) -> String {
+    let pages = Arc::<AtomicUsize>::default();
+    let answer = move |request: Request| {
+        let is_first = request.uri().path() == "/v1/changes" && pages.fetch_add(1, Ordering::SeqCst) == 0;
+        let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
+        async move {
+            let page = |changes, next, more| json!({ "changes": changes, "next": next, "more": more }).to_string();
+            match &*path {
+                "/v1/changes" if is_first => {
+                    let told = json!([{ "user_id": user, "version": 2, "state": "living" }]);
+                    (StatusCode::OK, page(told, "later", true))
+                }
+                "/v1/changes" if query.contains("after=") => (StatusCode::GONE, "{}".to_owned()),
+                "/v1/changes" => (StatusCode::OK, page(json!([]), "anew", false)),
+                _ => (StatusCode::INTERNAL_SERVER_ERROR, "{}".to_owned()),
+            }
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    url
+}
+
+/// Who could not be shown before the owner was set back is forgotten like everybody whom it does not show afterwards.
+#[sqlx::test]
+async fn who_could_not_be_shown_in_one_history_is_not_spared_in_the_next(db: PgPool) {
+    let (mirror, ana) = (Mirror::new(), Uuid::new_v4());
+    mirror.prepare(&db).await.unwrap();
+    sqlx::query("insert into tidings_users values ($1, 1, '{}')").bind(ana).execute(&db).await.unwrap();
+    sqlx::query("insert into tidings_cursor (cursor) values ('before')").execute(&db).await.unwrap();
+    let owner = owner_at(&set_back_meanwhile(ana).await);
+    let done = mirror.catch_up(&db, &owner).await.unwrap();
+    assert_eq!((done.told, done.written, done.is_behind), (1, 0, false));
+    assert!(mirror.get(&mut db.acquire().await.unwrap(), ana).await.unwrap().is_none());
+}
+
 /// What a stand-in for the owner was asked, and how many single questions it had open at once.
 #[derive(Clone, Default)]
 struct Asked {

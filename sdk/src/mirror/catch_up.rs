@@ -40,6 +40,8 @@ impl Mirror {
                 (Err(FetchError::Refused { status: 410, .. }), Some(expired)) => {
                     store::begin_anew(pool, expired).await?;
                     cursor = store::cursor(pool).await?;
+                    // Of this history nobody has been asked for yet.
+                    unseen.clear();
                     continue;
                 }
                 (page, _) => page?,
