@@ -160,6 +160,22 @@ async fn a_mirror_never_takes_a_step_back(db: PgPool) {
     assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
 }
 
+/// A deletion is final: one at a version below what is held comes from an owner that was set back.
+#[sqlx::test]
+async fn a_deletion_is_taken_over_whatever_is_held(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let mut connection = house.db.acquire().await.unwrap();
+    let ana = house.user(json!({})).await;
+    mirror.apply(&mut connection, &owner.latest(ana, 1).await.unwrap()).await.unwrap();
+    sqlx::query("update tidings_users set version = 9").execute(&house.db).await.unwrap();
+    house.delete(&ana).await.ok();
+    let gone = owner.latest(ana, 2).await.unwrap();
+    assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Written);
+    assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
+    assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Old, "once");
+}
+
 /// Two processes of an application handle one user at the same time, and the one that asked first hears last: what it brings is old.
 #[sqlx::test]
 async fn an_answer_that_was_long_under_way_does_not_take_a_mirror_back(db: PgPool) {

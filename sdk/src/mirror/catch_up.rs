@@ -1,10 +1,12 @@
 //! Catching up: from the place where this mirror last was to now, or from the beginning.
 
+use std::collections::HashSet;
+
 use futures_util::{StreamExt, stream};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::{Mirror, MirrorError, store};
+use super::{Mirror, MirrorError, store, store::State};
 use crate::owner::{Change, Changes, FetchError, Latest, Owner, State::Deleted};
 
 /// Fetches under way at the same time; they are gathered into few requests.
@@ -73,9 +75,14 @@ impl Mirror {
             page.changes.iter().filter(|change| held.get(&change.user_id).is_none_or(|held| *held < change.version));
         let latest = fetch_all(owner, news.copied().collect(), unseen).await?;
         let place = unseen.is_empty().then_some(&page.next);
-        let states = latest.iter().map(|latest| self.state(latest)).collect();
-        let gone = page.changes.iter().filter(|change| change.state == Deleted && held.contains_key(&change.user_id));
-        let gone: Vec<Uuid> = gone.map(|change| change.user_id).collect();
+        let deleted: Vec<&Change> = page.changes.iter().filter(|change| change.state == Deleted).collect();
+        let shown: HashSet<Uuid> = latest.iter().map(Latest::id).collect();
+        // The owner takes a fetch for a sign that a deletion is known; to do it, this page is enough.
+        let tombstones = deleted.iter().filter(|change| !shown.contains(&change.user_id));
+        let tombstones = tombstones.map(|change| State::tombstone(change));
+        let states = latest.iter().map(|latest| self.state(latest)).chain(tombstones).collect();
+        let gone: Vec<Uuid> =
+            deleted.iter().map(|change| change.user_id).filter(|user| held.contains_key(user)).collect();
         if gone.is_empty() || self.confirming.is_none() {
             return Ok(store::keep(&mut *pool.acquire().await?, states, place).await?);
         }
@@ -87,15 +94,16 @@ impl Mirror {
     }
 }
 
-/// The latest state of each of these whom the owner can show; the others are `unseen`.
+/// The latest state of each of these whom the owner can show; the others are `unseen`, unless there is nothing of them to be seen.
 async fn fetch_all(owner: &Owner, changes: Vec<Change>, unseen: &mut Vec<Uuid>) -> Result<Vec<Latest>, FetchError> {
-    let fetch = async |Change { user_id, version, .. }| (user_id, owner.latest(user_id, version).await);
+    let fetch = async |change: Change| (change, owner.latest(change.user_id, change.version).await);
     let mut fetched = stream::iter(changes.into_iter().map(fetch)).buffered(FETCHES);
     let mut found = vec![];
-    while let Some((user, latest)) = fetched.next().await {
+    while let Some((Change { user_id: user, state, .. }, latest)) = fetched.next().await {
         match latest {
             Ok(latest) => found.push(latest),
             Err(outage) if outage.is_outage() => return Err(outage),
+            Err(_) if state == Deleted => {}
             Err(refusal) => {
                 tracing::warn!(user_id = %user, "a user is passed over for now: {refusal}");
                 unseen.push(user);

@@ -99,7 +99,7 @@ impl Mirror {
         store::create(pool).await
     }
 
-    /// Applies a state, within the caller's transaction if there is one.
+    /// Applies a state, within the caller's transaction if there is one. A deletion is final, and applied whatever version is held of the living user.
     ///
     /// # Errors
     /// When the database refuses.

@@ -7,7 +7,7 @@ use sqlx::{PgConnection, PgExecutor, PgPool, types::Json};
 use uuid::Uuid;
 
 use super::Copy;
-use crate::owner::Cursor;
+use crate::owner::{Change, Cursor};
 
 /// Two processes that start together would both find no table: the lock makes one wait for the other.
 const CREATE: &str = "
@@ -33,8 +33,9 @@ end
 $$
 ";
 
-/// States of users, each of whom stands here once; nobody is written over who is as new, but for one of version `$5`. With the cursor, if there is one, in one
-/// statement: it is kept with what it stands for, and a caller that is cut off leaves no transaction open.
+/// States of users, each of whom stands here once; nobody is written over who is as new, but for one of version `$5`, and for a living one
+/// who is deleted: no id comes back at the owner, so a deletion at a lower version is one of an owner that was set back. With the cursor, if
+/// there is one, in one statement: it is kept with what it stands for, and a caller that is cut off leaves no transaction open.
 const KEEP: &str = "
 with told as (
   select * from unnest($1::uuid[], $2::bigint[], $3::jsonb[]) as told (id, version, profile)
@@ -53,6 +54,7 @@ on conflict (id) do update
    set version = excluded.version, profile = excluded.profile
  where held.version < excluded.version
     or held.version = $5
+    or (excluded.profile is null and held.profile is not null)
 ";
 
 const GET: &str = "
@@ -130,6 +132,13 @@ pub(super) struct State {
     pub id: Uuid,
     pub version: i64,
     pub profile: Option<Map<String, Value>>,
+}
+
+impl State {
+    /// A user of whom the feed says that he is deleted.
+    pub(super) fn tombstone(Change { user_id, version, .. }: &Change) -> Self {
+        Self { id: *user_id, version: *version, profile: None }
+    }
 }
 
 /// Keeps these states, and the place in the feed that they came from. How many were newer than what was held.
