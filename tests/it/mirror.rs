@@ -219,6 +219,32 @@ async fn a_mirror_of_some_fields_holds_no_others(db: PgPool) {
     assert_eq!(serde_json::Value::Object(copy.profile), json!({ "city": "Riga" }));
 }
 
+/// What it needs from now on it gets of everybody, and what it needs no more it gives up, although no version tells of it.
+#[sqlx::test]
+async fn a_mirror_of_other_fields_than_before_begins_anew(db: PgPool) {
+    let house = House::open(db).await;
+    let owner = owner(&house);
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Riga" })).await;
+    let held = async |fields: &[&str]| {
+        let mirror = Mirror::of(fields.iter().map(|field| field.parse().unwrap()));
+        mirror.prepare(&house.db).await.unwrap();
+        let (told, _) = caught_up(&house, &mirror, &owner).await;
+        let copy = mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().unwrap();
+        (told, serde_json::Value::Object(copy.profile))
+    };
+    assert_eq!(held(&["city"]).await, (1, json!({ "city": "Riga" })));
+    assert_eq!(held(&["first_name", "city"]).await, (1, json!({ "city": "Riga", "first_name": "Ana" })));
+    assert_eq!(held(&["city", "first_name"]).await.0, 0, "the same as before");
+    assert_eq!(held(&["first_name"]).await, (1, json!({ "first_name": "Ana" })));
+    let whole = mirror(&house).await;
+    caught_up(&house, &whole, &owner).await;
+    assert_eq!(differing(&house.db).await, 0);
+    assert_eq!(caught_up(&house, &mirror(&house).await, &owner).await, (0, 0), "the same as before");
+    // One that was made before it was noted is what it is.
+    sqlx::query("update tidings_cursor set fields = null").execute(&house.db).await.unwrap();
+    assert_eq!(caught_up(&house, &mirror(&house).await, &owner).await, (0, 0));
+}
+
 #[sqlx::test]
 async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool) {
     let house = House::open(db).await;
@@ -316,6 +342,37 @@ async fn another_history_is_noticed_while_listening(db: PgPool) {
     listener.end().await;
 }
 
+/// A pass that was under way when the mirror went back to the beginning neither moves it on nor forgets those who have yet to be shown.
+#[sqlx::test]
+async fn a_pass_from_before_a_new_beginning_does_not_end_it(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let fast = owner(&house);
+    let (before, after) = (Mirror::of(["city".parse().unwrap()]), Mirror::new());
+    before.prepare(&house.db).await.unwrap();
+    load::users(&house, 5).await;
+    caught_up(&house, &before, &fast).await;
+    let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let slow = owner_at(&format!("http://{}", line.address()));
+    let asked = requests(&house);
+    line.hold_answers();
+    let db = house.db.clone();
+    let pass = tokio::spawn(async move { before.catch_up(&db, &slow).await.unwrap() });
+    eventually("its question to be answered, and the answer to be under way", async || {
+        match requests(&house) - asked {
+            1 => Ok(()),
+            answered => Err(answered),
+        }
+    })
+    .await;
+    after.prepare(&house.db).await.unwrap();
+    line.up();
+    pass.await.unwrap();
+    let living = "select count(*) from tidings_users where profile is not null";
+    assert_eq!(sqlx::query_scalar::<_, i64>(living).fetch_one(&house.db).await.unwrap(), 5);
+    assert_eq!(caught_up(&house, &after, &fast).await, (5, 5));
+    assert_eq!(differing(&house.db).await, 0);
+}
+
 /// An owner that is set back while it is asked: it cannot show the user whom its first page tells of, and then has another history, without
 /// anybody; its URL.
 async fn set_back_meanwhile(user: Uuid) -> String {
@@ -348,7 +405,7 @@ async fn who_could_not_be_shown_in_one_history_is_not_spared_in_the_next(db: PgP
     let (mirror, ana) = (Mirror::new(), Uuid::new_v4());
     mirror.prepare(&db).await.unwrap();
     sqlx::query("insert into tidings_users values ($1, 1, '{}')").bind(ana).execute(&db).await.unwrap();
-    sqlx::query("insert into tidings_cursor (cursor) values ('before')").execute(&db).await.unwrap();
+    sqlx::query("update tidings_cursor set cursor = 'before'").execute(&db).await.unwrap();
     let owner = owner_at(&set_back_meanwhile(ana).await);
     let done = mirror.catch_up(&db, &owner).await.unwrap();
     assert_eq!((done.told, done.written, done.is_behind), (1, 0, false));
