@@ -321,7 +321,7 @@ impl Run {
 
     fn parcel(&self, notice: &Notice) -> Parcel {
         let id = AMQPValue::LongString(self.backfill.id.to_string().into());
-        Parcel::new(notice, &self.broker, topology::BACKFILL, id)
+        Parcel::new(notice, &self.broker, [(topology::BACKFILL, id)])
     }
 
     /// Returns when all are in the queue.

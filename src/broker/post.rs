@@ -27,11 +27,13 @@ pub struct Parcel {
 }
 
 impl Parcel {
-    /// A notice as the relay would publish it, and one header that says why it comes again.
-    pub fn new(notice: &Notice, broker: &Broker, header: &str, value: AMQPValue) -> Self {
+    /// A notice as the relay would publish it, and headers that say why it comes again.
+    pub fn new(notice: &Notice, broker: &Broker, why: impl IntoIterator<Item = (&'static str, AMQPValue)>) -> Self {
         let (properties, body) = notice.to_message(broker.source());
         let mut headers = properties.headers().clone().unwrap_or_default();
-        headers.insert(ShortString::from(header), value);
+        for (header, value) in why {
+            headers.insert(ShortString::from(header), value);
+        }
         Self { message_id: notice.message_id, properties: properties.with_headers(headers), body }
     }
 }

@@ -210,7 +210,9 @@ impl Errand {
     fn parcel(&self, letter: &DeadLetter) -> Option<Parcel> {
         // Without the headers of its failures: its attempts start anew.
         let times = AMQPValue::LongInt(letter.redriven.saturating_add(1));
-        Some(Parcel::new(letter.notice.as_ref()?, &self.broker, topology::REDRIVEN, times))
+        let of_backfill = letter.backfill.map(|id| (topology::BACKFILL, AMQPValue::LongString(id.to_string().into())));
+        let why = of_backfill.into_iter().chain([(topology::REDRIVEN, times)]);
+        Some(Parcel::new(letter.notice.as_ref()?, &self.broker, why))
     }
 
     async fn take(&self, past: Place, limit: usize) -> Result<Vec<DeadLetter>, Error> {

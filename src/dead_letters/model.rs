@@ -7,7 +7,7 @@ use lapin::{
 use tidings_sdk::{
     envelope::{self, Notice},
     letter::{Letter, Reason},
-    topology::REDRIVEN,
+    topology::{BACKFILL, REDRIVEN},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -23,6 +23,8 @@ pub struct DeadLetter {
     pub message_id: Uuid,
     /// `None` when the message was no notice; nothing else is known of it, and it cannot be redriven.
     pub notice: Option<Notice>,
+    /// The backfill that told it, if one did: then it counts whatever its version is.
+    pub backfill: Option<Uuid>,
     pub reason: Reason,
     pub attempts: i32,
     pub failed_at: Option<OffsetDateTime>,
@@ -72,6 +74,7 @@ impl DeadLetter {
             place: 0,
             message_id: envelope::message_id(properties).unwrap_or_else(Uuid::new_v4),
             notice,
+            backfill: headers.and_then(backfill),
             reason,
             attempts: letter.map_or(0, |letter| i32::try_from(letter.attempts).unwrap_or(i32::MAX)),
             failed_at: letter.and_then(|letter| letter.failed_at),
@@ -79,6 +82,13 @@ impl DeadLetter {
             size_bytes: i64::try_from(delivery.data.len()).unwrap_or(i64::MAX),
             age_s: 0,
         }
+    }
+}
+
+fn backfill(headers: &FieldTable) -> Option<Uuid> {
+    match headers.inner().get(BACKFILL) {
+        Some(AMQPValue::LongString(id)) => Uuid::try_parse_ascii(id.as_bytes()).ok(),
+        _ => None,
     }
 }
 

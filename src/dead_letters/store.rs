@@ -28,13 +28,13 @@ select exists (select from subscriptions where name = $1)
 /// not take it away; what is no notice never covers up what is one.
 pub const KEEP: &str = "
 insert into dead_letters (subscription, message_id, user_id, version, event, changed_fields, occurred_at, traceparent,
-                          reason, attempts, failed_at, redriven, size_bytes)
+                          reason, attempts, failed_at, redriven, size_bytes, backfill)
 select $1, message_id, user_id, version, event, changed_fields::jsonb, occurred_at, traceparent,
-       reason, attempts, failed_at, redriven, size_bytes
+       reason, attempts, failed_at, redriven, size_bytes, backfill
   from unnest($2::uuid[], $3::uuid[], $4::bigint[], $5::text[], $6::text[], $7::timestamptz[], $8::text[],
-              $9::text[], $10::integer[], $11::timestamptz[], $12::integer[], $13::bigint[])
+              $9::text[], $10::integer[], $11::timestamptz[], $12::integer[], $13::bigint[], $14::uuid[])
     with ordinality as letter (message_id, user_id, version, event, changed_fields, occurred_at, traceparent,
-                               reason, attempts, failed_at, redriven, size_bytes, arrival)
+                               reason, attempts, failed_at, redriven, size_bytes, backfill, arrival)
  order by arrival
 on conflict (subscription, message_id) do update
    set place = default,
@@ -49,6 +49,7 @@ on conflict (subscription, message_id) do update
        failed_at = excluded.failed_at,
        redriven = greatest(dead_letters.redriven, excluded.redriven),
        size_bytes = excluded.size_bytes,
+       backfill = excluded.backfill,
        collected_at = excluded.collected_at
  where excluded.event is not null
     or dead_letters.event is null
@@ -57,7 +58,7 @@ on conflict (subscription, message_id) do update
 /// A page of letters in the order in which they came.
 pub const PAGE: &str = "
 select place, message_id, user_id, version, event, changed_fields, occurred_at, traceparent, reason, attempts, failed_at, redriven,
-       size_bytes, greatest(0, extract(epoch from now() - coalesce(failed_at, collected_at)))::bigint as age_s
+       size_bytes, backfill, greatest(0, extract(epoch from now() - coalesce(failed_at, collected_at)))::bigint as age_s
   from dead_letters
  where subscription = $1
    and place > $2
@@ -69,7 +70,7 @@ select place, message_id, user_id, version, event, changed_fields, occurred_at, 
 /// Letters to redrive, in the order in which they came.
 pub const TAKE: &str = "
 select place, message_id, user_id, version, event, changed_fields, occurred_at, traceparent, reason, attempts, failed_at, redriven,
-       size_bytes, 0::bigint as age_s
+       size_bytes, backfill, 0::bigint as age_s
   from dead_letters
  where subscription = $1
    and ($2::uuid[] is null or message_id = any($2))
@@ -170,6 +171,7 @@ pub async fn keep(pool: &PgPool, name: &SubscriptionName, letters: &[DeadLetter]
         .bind(letters.iter().map(|letter| letter.failed_at).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| letter.redriven).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| letter.size_bytes).collect::<Vec<_>>())
+        .bind(letters.iter().map(|letter| letter.backfill).collect::<Vec<_>>())
         .execute(pool)
         .await
         .map(drop)
@@ -287,15 +289,16 @@ struct Row {
     failed_at: Option<OffsetDateTime>,
     redriven: i32,
     size_bytes: i64,
+    backfill: Option<Uuid>,
     age_s: i64,
 }
 
 impl Row {
     fn into_letter(self) -> sqlx::Result<DeadLetter> {
         let notice = self.notice()?;
-        let Self { place, message_id, attempts, failed_at, redriven, size_bytes, age_s, .. } = self;
+        let Self { place, message_id, attempts, failed_at, redriven, size_bytes, backfill, age_s, .. } = self;
         let reason = Reason::from_name(&self.reason);
-        Ok(DeadLetter { place, message_id, notice, reason, attempts, failed_at, redriven, size_bytes, age_s })
+        Ok(DeadLetter { place, message_id, notice, backfill, reason, attempts, failed_at, redriven, size_bytes, age_s })
     }
 
     fn notice(&self) -> sqlx::Result<Option<Notice>> {

@@ -275,6 +275,24 @@ async fn a_redriven_message_is_the_one_that_was_told_without_its_failures(db: Pg
     orders.end().await;
 }
 
+/// What a backfill told counts whatever is held, after a restore of the owner for one; put back it says so still.
+#[sqlx::test]
+async fn a_redriven_message_of_a_backfill_is_one_still(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let (backfill, [told, hostile]) = (Uuid::new_v4(), [news(Uuid::new_v4()), news(Uuid::new_v4())]);
+    orders.bury_backfilled(&told, &backfill.to_string()).await;
+    orders.bury_backfilled(&hostile, "Ana").await;
+    await_letters(&house, &orders, 2).await;
+    redrive(&house, &orders, json!({ "all": true })).await.ok();
+    let back = orders.take().await;
+    assert_eq!(back.iter().map(notice).collect::<Vec<_>>(), [told, hostile]);
+    assert_eq!(header(&back[0], "tidings-backfill"), Some(backfill.to_string()));
+    assert_eq!(header(&back[0], "tidings-redriven").as_deref(), Some("1"));
+    assert_eq!(header(&back[1], "tidings-backfill"), None, "an id, or nothing");
+    orders.end().await;
+}
+
 #[sqlx::test]
 async fn two_redrives_at_once_lose_nothing_and_go_a_thousand_at_a_time(db: PgPool) {
     let house = House::open(db).await;

@@ -607,6 +607,35 @@ async fn a_mirror_confirms_whom_it_let_go(db: PgPool) {
     unregister(&house, &orders).await;
 }
 
+/// What it confirms is out of it: also whom the owner deleted at a version below the one that is held, since it was set back.
+#[sqlx::test]
+async fn a_mirror_that_confirms_a_deletion_has_done_it(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.*"]).await;
+    let owner = owner_at(&house.service.url);
+    let mirror = Mirror::new().confirming(orders.parse().unwrap());
+    mirror.prepare(&house.db).await.unwrap();
+    let ana = house.user(json!({})).await;
+    house.feed_is_clear().await;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    let ahead = "update tidings_users set version = 9 where id = $1";
+    sqlx::query(ahead).bind(ana).execute(&house.db).await.unwrap();
+    house.delete(&ana).await.ok();
+    eventually("the mirror to be told", async || {
+        mirror.catch_up(&house.db, &owner).await.unwrap();
+        match stand(&house, &ana).await {
+            seen if seen == ["orders receipt"] => Ok(()),
+            seen => Err(seen),
+        }
+    })
+    .await;
+    assert!(mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().is_none());
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.queue_delete(orders.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    unregister(&house, &orders).await;
+}
+
 /// A client with a key of its own, that registers a subscription to deletions under each of these names.
 async fn client(house: &House, client: &str, names: &[&str]) -> reqwest::Client {
     let scopes = ["client", "create", client, "--scope", "users:read,subscriptions"];

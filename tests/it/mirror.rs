@@ -23,9 +23,10 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use uuid::Uuid;
 
 use crate::{
-    house::{House, eventually, owner_at},
+    house::{House, env, eventually, owner_at},
     load::{self, Load},
     proxy::Proxy,
+    sdk::Listener,
 };
 
 fn owner(house: &House) -> Owner {
@@ -160,6 +161,22 @@ async fn a_mirror_never_takes_a_step_back(db: PgPool) {
     assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
 }
 
+/// A deletion is final: one at a version below what is held comes from an owner that was set back.
+#[sqlx::test]
+async fn a_deletion_is_taken_over_whatever_is_held(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let mut connection = house.db.acquire().await.unwrap();
+    let ana = house.user(json!({})).await;
+    mirror.apply(&mut connection, &owner.latest(ana, 1).await.unwrap()).await.unwrap();
+    sqlx::query("update tidings_users set version = 9").execute(&house.db).await.unwrap();
+    house.delete(&ana).await.ok();
+    let gone = owner.latest(ana, 2).await.unwrap();
+    assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Written);
+    assert!(mirror.get(&mut connection, ana).await.unwrap().is_none());
+    assert_eq!(mirror.apply(&mut connection, &gone).await.unwrap(), Applied::Old, "once");
+}
+
 /// Two processes of an application handle one user at the same time, and the one that asked first hears last: what it brings is old.
 #[sqlx::test]
 async fn an_answer_that_was_long_under_way_does_not_take_a_mirror_back(db: PgPool) {
@@ -202,6 +219,32 @@ async fn a_mirror_of_some_fields_holds_no_others(db: PgPool) {
     assert_eq!(serde_json::Value::Object(copy.profile), json!({ "city": "Riga" }));
 }
 
+/// What it needs from now on it gets of everybody, and what it needs no more it gives up, although no version tells of it.
+#[sqlx::test]
+async fn a_mirror_of_other_fields_than_before_begins_anew(db: PgPool) {
+    let house = House::open(db).await;
+    let owner = owner(&house);
+    let ana = house.user(json!({ "first_name": "Ana", "city": "Riga" })).await;
+    let held = async |fields: &[&str]| {
+        let mirror = Mirror::of(fields.iter().map(|field| field.parse().unwrap()));
+        mirror.prepare(&house.db).await.unwrap();
+        let (told, _) = caught_up(&house, &mirror, &owner).await;
+        let copy = mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().unwrap();
+        (told, serde_json::Value::Object(copy.profile))
+    };
+    assert_eq!(held(&["city"]).await, (1, json!({ "city": "Riga" })));
+    assert_eq!(held(&["first_name", "city"]).await, (1, json!({ "city": "Riga", "first_name": "Ana" })));
+    assert_eq!(held(&["city", "first_name"]).await.0, 0, "the same as before");
+    assert_eq!(held(&["first_name"]).await, (1, json!({ "first_name": "Ana" })));
+    let whole = mirror(&house).await;
+    caught_up(&house, &whole, &owner).await;
+    assert_eq!(differing(&house.db).await, 0);
+    assert_eq!(caught_up(&house, &mirror(&house).await, &owner).await, (0, 0), "the same as before");
+    // One that was made before it was noted is what it is.
+    sqlx::query("update tidings_cursor set fields = null").execute(&house.db).await.unwrap();
+    assert_eq!(caught_up(&house, &mirror(&house).await, &owner).await, (0, 0));
+}
+
 #[sqlx::test]
 async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool) {
     let house = House::open(db).await;
@@ -238,6 +281,15 @@ async fn a_mirror_finds_what_is_missing_stale_or_a_ghost_and_mends_it(db: PgPool
     assert_eq!(differing(&house.db).await, 0);
 }
 
+/// The place of this mirror, in another history.
+async fn foreign_cursor(db: &PgPool) -> String {
+    let cursor: String = sqlx::query_scalar("select cursor from tidings_cursor").fetch_one(db).await.unwrap();
+    let mut bytes = URL_SAFE_NO_PAD.decode(cursor).unwrap();
+    // The timeline.
+    bytes[12] ^= 1;
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
 /// Another history has other versions: each is taken as it is, even one below what is held, and whoever is not shown is forgotten.
 #[sqlx::test]
 async fn a_mirror_of_another_history_begins_anew(db: PgPool) {
@@ -255,11 +307,7 @@ async fn a_mirror_of_another_history_begins_anew(db: PgPool) {
         sqlx::query(falsify).bind(user).execute(&house.db).await.unwrap();
     }
     assert_eq!(caught_up(&house, &mirror, &owner).await, (0, 0), "nobody was told of");
-    let cursor: String = sqlx::query_scalar("select cursor from tidings_cursor").fetch_one(&house.db).await.unwrap();
-    let mut bytes = URL_SAFE_NO_PAD.decode(cursor).unwrap();
-    // The timeline.
-    bytes[12] ^= 1;
-    let foreign = URL_SAFE_NO_PAD.encode(bytes);
+    let foreign = foreign_cursor(&house.db).await;
     sqlx::query("update tidings_cursor set cursor = $1").bind(foreign).execute(&house.db).await.unwrap();
     caught_up(&house, &mirror, &owner).await;
     assert_eq!(differing(&house.db).await, 0);
@@ -267,6 +315,101 @@ async fn a_mirror_of_another_history_begins_anew(db: PgPool) {
     // And from there on as before.
     house.amend(&users[3], json!({ "city": "Oslo" })).await.ok();
     assert_eq!(caught_up(&house, &mirror, &owner).await, (1, 1));
+}
+
+/// It is noticed by a mirror that listens all the while, and that hears nothing: what it misses was told as what it had already.
+#[sqlx::test]
+async fn another_history_is_noticed_while_listening(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    let ana = house.user(json!({ "city": "Oslo" })).await;
+    house.feed_is_clear().await;
+    let keeper = mirror.clone().keeper(house.db.clone(), owner).check_every(Duration::from_millis(20));
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.catch_up(keeper)).await;
+    let foreign = foreign_cursor(&house.db).await;
+    let other = r#"update tidings_users set profile = '{"city":"Riga"}' where id = $1"#;
+    sqlx::query(other).bind(ana).execute(&house.db).await.unwrap();
+    eventually("the lost state to give way", async || {
+        // A look that is under way may put its own place over this one.
+        let set_back = "update tidings_cursor set cursor = $1 where not is_anew";
+        sqlx::query(set_back).bind(&foreign).execute(&house.db).await.unwrap();
+        match differing(&house.db).await {
+            0 => Ok(()),
+            differing => Err(differing),
+        }
+    })
+    .await;
+    listener.end().await;
+}
+
+/// A pass that was under way when the mirror went back to the beginning neither moves it on nor forgets those who have yet to be shown.
+#[sqlx::test]
+async fn a_pass_from_before_a_new_beginning_does_not_end_it(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let fast = owner(&house);
+    let (before, after) = (Mirror::of(["city".parse().unwrap()]), Mirror::new());
+    before.prepare(&house.db).await.unwrap();
+    load::users(&house, 5).await;
+    caught_up(&house, &before, &fast).await;
+    let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let slow = owner_at(&format!("http://{}", line.address()));
+    let asked = requests(&house);
+    line.hold_answers();
+    let db = house.db.clone();
+    let pass = tokio::spawn(async move { before.catch_up(&db, &slow).await.unwrap() });
+    eventually("its question to be answered, and the answer to be under way", async || {
+        match requests(&house) - asked {
+            1 => Ok(()),
+            answered => Err(answered),
+        }
+    })
+    .await;
+    after.prepare(&house.db).await.unwrap();
+    line.up();
+    pass.await.unwrap();
+    let living = "select count(*) from tidings_users where profile is not null";
+    assert_eq!(sqlx::query_scalar::<_, i64>(living).fetch_one(&house.db).await.unwrap(), 5);
+    assert_eq!(caught_up(&house, &after, &fast).await, (5, 5));
+    assert_eq!(differing(&house.db).await, 0);
+}
+
+/// An owner that is set back while it is asked: it cannot show the user whom its first page tells of, and then has another history, without
+/// anybody; its URL.
+async fn set_back_meanwhile(user: Uuid) -> String {
+    let pages = Arc::<AtomicUsize>::default();
+    let answer = move |request: Request| {
+        let is_first = request.uri().path() == "/v1/changes" && pages.fetch_add(1, Ordering::SeqCst) == 0;
+        let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
+        async move {
+            let page = |changes, next, more| json!({ "changes": changes, "next": next, "more": more }).to_string();
+            match &*path {
+                "/v1/changes" if is_first => {
+                    let told = json!([{ "user_id": user, "version": 2, "state": "living" }]);
+                    (StatusCode::OK, page(told, "later", true))
+                }
+                "/v1/changes" if query.contains("after=") => (StatusCode::GONE, "{}".to_owned()),
+                "/v1/changes" => (StatusCode::OK, page(json!([]), "anew", false)),
+                _ => (StatusCode::INTERNAL_SERVER_ERROR, "{}".to_owned()),
+            }
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    url
+}
+
+/// Who could not be shown before the owner was set back is forgotten like everybody whom it does not show afterwards.
+#[sqlx::test]
+async fn who_could_not_be_shown_in_one_history_is_not_spared_in_the_next(db: PgPool) {
+    let (mirror, ana) = (Mirror::new(), Uuid::new_v4());
+    mirror.prepare(&db).await.unwrap();
+    sqlx::query("insert into tidings_users values ($1, 1, '{}')").bind(ana).execute(&db).await.unwrap();
+    sqlx::query("update tidings_cursor set cursor = 'before'").execute(&db).await.unwrap();
+    let owner = owner_at(&set_back_meanwhile(ana).await);
+    let done = mirror.catch_up(&db, &owner).await.unwrap();
+    assert_eq!((done.told, done.written, done.is_behind), (1, 0, false));
+    assert!(mirror.get(&mut db.acquire().await.unwrap(), ana).await.unwrap().is_none());
 }
 
 /// What a stand-in for the owner was asked, and how many single questions it had open at once.

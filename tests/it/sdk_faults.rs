@@ -307,6 +307,25 @@ async fn a_user_whom_the_owner_cannot_show_keeps_no_mirror_from_listening(db: Pg
     listener.end().await;
 }
 
+/// Nor is it kept from letting him go: of a deletion there is nothing to be shown.
+#[sqlx::test]
+async fn a_user_whom_the_owner_cannot_show_leaves_a_mirror_when_he_is_deleted(db: PgPool) {
+    let house = House::open(db).await;
+    let cursed = Arc::new(Mutex::new(None));
+    let owner = owner_at(&curse_before(&house.service.url, &cursed).await);
+    let mirror = Mirror::new();
+    mirror.prepare(&house.db).await.unwrap();
+    let ana = house.user(json!({})).await;
+    house.feed_is_clear().await;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    *cursed.lock().unwrap() = Some(ana);
+    house.delete(&ana).await.ok();
+    house.feed_is_clear().await;
+    let done = mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert_eq!((done.told, done.written, done.is_behind), (1, 1, false));
+    assert!(mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().is_none());
+}
+
 #[sqlx::test]
 async fn a_user_whom_the_owner_cannot_show_does_not_hold_up_the_repair_of_others(db: PgPool) {
     let house = House::open(db).await;

@@ -69,10 +69,10 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (dead_letters::LAST_PLACE, 1),
         (dead_letters::LEFT, 2),
         (dead_letters::NAMES, 1),
-        (dead_letters::PAGE, 14),
+        (dead_letters::PAGE, 15),
         (dead_letters::PURGE, 0),
         (dead_letters::REASONS, 2),
-        (dead_letters::TAKE, 14),
+        (dead_letters::TAKE, 15),
         (audit_leaks::COLUMNS, 3),
         (audit_leaks::SAMPLE, 2),
         (deletions::DUTY, 0),
@@ -313,7 +313,7 @@ async fn every_index_is_used_by_a_statement(db: PgPool) {
     let mut connection = session(&db, &deletions::BY_INDEX).await;
     let letter = format!(
         "('orders', array[{ID}], array[{ID}], array[1], array['user.created'], array['[]'], array[now()], array['x'], array['other'], \
-          array[1], array[now()], array[0], array[10])"
+          array[1], array[now()], array[0], array[10], array[{ID}])"
     );
     let uses = [
         ("backfills_pkey", backfill::FIND, "('orders')"),

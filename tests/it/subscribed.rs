@@ -13,7 +13,7 @@ use lapin::{
         BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, BasicQosOptions,
         ConfirmSelectOptions,
     },
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 use tidings_sdk::{
     envelope::Notice,
@@ -100,6 +100,14 @@ impl Subscribed {
         self.bury(failed(properties, reason), &body).await;
     }
 
+    /// The same, with a notice that this backfill told.
+    pub async fn bury_backfilled(&self, notice: &Notice, backfill: &str) {
+        let (properties, body) = notice.to_message("urn:test");
+        let mut headers = properties.headers().clone().unwrap_or_default();
+        headers.insert(topology::BACKFILL.into(), AMQPValue::LongString(backfill.into()));
+        self.bury(failed(properties.with_headers(headers), Reason::HandlerFailed), &body).await;
+    }
+
     /// Puts a message straight into the queue.
     pub async fn put_into_queue(&self, properties: BasicProperties, body: &[u8]) {
         let (queue, options) = (self.name.queue().into(), BasicPublishOptions::default());
@@ -147,7 +155,7 @@ pub fn failed(properties: BasicProperties, reason: Reason) -> BasicProperties {
 pub fn header(delivery: &Delivery, name: &str) -> Option<String> {
     let value = delivery.properties.headers().as_ref()?.inner().get(name)?;
     Some(match value {
-        lapin::types::AMQPValue::LongString(text) => text.to_string(),
+        AMQPValue::LongString(text) => text.to_string(),
         lapin::types::AMQPValue::LongInt(number) => number.to_string(),
         other => panic!("{other:?}"),
     })

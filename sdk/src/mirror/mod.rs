@@ -91,15 +91,17 @@ impl Mirror {
         stream::iter(receipts).buffer_unordered(RECEIPTS).try_collect().await
     }
 
-    /// Creates the tables where they are missing. Safe to call at every start, from several processes.
+    /// Creates the tables where they are missing. Safe to call at every start, from several processes. If the mirror was one of other fields
+    /// before, catching up fetches everybody anew; processes that still hold it to the old ones have to be gone by then.
     ///
     /// # Errors
     /// When the database refuses.
     pub async fn prepare(&self, pool: &PgPool) -> sqlx::Result<()> {
-        store::create(pool).await
+        store::create(pool).await?;
+        store::note_fields(pool, self.fields.as_ref()).await
     }
 
-    /// Applies a state, within the caller's transaction if there is one.
+    /// Applies a state, within the caller's transaction if there is one. A deletion is final, and applied whatever version is held of the living user.
     ///
     /// # Errors
     /// When the database refuses.
