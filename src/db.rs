@@ -275,7 +275,7 @@ pub async fn close(pool: &PgPool) {
 /// Whether a host is this machine.
 pub fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// Whether what is said at this URL travels in the clear, to somewhere else than this machine.

@@ -3,7 +3,7 @@
 //! Promise: a handler comes to its feature only through [`Allowed`], which asks for a permission: a route without a policy does not
 //! compile.
 
-use std::{marker::PhantomData, net::IpAddr, sync::Arc};
+use std::{marker::PhantomData, sync::Arc};
 
 use axum::{
     extract::FromRequestParts,
@@ -16,6 +16,7 @@ use super::{
     roster::{Sought, Unknowable},
 };
 use crate::{
+    db::is_loopback,
     json::{Fault, step},
     web::{Code, Meter, Name, Place, Problem, refuses},
 };
@@ -149,11 +150,6 @@ fn is_of_this_machine(headers: &HeaderMap) -> bool {
         let uri = value.to_str().ok().and_then(|text| text.parse::<Uri>().ok());
         uri.as_ref().and_then(Uri::host).is_some_and(is_loopback)
     })
-}
-
-fn is_loopback(host: &str) -> bool {
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// The token of `Authorization: Bearer ..` (RFC 6750, section 2.1), if there is exactly one.
