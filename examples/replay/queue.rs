@@ -67,7 +67,9 @@ impl Queue {
     async fn await_exchange(&self) -> anyhow::Result<()> {
         loop {
             let connection = self.connect().await?;
-            if topology::has_exchange(&connection.create_channel().await?, &self.exchange).await? {
+            // Until the connection is closed: a channel that was dropped is in its way (lapin 4.12).
+            let channel = connection.create_channel().await?;
+            if topology::has_exchange(&channel, &self.exchange).await? {
                 return Ok(connection.close(200, "bye".into()).await?);
             }
             sleep(PAUSE).await;
