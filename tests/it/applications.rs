@@ -393,3 +393,26 @@ async fn an_application_that_is_told_anew_by_a_restored_owner_believes_it(db: Pg
     Answer::to(house.request(Method::DELETE, &format!("{path}?waiting=discard"))).await.ok();
     invoices.end().await;
 }
+
+/// The example that compares a mirror with a log says so when they agree, and when they do not.
+#[sqlx::test]
+async fn a_replayed_log_and_an_independent_mirror_agree(db: PgPool) {
+    let house = House::open(db).await;
+    let replay = App::of(&house, "replay").await;
+    let log = house::file(concat!(
+        r#"{"op":"create","key":"A1","profile":{"first_name":"Ana","job_title":"Author"}}"#,
+        "\n",
+        r#"{"op":"create","key":"B2","profile":{"first_name":"Bo"}}"#,
+        "\n",
+        r#"{"op":"update","key":"A1","patch":{"job_title":"Editor"}}"#,
+        "\n",
+        r#"{"op":"delete","key":"B2"}"#,
+        "\n"
+    ));
+    let log = log.to_str().unwrap();
+    let said = replay.ask(&[log]).await.unwrap();
+    assert!(said.contains("equal: 1 living users field by field, 1 deleted ones"), "{said}");
+    let refused = replay.ask(&[log, "--lose", "A1", "--patience-s", "2"]).await.unwrap_err();
+    assert!(refused.contains("A1: not in the mirror"), "{refused}");
+    replay.end().await;
+}
