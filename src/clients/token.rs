@@ -95,8 +95,9 @@ impl Tokens {
             Some(_) => return None,
         };
         let claimed = Claimed { client: claims.get(&self.client_claim)?.as_str()?.to_owned(), scopes };
-        if let Some(ends) = claims.get("exp").and_then(Value::as_u64) {
-            self.remember(token, claimed.clone(), ends);
+        // Seconds, and perhaps parts of one (RFC 7519, section 2).
+        if let Some(ends) = claims.get("exp").and_then(Value::as_f64) {
+            self.remember(token, claimed.clone(), ends as u64);
         }
         Some(claimed)
     }
@@ -181,6 +182,10 @@ mod tests {
         assert_eq!(tokens.recall(&good), None);
         let claimed = tokens.verify(&good).unwrap();
         assert_eq!(tokens.recall(&good), Some(claimed));
+        let mut in_parts = claims(300);
+        in_parts["exp"] = json!(in_parts["exp"].as_f64().unwrap() + 0.5);
+        let in_parts = token(&in_parts);
+        assert!(tokens.verify(&in_parts).is_some() && tokens.recall(&in_parts).is_some());
         let forged = format!("{good}A");
         assert_eq!((tokens.verify(&forged), tokens.recall(&forged)), (None, None));
         assert_eq!((tokens.verify(&over), tokens.recall(&over)), (None, None));

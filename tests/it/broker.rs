@@ -233,6 +233,15 @@ async fn an_exchange_that_was_deleted_under_load_is_declared_again(db: PgPool) {
     assert_eq!(house.told(&ana).await, ["user.created"], "who is bound again hears again");
 }
 
+/// Waits until so many were told that nobody was bound for.
+async fn reached_nobody(house: &House, told: i32) {
+    eventually("one that reached nobody", async || match results(house).await {
+        [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
+        others => Err(others),
+    })
+    .await;
+}
+
 /// The question whether the exchange is ours takes a channel each time, and one of them was closed by an error.
 #[sqlx::test]
 async fn a_channel_does_not_end_the_session_by_the_error_of_an_earlier_one(db: PgPool) {
@@ -244,11 +253,7 @@ async fn a_channel_does_not_end_the_session_by_the_error_of_an_earlier_one(db: P
     let mut before = None;
     for told in 1..=20 {
         house.user(json!({})).await;
-        eventually("one that reached nobody", async || match results(&house).await {
-            [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
-            others => Err(others),
-        })
-        .await;
+        reached_nobody(&house, told).await;
         assert_eq!(lost().await, *before.get_or_insert(lost().await), "{}", house.service.log());
     }
 }
@@ -265,11 +270,7 @@ async fn who_may_not_declare_is_not_refused_again_and_again(db: PgPool) {
     Admin::at(&broker.amqp_url).await.unbind(&house, "#").await;
     for told in 1..=20 {
         house.user(json!({})).await;
-        eventually("one that reached nobody", async || match results(&house).await {
-            [_, unroutable, _] if unroutable >= f64::from(told) => Ok(()),
-            others => Err(others),
-        })
-        .await;
+        reached_nobody(&house, told).await;
     }
     let log = house.service.log();
     assert!(!log.contains("session is over"), "{log}");

@@ -5,7 +5,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lapin::options::QueueDeleteOptions;
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -569,6 +568,19 @@ async fn a_forged_mark_does_not_spare_the_handler(db: PgPool) {
     unregister(&house, &orders).await;
 }
 
+/// Catches up until the owner has the receipt of this deletion.
+async fn is_confirmed(house: &House, mirror: &Mirror, user: &Uuid) {
+    let owner = owner_at(&house.service.url);
+    eventually("the mirror to be told", async || {
+        mirror.catch_up(&house.db, &owner).await.unwrap();
+        match stand(house, user).await {
+            seen if seen == ["orders receipt"] => Ok(()),
+            seen => Err(seen),
+        }
+    })
+    .await;
+}
+
 /// What catching up and repairing take out of a mirror is confirmed too.
 #[sqlx::test]
 async fn a_mirror_confirms_whom_it_let_go(db: PgPool) {
@@ -588,22 +600,12 @@ async fn a_mirror_confirms_whom_it_let_go(db: PgPool) {
     })
     .await;
     house.delete(&ana).await.ok();
-    eventually("the mirror to be told", async || {
-        mirror.catch_up(&house.db, &owner).await.unwrap();
-        match stand(&house, &ana).await {
-            seen if seen == ["orders receipt"] => Ok(()),
-            seen => Err(seen),
-        }
-    })
-    .await;
+    is_confirmed(&house, &mirror, &ana).await;
     house.delete(&bo).await.ok();
     let difference = mirror.verify(&house.db, &owner).await.unwrap();
     mirror.repair(&house.db, &owner, &difference).await.unwrap();
     assert_eq!(stand(&house, &bo).await, ["orders receipt"]);
     assert_eq!(stand(&house, &stranger).await, ["orders pending"], "of whom it never held anything");
-    let connection = connect(&env("AMQP_URL")).await.unwrap();
-    let channel = connection.create_channel().await.unwrap();
-    channel.queue_delete(orders.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     unregister(&house, &orders).await;
 }
 
@@ -621,18 +623,8 @@ async fn a_mirror_that_confirms_a_deletion_has_done_it(db: PgPool) {
     let ahead = "update tidings_users set version = 9 where id = $1";
     sqlx::query(ahead).bind(ana).execute(&house.db).await.unwrap();
     house.delete(&ana).await.ok();
-    eventually("the mirror to be told", async || {
-        mirror.catch_up(&house.db, &owner).await.unwrap();
-        match stand(&house, &ana).await {
-            seen if seen == ["orders receipt"] => Ok(()),
-            seen => Err(seen),
-        }
-    })
-    .await;
+    is_confirmed(&house, &mirror, &ana).await;
     assert!(mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().is_none());
-    let connection = connect(&env("AMQP_URL")).await.unwrap();
-    let channel = connection.create_channel().await.unwrap();
-    channel.queue_delete(orders.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     unregister(&house, &orders).await;
 }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::join_all;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -151,6 +152,24 @@ async fn a_token_that_is_not_right_in_every_point_is_refused(db: PgPool) {
     }
     let log = house.service.log();
     assert!(!log.contains(signature) && !log.contains(rest), "{log}");
+}
+
+/// Each costs a look at a signature, which is more than any other question of a stranger's.
+#[sqlx::test]
+async fn who_makes_tokens_up_is_held_back_and_who_was_known_is_not(db: PgPool) {
+    let house = house(db).await;
+    client(&house, "create crm --scope users:read --no-key").await;
+    let path = format!("/v1/users/{}", Uuid::new_v4());
+    let good = token(&header(), &claims());
+    assert_eq!(asked(&house, &good, Method::GET, &path).await.refusal(404), "user_not_found");
+    let made_up = async |n: i64| {
+        let forged = encode(&header(), &with("jti", json!(n)), &signing(&[7; 32])).unwrap();
+        asked(&house, &forged, Method::GET, &path).await
+    };
+    let answers = join_all((0..400).map(made_up)).await;
+    let held_back = answers.iter().filter(|answer| answer.status == 429).count();
+    assert!(held_back > 0 && answers.iter().all(|answer| [401, 429].contains(&answer.status.as_u16())), "{held_back}");
+    assert_eq!(asked(&house, &good, Method::GET, &path).await.refusal(404), "user_not_found");
 }
 
 #[sqlx::test]
