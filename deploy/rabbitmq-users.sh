@@ -56,7 +56,8 @@ give() {
     if ! "${CTL[@]}" -q list_users </dev/null | cut -f 1 | is_among "$name"; then
         # Without a line end at the end of the file, read says no and has read all the same.
         IFS= read -rs password || [[ -n $password ]] || { echo "error: a new user's password is read from stdin, and there is none" >&2 && exit 2; }
-        "${CTL[@]}" -q add_user "$name" <<<"$password"
+        # Without -q: RabbitMQ 4 reads a password only where these two words stand alone.
+        "${CTL[@]}" add_user "$name" <<<"$password" >/dev/null
     fi
     "${CTL[@]}" -q list_vhosts </dev/null | is_among "$VHOST" || "${CTL[@]}" -q add_vhost "$VHOST" </dev/null
     "${CTL[@]}" -q set_permissions -p "$VHOST" "$name" "${given[@]}" </dev/null

@@ -224,10 +224,14 @@ fn readable(value: &serde_json::Value) -> String {
     }
 }
 
+/// What the broker tells, or not.
+fn figure(told: Option<impl ToString>) -> String {
+    told.map_or_else(|| "?".to_owned(), |told| told.to_string())
+}
+
 fn print_table(views: &[View]) -> anyhow::Result<()> {
     let mut rows = vec![["NAME", "STATE", "READY", "CONSUMERS", "DEAD", "OWNER", "WOKEN BY"].map(str::to_owned)];
     rows.extend(views.iter().map(|view| {
-        let figure = |figure: Option<u32>| figure.map_or_else(|| "?".to_owned(), |figure| figure.to_string());
         let woken_by = view.routing_keys.iter().chain(&view.fields).map(String::as_str).collect::<Vec<_>>().join(",");
         [
             view.name.clone(),
@@ -252,7 +256,8 @@ fn print_table(views: &[View]) -> anyhow::Result<()> {
 fn print_unregistered(queues: Option<&[Unregistered]>) -> anyhow::Result<()> {
     let mut out = stdout().lock();
     for found in queues.unwrap_or_default() {
-        writeln!(out, "unregistered: {} ({} ready, {} consumers)", found.queue, found.ready, found.consumers)?;
+        let [ready, consumers] = [found.ready, found.consumers].map(figure);
+        writeln!(out, "unregistered: {} ({ready} ready, {consumers} consumers)", found.queue)?;
     }
     Ok(())
 }

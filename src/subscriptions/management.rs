@@ -44,15 +44,14 @@ pub struct Queues {
     bindings: HashMap<String, u32>,
 }
 
-/// What the API tells of a queue.
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// What the API tells of a queue: little of a new one, and of any where the broker is told to gather no metrics.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct Queue {
-    #[serde(default, rename = "messages_ready")]
-    pub ready: u64,
-    #[serde(default, rename = "messages_unacknowledged")]
-    pub unacknowledged: u64,
-    #[serde(default)]
-    pub consumers: u64,
+    #[serde(rename = "messages_ready")]
+    pub ready: Option<u64>,
+    #[serde(rename = "messages_unacknowledged")]
+    pub unacknowledged: Option<u64>,
+    pub consumers: Option<u64>,
     #[serde(default, rename = "head_message_timestamp", deserialize_with = "seconds")]
     pub head_message_at: Option<OffsetDateTime>,
 }
@@ -62,9 +61,12 @@ pub struct Queue {
 pub struct Unregistered {
     #[schema(example = "somebody.elses")]
     pub queue: String,
-    /// Messages that wait in it.
-    pub ready: u64,
-    pub consumers: u64,
+    /// Messages that wait in it; null when the broker does not tell.
+    #[schema(required = true, example = 12)]
+    pub ready: Option<u64>,
+    /// Null when the broker does not tell.
+    #[schema(required = true, example = 1)]
+    pub consumers: Option<u64>,
     /// Ways from our exchange to it.
     #[schema(example = 1)]
     pub bindings: u32,
@@ -180,8 +182,7 @@ impl Queues {
             .iter()
             .filter(|(queue, _)| !is_registered(queue))
             .map(|(queue, bindings)| {
-                let told = self.by_name.get(queue);
-                let (ready, consumers) = told.map_or((0, 0), |told| (told.ready, told.consumers));
+                let Queue { ready, consumers, .. } = self.by_name.get(queue).copied().unwrap_or_default();
                 Unregistered { queue: queue.clone(), ready, consumers, bindings: *bindings }
             })
             .collect();
@@ -194,4 +195,22 @@ impl Queues {
 fn seconds<'de, D: serde::Deserializer<'de>>(given: D) -> Result<Option<OffsetDateTime>, D::Error> {
     let given = serde_json::Value::deserialize(given)?;
     Ok(given.as_i64().and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_the_broker_does_not_tell_is_not_zero() {
+        let told = json!([{ "name": "new" }, { "name": "old", "messages_ready": 0, "consumers": 2, "head_message_timestamp": "" }]);
+        let told: Vec<NamedQueue> = serde_json::from_value(told).unwrap();
+        let by_name = told.into_iter().map(|named| (named.name, named.queue)).collect();
+        let bindings = ["new", "old"].map(|queue| (queue.to_owned(), 1)).into();
+        let figures = Queues { by_name, bindings }.unregistered(&[]);
+        let figures: Vec<_> = figures.iter().map(|found| (found.ready, found.consumers)).collect();
+        assert_eq!(figures, [(None, None), (Some(0), Some(2))]);
+    }
 }

@@ -78,7 +78,7 @@ pub struct QueueView {
     pub ready: u32,
     #[schema(example = 1)]
     pub consumers: u32,
-    /// Messages that a consumer has and has not acknowledged; null without the broker's management API.
+    /// Messages that a consumer has and has not acknowledged; null when the broker's management API does not tell.
     #[schema(required = true, example = 3)]
     pub unacknowledged: Option<u64>,
     /// Since when the queue was not seen empty: the oldest message waits no longer than that. Null when it is empty.
@@ -122,7 +122,7 @@ impl View {
             queue: work.map(|depth| QueueView {
                 ready: depth.ready,
                 consumers: depth.consumers,
-                unacknowledged: told.map(|queue| queue.unacknowledged),
+                unacknowledged: told.and_then(|queue| queue.unacknowledged),
                 waiting_since: (depth.ready > 0).then(|| row.seen.waiting_since.unwrap_or(row.as_of)),
                 head_message_at: told.and_then(|queue| queue.head_message_at),
             }),
