@@ -20,6 +20,7 @@ postgres_servers() { find "$DEV/run" \( -name postgres -o -name 'postgres-*' \) 
 
 start_postgres() (
     use_unpacked
+    choose_account
     name=$1 server=$(postgres_server "$1") bin=$(find_postgres)
     data=$(postgres_data "$bin" "$name")
     if [[ $(state_of "$server") == frozen ]]; then kill_process "$server"; fi
@@ -96,12 +97,16 @@ postgres_data() {
     if [[ $2 == main ]]; then echo "$(postgres_home)/$version"; else echo "$(postgres_home)/$2-$version"; fi
 }
 
-# Postgres refuses to run as root: root runs it with an account that may do nothing else.
-AS_ACCOUNT=(env --chdir=/)
-if ((EUID == 0)); then
-    POSTGRES_ACCOUNT=$(id -un postgres 2>/dev/null || echo nobody)
+# Postgres refuses to run as root: root runs it with an account that may do nothing else. That is the one whose data is there already; else
+# the one that Debian's package brings, which may have come a moment ago.
+choose_account() {
+    AS_ACCOUNT=(env --chdir=/)
+    ((EUID == 0)) || return 0
+    POSTGRES_ACCOUNT=$(stat --dereference --format=%U "$DEV/postgres" 2>/dev/null) && [[ $POSTGRES_ACCOUNT != root ]] ||
+        POSTGRES_ACCOUNT=$(id -un postgres 2>/dev/null || echo nobody)
     AS_ACCOUNT+=(setpriv "--reuid=$POSTGRES_ACCOUNT" "--regid=$(id -g "$POSTGRES_ACCOUNT")" --clear-groups)
-fi
+}
+
 as_account() { "${AS_ACCOUNT[@]}" "$@"; }
 
 # .dev/postgres, or where it points to: that account may not be able to get into root's own folders.

@@ -102,7 +102,7 @@ async fn say_why_not(subscriptions: &Subscriptions, views: &[View]) {
     let silent = views.iter().find(|view| view.queue.is_none() && view.dead_letters.is_none());
     let Some(Ok(name)) = silent.map(|view| view.name.parse::<SubscriptionName>()) else { return };
     let Some(registrar) = &subscriptions.registrar else { return };
-    if let Err(trouble) = registrar.desk().look(&[&name]).await {
+    if let Err(trouble) = registrar.desk().look(&name).await {
         eprintln!("warning: what the queues hold is not known: {}", with_causes(&trouble.into()));
     }
 }

@@ -82,19 +82,36 @@ impl Desk {
         Ok(topology::delete(&self.channel().await?, name, &RETRY_DELAYS).await?)
     }
 
-    /// Looks at queues, in the order of their names.
-    pub async fn look(&self, names: &[&SubscriptionName]) -> Result<Vec<Look>, Trouble> {
+    /// Looks at a subscription's queues.
+    pub async fn look(&self, name: &SubscriptionName) -> Result<Look, Trouble> {
+        self.look_on(&mut self.channel().await?, name).await
+    }
+
+    /// Looks at all of theirs, in the order of their names. `None` where the broker does not say: RabbitMQ 4.3 lets nobody look at what he
+    /// has no right to.
+    pub async fn look_at_all(&self, names: &[&SubscriptionName]) -> Result<Vec<Option<Look>>, Trouble> {
         if names.is_empty() {
             return Ok(vec![]);
         }
         let mut channel = self.channel().await?;
         let mut looks = Vec::with_capacity(names.len());
         for name in names {
-            let work = self.depth(&mut channel, name.queue()).await?;
-            let dead = self.depth(&mut channel, &name.dead_queue()).await?;
-            looks.push(Look { work, dead });
+            looks.push(match self.look_on(&mut channel, name).await {
+                Ok(look) => Some(look),
+                Err(Trouble::Refused(_)) => {
+                    channel = self.channel().await?;
+                    None
+                }
+                Err(trouble) => return Err(trouble),
+            });
         }
         Ok(looks)
+    }
+
+    async fn look_on(&self, channel: &mut Channel, name: &SubscriptionName) -> Result<Look, Trouble> {
+        let work = self.depth(channel, name.queue()).await?;
+        let dead = self.depth(channel, &name.dead_queue()).await?;
+        Ok(Look { work, dead })
     }
 
     /// Messages on their way back to the queue.
@@ -108,15 +125,19 @@ impl Desk {
         Ok(retrying)
     }
 
-    /// Which queues of a subscription are not there: what lay in them is lost.
-    pub async fn missing(&self, name: &SubscriptionName) -> Result<Vec<String>, Trouble> {
-        let mut channel = self.channel().await?;
+    /// Which parts of a subscription that was declared so are not there: what lay in them, or would have come by them, is lost.
+    pub async fn missing(&self, declared: &Subscription) -> Result<Vec<String>, Trouble> {
+        let (name, mut channel) = (&declared.name, self.channel().await?);
         let mut missing = vec![];
         let retries = RETRY_DELAYS.map(|delay| name.retry_queue(delay));
         for queue in [name.queue().to_owned(), name.dead_queue()].into_iter().chain(retries) {
             if self.depth(&mut channel, &queue).await?.is_none() {
                 missing.push(queue);
             }
+        }
+        let exchange = name.fields_exchange();
+        if !declared.fields.is_empty() && !topology::has_exchange(&channel, &exchange).await? {
+            missing.push(exchange);
         }
         Ok(missing)
     }

@@ -178,7 +178,9 @@ impl From<Error> for Problem {
             ),
             Error::Taken(owner) => Self::new(
                 Code::NameTaken,
-                format!("{owner:?} has registered this name; only the same owner may change it"),
+                format!(
+                    "{owner:?} has registered this name: it is changed with the same owner, by the same client or an administrator"
+                ),
             ),
             Error::NameOfExchange => {
                 Self::new(Code::NameTaken, "the exchange that everything is published to has this name")

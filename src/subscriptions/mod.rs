@@ -231,7 +231,12 @@ impl Subscriptions {
     pub async fn view(&self, name: &SubscriptionName) -> Result<View, Error> {
         let row = self.get(name).await?.ok_or(Error::NotFound)?;
         let (looks, queues) = tokio::join!(self.look(std::slice::from_ref(&row)), self.queues());
-        Ok(View::of(&row, self.idle_after, looks.first().copied(), queues.as_ref().and_then(|found| found.get(name))))
+        Ok(View::of(
+            &row,
+            self.idle_after,
+            looks.first().copied().flatten(),
+            queues.as_ref().and_then(|found| found.get(name)),
+        ))
     }
 
     /// All that is known of the subscriptions that somebody looks after; for an operator also of queues that nobody registered.
@@ -243,7 +248,7 @@ impl Subscriptions {
         let (looks, queues) = tokio::join!(self.look(&rows), self.queues());
         let view = |(place, row): (usize, &Registered)| {
             let told = queues.as_ref().and_then(|found| found.get(row.name()));
-            View::of(row, self.idle_after, looks.get(place).copied(), told)
+            View::of(row, self.idle_after, looks.get(place).copied().flatten(), told)
         };
         let subscriptions = rows.iter().enumerate().map(view).collect();
         let unregistered = queues.filter(|_| *by == Asker::Operator).map(|found| found.unregistered(&rows));
@@ -255,10 +260,10 @@ impl Subscriptions {
     }
 
     /// What the queues hold; nothing when the broker does not say.
-    async fn look(&self, rows: &[Registered]) -> Vec<Look> {
+    async fn look(&self, rows: &[Registered]) -> Vec<Option<Look>> {
         let Some(registrar) = &self.registrar else { return vec![] };
         let names: Vec<&SubscriptionName> = rows.iter().map(Registered::name).collect();
-        timeout(LOOK, registrar.desk().look(&names)).await.ok().and_then(Result::ok).unwrap_or_default()
+        timeout(LOOK, registrar.desk().look_at_all(&names)).await.ok().and_then(Result::ok).unwrap_or_default()
     }
 
     async fn queues(&self) -> Option<management::Queues> {

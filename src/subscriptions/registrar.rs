@@ -17,7 +17,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     Error, Waiting,
-    desk::{self, Desk},
+    desk::{self, Desk, Look},
     model::{Registered, Registration, rfc3339},
     store,
 };
@@ -106,7 +106,7 @@ impl Registrar {
 
     /// Whether the broker has its queue: an application that declares for itself is not to find it in another's hands.
     async fn is_declared(&self, name: &SubscriptionName) -> Result<bool, Error> {
-        Ok(self.desk.look(&[name]).await?.iter().any(|look| look.work.is_some()))
+        Ok(self.desk.look(name).await?.work.is_some())
     }
 
     /// Declares what is registered, on a line that is somebody's own. What is registered then; `None` when it is not any more.
@@ -122,13 +122,13 @@ impl Registrar {
         .await
     }
 
-    /// Notes that a queue that the broker had is gone: the one that is consumed from, or one in which what failed waits for another
-    /// attempt. Since when it is owed news: from a loss until it is declared again.
+    /// Notes that a part that the broker had is gone: the queue that is consumed from, one in which what failed waits for another attempt,
+    /// or the exchange that chooses by field. Since when it is owed news: from a loss until it is declared again.
     async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<Option<OffsetDateTime>, Error> {
         if row.declared_revision == 0 {
             return Ok(row.seen.missing_since);
         }
-        let missing = self.desk.missing(row.name()).await.map_err(Error::Undeclared)?;
+        let missing = self.desk.missing(&row.bound).await.map_err(Error::Undeclared)?;
         let dead_queue = row.name().dead_queue();
         let (dead, gone): (Vec<_>, Vec<_>) = missing.into_iter().partition(|queue| *queue == dead_queue);
         if !dead.is_empty() {
@@ -137,14 +137,14 @@ impl Registrar {
                 "its queue of dead letters was deleted at the broker: declaring it again; what was not collected is lost"
             );
         }
-        let Some(queue) = gone.first() else { return Ok(None) };
+        let Some(part) = gone.first() else { return Ok(None) };
         let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
         if let Some(missing_since) = lost {
             tracing::warn!(
                 subscription = %row.name(),
-                queue,
+                part,
                 missing_since = rfc3339(missing_since),
-                "its queue was deleted at the broker: declaring it again, and telling it anew what changed since"
+                "a part of it was deleted at the broker: declaring it again, and telling it anew what changed since"
             );
         }
         Ok(lost)
@@ -155,7 +155,7 @@ impl Registrar {
     pub async fn delete(&self, name: SubscriptionName, discard: bool, by_operator: bool) -> Result<(), Error> {
         self.in_turn(&name, async |line| {
             let row = find(line, &name).await?.ok_or(Error::NotFound)?;
-            if line.run_in_session(async |db| deletions::is_late(db, &name).await).await? {
+            if self.is_late(line, &name).await? {
                 if !by_operator {
                     return Err(Error::Owing);
                 }
@@ -170,13 +170,15 @@ impl Registrar {
         .await
     }
 
-    /// Deletes a subscription whose time has come, if it still has. What was lost with it, or `None` when it lives on.
+    /// Deletes a subscription whose time has come, if it still has, and owes no late confirmations: it is its own client that says when it
+    /// expires. What was lost with it, or `None` when it lives on.
     pub async fn expire(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Waiting>, Error> {
         self.locked(line, name, async |line| {
             let row = find(line, name).await?.filter(|row| row.expires_at().is_some_and(|at| at <= row.as_of));
             let Some(row) = row else { return Ok(None) };
-            let looks = self.desk.look(&[name]).await?;
-            if looks.iter().any(|look| look.work.is_some_and(|depth| depth.consumers > 0)) {
+            if self.is_late(line, name).await?
+                || self.desk.look(name).await?.work.is_some_and(|depth| depth.consumers > 0)
+            {
                 return Ok(None);
             }
             let waiting = self.waiting(&row).await?;
@@ -186,12 +188,17 @@ impl Registrar {
         .await
     }
 
+    /// Whether it has not confirmed a deletion whose deadline has passed.
+    async fn is_late(&self, line: &mut Line, name: &SubscriptionName) -> Result<bool, Error> {
+        Ok(line.run_in_session(async |db| deletions::is_late(db, name).await).await?)
+    }
+
     async fn waiting(&self, row: &Registered) -> Result<Waiting, Error> {
         let name = row.name();
-        let look = self.desk.look(&[name]).await?;
         let ready = |depth: Option<Depth>| depth.map_or(0, |depth| depth.ready);
-        let (work, dead) = look.first().map_or((0, 0), |look| (ready(look.work), ready(look.dead)));
-        Ok(Waiting { ready: work, retrying: self.desk.retrying(name).await?, dead_letters: dead + row.dead_letters })
+        let Look { work, dead } = self.desk.look(name).await?;
+        let retrying = self.desk.retrying(name).await?;
+        Ok(Waiting { ready: ready(work), retrying, dead_letters: ready(dead) + row.dead_letters })
     }
 
     /// The broker first: a queue that nobody knows of would fill for ever.

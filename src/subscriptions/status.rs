@@ -65,22 +65,29 @@ impl Status {
     }
 
     /// Shows these subscriptions, and no others.
-    pub(super) fn show(&self, rows: &[(Registered, Look)], idle_after: Duration) {
+    pub(super) fn show(&self, rows: &[(Registered, Option<Look>)], idle_after: Duration) {
         self.watching.set(1);
         let labels: Vec<NameLabel> = rows.iter().map(|(row, _)| NameLabel { name: row.name().to_string() }).collect();
         let gone = std::mem::replace(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner), labels.clone());
         gone.iter().filter(|label| !labels.contains(label)).for_each(|label| self.forget(label));
         for (label, (row, look)) in labels.iter().zip(rows) {
-            self.set(label, row, look, idle_after);
+            self.set(label, row, *look, idle_after);
         }
     }
 
-    fn set(&self, label: &NameLabel, row: &Registered, look: &Look, idle_after: Duration) {
+    fn set(&self, label: &NameLabel, row: &Registered, look: Option<Look>, idle_after: Duration) {
         let state = row.state(idle_after);
         let waits = row.seen.waiting_since.map_or(0.0, |since| seconds_between(since, row.as_of));
-        self.ready.get_or_create(label).set(look.work.map_or(0, |depth| depth.ready.into()));
-        self.consumers.get_or_create(label).set(look.work.map_or(0, |depth| depth.consumers.into()));
-        self.dead_letters.get_or_create(label).set(look.dead.map_or(0, |depth| depth.ready.into()));
+        if let Some(Look { work, dead }) = look {
+            self.ready.get_or_create(label).set(work.map_or(0, |depth| depth.ready.into()));
+            self.consumers.get_or_create(label).set(work.map_or(0, |depth| depth.consumers.into()));
+            self.dead_letters.get_or_create(label).set(dead.map_or(0, |depth| depth.ready.into()));
+        } else {
+            // Not told this time: figures of an earlier time would mislead.
+            for gauge in [&self.ready, &self.consumers, &self.dead_letters] {
+                gauge.remove(label);
+            }
+        }
         self.waiting_seconds.get_or_create(label).set(waits);
         self.idle.get_or_create(label).set(row.is_idle(idle_after).into());
         self.expiring.get_or_create(label).set(row.expires_at().is_some().into());

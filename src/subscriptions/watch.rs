@@ -125,8 +125,8 @@ impl Watch {
         let before = line.run_in_session(async |db| store::find(db, None).await).await?;
         let began_at = before.first().map(|row| row.as_of);
         let names: Vec<&SubscriptionName> = before.iter().map(Registered::name).collect();
-        let looks = self.registrar.desk().look(&names).await?;
-        let mut rows: Vec<(Registered, Look)> = before.into_iter().zip(looks).collect();
+        let looks = self.registrar.desk().look_at_all(&names).await?;
+        let mut rows: Vec<(Registered, Option<Look>)> = before.into_iter().zip(looks).collect();
         self.observe(line, &mut rows).await?;
         self.declare(line, &mut rows).await?;
         self.tell_idle(&rows);
@@ -135,17 +135,19 @@ impl Watch {
         if let Some(began_at) = began_at {
             line.run_in_session(async |db| store::looked(db, began_at).await).await?;
         }
-        self.memory.looks = rows.into_iter().map(|(row, look)| (row.name().clone(), look)).collect();
+        self.memory.looks = rows.into_iter().filter_map(|(row, look)| Some((row.name().clone(), look?))).collect();
         Ok(())
     }
 
     /// Keeps what is different from what is known.
-    async fn observe(&self, line: &mut Line, rows: &mut [(Registered, Look)]) -> Result<(), Error> {
+    async fn observe(&self, line: &mut Line, rows: &mut [(Registered, Option<Look>)]) -> Result<(), Error> {
         let mut changed = vec![];
         for (row, look) in rows {
             let seen = row.seen;
-            let moved = self.memory.looks.get(row.name()).is_some_and(|last| last != look);
-            row.saw(*look, moved);
+            if let Some(look) = look {
+                let moved = self.memory.looks.get(row.name()).is_some_and(|last| last != look);
+                row.saw(*look, moved);
+            }
             row.warn_of_expiry();
             if row.seen != seen {
                 tell_expiry(row, seen.expiry_warned_at);
@@ -159,11 +161,12 @@ impl Watch {
     }
 
     /// Has the broker have what is registered.
-    async fn declare(&mut self, line: &mut Line, rows: &mut [(Registered, Look)]) -> Result<(), Error> {
+    async fn declare(&mut self, line: &mut Line, rows: &mut [(Registered, Option<Look>)]) -> Result<(), Error> {
         let all = self.memory.count.is_multiple_of(DECLARE_ALL_EVERY);
         self.memory.count = self.memory.count.wrapping_add(1);
         for (row, look) in rows {
-            if all || look.work.is_none() || look.dead.is_none() || !row.is_declared() {
+            let is_whole = look.is_some_and(|look| look.work.is_some() && look.dead.is_some());
+            if all || !is_whole || !row.is_declared() {
                 self.declare_one(line, row).await?;
             }
         }
@@ -196,7 +199,7 @@ impl Watch {
         }
     }
 
-    fn tell_idle(&mut self, rows: &[(Registered, Look)]) {
+    fn tell_idle(&mut self, rows: &[(Registered, Option<Look>)]) {
         self.memory.idle.retain(|name| rows.iter().any(|(row, _)| row.name() == name));
         for (row, _) in rows {
             if !row.is_idle(self.idle_after) {
@@ -208,7 +211,7 @@ impl Watch {
         }
     }
 
-    async fn expire(&self, line: &mut Line, rows: &[(Registered, Look)]) -> Result<(), Error> {
+    async fn expire(&self, line: &mut Line, rows: &[(Registered, Option<Look>)]) -> Result<(), Error> {
         for (row, _) in rows.iter().filter(|(row, _)| row.expires_at().is_some_and(|at| at <= row.as_of)) {
             let deleted = match self.registrar.expire(line, row.name()).await {
                 Err(Error::Busy) => None,

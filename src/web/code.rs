@@ -144,7 +144,7 @@ codes! {
     VersionMismatch PRECONDITION_FAILED "version_mismatch"
         "the user is not at the version that the condition asks for; read it and decide anew";
     /// Another owner has the name, or it is the exchange's.
-    NameTaken CONFLICT "name_taken" "\"team-orders\" has registered this name; only the same owner may change it";
+    NameTaken CONFLICT "name_taken" "\"team-orders\" has registered this name: it is changed with the same owner, by the same client or an administrator";
     /// The broker has a part of this name with other properties; nothing was changed.
     QueueDiffers CONFLICT "queue_differs" "\"orders\" exists at the broker with other properties; delete it there, or choose another name; nothing was changed";
     /// As many are registered as there may be.

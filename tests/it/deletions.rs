@@ -675,6 +675,30 @@ async fn who_is_late_does_not_delete_his_subscription(db: PgPool) {
     assert!(house.service.log().contains("while it owed confirmations"), "{}", house.service.log());
 }
 
+/// Nor does he let it expire, which he says when to.
+#[sqlx::test]
+async fn who_is_late_does_not_expire(db: PgPool) {
+    let house = House::with(db, &[IMPATIENT[0], ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "1s")]).await;
+    let brief = |name: &str, expires_after_s: u32| {
+        let name = format!("{}.{name}", house.exchange);
+        let (keys, team) = (["user.deleted"], "team");
+        let wish = json!({ "routing_keys": keys, "owner": team, "purpose": "p", "expires_after_s": expires_after_s });
+        let registered = house.request(Method::PUT, &format!("/v1/subscriptions/{name}")).json(&wish);
+        async { Answer::to(registered).await.ok().body["name"].as_str().unwrap().to_owned() }
+    };
+    let crm = brief("crm", 4).await;
+    let ana = deleted(&house).await;
+    awaits_overdue(&house, &[ana]).await;
+    // Registered later, and for longer: when it is gone, the other one's time has long come.
+    let orders = brief("orders", 6).await;
+    let is_there = async |name: &str| house.page(&format!("/v1/subscriptions/{name}")).await.status == 200;
+    eventually("the one that owes nothing to expire", async || if is_there(&orders).await { Err(()) } else { Ok(()) })
+        .await;
+    assert!(is_there(&crm).await, "{}", house.service.log());
+    confirm(&house, &ana, &crm).await.ok();
+    eventually("the other one to expire", async || if is_there(&crm).await { Err(()) } else { Ok(()) }).await;
+}
+
 #[sqlx::test]
 async fn a_client_confirms_for_itself_and_is_seen_fetching_the_tombstone(db: PgPool) {
     let house = House::open(db).await;

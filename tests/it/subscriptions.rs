@@ -474,7 +474,7 @@ async fn a_queue_that_an_admin_deleted_is_declared_again_and_said_to_be_lost(db:
     let lost = house.comes_to_be(&orders, "queue_lost").await;
     let (lost_at, missing_since) = (lost["lost_at"].as_str().unwrap(), lost["missing_since"].as_str().unwrap());
     assert!(missing_since <= lost_at && missing_since >= lost["created_at"].as_str().unwrap(), "{lost}");
-    house.logs(&["WARN", &orders, "its queue was deleted at the broker", "missing_since"]).await;
+    house.logs(&["WARN", &orders, "a part of it was deleted at the broker", "missing_since"]).await;
     let metric = format!("tidings_subscription_queue_lost{{name=\"{orders}\"}}");
     let shows = async |value: f64| {
         eventually("the metric", async || match house.metric(&metric).await {
@@ -520,7 +520,7 @@ async fn a_queue_of_what_failed_is_not_declared_again_in_silence(db: PgPool) {
     assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null, "what it lost is in no notice");
     let retry = format!("{orders}.retry.600000");
     admin.delete_queue(&retry).await;
-    house.logs(&["WARN", &retry, "its queue was deleted"]).await;
+    house.logs(&["WARN", &retry, "a part of it was deleted"]).await;
     house.comes_to_be(&orders, "queue_lost").await;
     admin.hears_of(&orders, &[(ana, 1)]).await;
     assert!(admin.depth(&retry).await.is_some());
@@ -550,7 +550,7 @@ async fn what_happens_until_a_lost_queue_is_declared_again_is_told_too(db: PgPoo
     let obstacle = format!("{orders}.retry.600000");
     admin.classic_queue(&obstacle).await;
     house.has_registered(&orders, 1).await;
-    house.logs(&["WARN", &orders, "its queue was deleted"]).await;
+    house.logs(&["WARN", &orders, "a part of it was deleted"]).await;
     house.logs(&["WARN", &orders, "cannot be declared"]).await;
     // A walk that had begun before the queue is there would be through with everybody by then.
     house.looks_again().await;
@@ -709,6 +709,9 @@ async fn a_binding_or_an_exchange_that_an_admin_deleted_is_made_again(db: PgPool
         if heard == ["user.created", "profile.updated[address]"] { Ok(()) } else { Err(heard) }
     })
     .await;
+    // What came while there was no exchange to choose by field is told anew.
+    house.logs(&["WARN", &format!("{orders}.fields"), "a part of it was deleted"]).await;
+    house.comes_to_be(&orders, "queue_lost").await;
     admin.delete_queue(&format!("{orders}.dead")).await;
     eventually("all parts", async || match parts(&admin, &orders).await {
         all if all.len() == 8 => Ok(()),

@@ -431,6 +431,10 @@ impl Consumer {
             Err(topology::Error::Missing(queue)) => return Ok(Some(queue)),
             Err(error) => return Err(error.into()),
         }
+        // What the owner declares it looks after itself. From RabbitMQ 4.3 on who has no right to an exchange may not even look.
+        if !self.settings.declares {
+            return Ok(None);
+        }
         let fields = (!self.subscription.fields.is_empty()).then(|| name.fields_exchange());
         for exchange in [self.source.exchange.clone()].into_iter().chain(fields) {
             if !topology::has_exchange(channel, &exchange).await? {
