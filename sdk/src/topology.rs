@@ -16,6 +16,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use futures_util::future::try_join;
 use lapin::{
     Channel, ExchangeKind,
     options::{
@@ -136,22 +137,56 @@ pub async fn declare(
     subscription: &Subscription,
     retry_delays: &[Duration],
 ) -> Result<(), Error> {
+    declare_over(channel, source, subscription, retry_delays, &BTreeSet::new()).await
+}
+
+/// The same over parts that are there: one of them that is gone after all is not made anew as if nothing had happened.
+///
+/// # Errors
+/// [`Error::Missing`] for such a one; and when the broker refuses or does not answer. The channel is spent then.
+pub async fn declare_over(
+    channel: &Channel,
+    source: &Source,
+    subscription: &Subscription,
+    retry_delays: &[Duration],
+    there: &BTreeSet<String>,
+) -> Result<(), Error> {
     let name = &subscription.name;
     declare_exchange(channel, name.as_str(), ExchangeKind::Direct).await?;
+    let queue = async |queue: &str, arguments, key: &str| {
+        let declared = declare_queue(channel, queue, arguments);
+        let bound = bind_queue(channel, queue, name.as_str(), key, FieldTable::default());
+        have(declared, bound, there.contains(queue)).await
+    };
     for delay in retry_delays {
-        declare_queue(channel, &name.retry_queue(*delay), retry_arguments(name, *delay)).await?;
-        bind_queue(channel, &name.retry_queue(*delay), name.as_str(), &retry_key(*delay), FieldTable::default())
-            .await?;
+        queue(&name.retry_queue(*delay), retry_arguments(name, *delay), &retry_key(*delay)).await?;
     }
-    declare_queue(channel, &name.dead_queue(), quorum(LOOK_LIMIT)).await?;
-    bind_queue(channel, &name.dead_queue(), name.as_str(), DEAD, FieldTable::default()).await?;
-    declare_queue(channel, name.queue(), work_arguments(name)).await?;
-    bind_queue(channel, name.queue(), name.as_str(), WORK, FieldTable::default()).await?;
-    bind(channel, source, subscription).await
+    queue(&name.dead_queue(), quorum(LOOK_LIMIT), DEAD).await?;
+    queue(name.queue(), work_arguments(name), WORK).await?;
+    bind(channel, source, subscription, there).await
+}
+
+/// Has a part that is declared and bound. Where it is there both are asked at once: if it is gone, the broker closes the channel over the
+/// binding, and hears nothing of the declaration.
+async fn have(
+    declared: impl Future<Output = Result<(), Error>>,
+    bound: impl Future<Output = Result<(), Error>>,
+    is_there: bool,
+) -> Result<(), Error> {
+    if is_there {
+        return try_join(bound, declared).await.map(drop);
+    }
+    declared.await?;
+    bound.await
 }
 
 /// Binds the queue to what wakes the subscription.
-async fn bind(channel: &Channel, source: &Source, subscription: &Subscription) -> Result<(), Error> {
+async fn bind(
+    channel: &Channel,
+    source: &Source,
+    subscription: &Subscription,
+    there: &BTreeSet<String>,
+) -> Result<(), Error> {
     let name = &subscription.name;
     for key in &subscription.keys {
         let key = source.prefixed(key.as_str());
@@ -161,14 +196,12 @@ async fn bind(channel: &Channel, source: &Source, subscription: &Subscription) -
         return Ok(());
     }
     let fields = name.fields_exchange();
-    declare_exchange(channel, &fields, ExchangeKind::Headers).await?;
+    let declared = declare_exchange(channel, &fields, ExchangeKind::Headers);
+    have(declared, bind_exchange(channel, &fields, source), there.contains(&fields)).await?;
     for field in &subscription.fields {
         bind_queue(channel, name.queue(), &fields, "", field_arguments(field)).await?;
     }
-    let updates = source.prefixed("profile.updated").into();
-    let (to, from) = (fields.as_str().into(), source.exchange.as_str().into());
-    let bound = channel.exchange_bind(to, from, updates, ExchangeBindOptions::default(), FieldTable::default());
-    answer(&source.exchange, bound).await
+    Ok(())
 }
 
 /// Unbinds what no longer wakes the subscription. What was never bound stays so.
@@ -253,6 +286,14 @@ async fn declare_exchange(channel: &Channel, name: &str, kind: ExchangeKind) -> 
 async fn declare_queue(channel: &Channel, name: &str, arguments: FieldTable) -> Result<(), Error> {
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     answer(name, channel.queue_declare(name.into(), durable, arguments)).await.map(drop)
+}
+
+/// Of updates alone.
+async fn bind_exchange(channel: &Channel, exchange: &str, source: &Source) -> Result<(), Error> {
+    let updates = source.prefixed("profile.updated").into();
+    let (to, from) = (exchange.into(), source.exchange.as_str().into());
+    let bound = channel.exchange_bind(to, from, updates, ExchangeBindOptions::default(), FieldTable::default());
+    answer(&source.exchange, bound).await
 }
 
 async fn bind_queue(

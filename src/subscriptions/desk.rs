@@ -3,7 +3,7 @@
 //! Promise: every request has its deadline, and a refusal costs its asker a channel and nobody else anything.
 //! Not here, on purpose: messages. Queues are looked at by a passive declaration, which touches none.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use lapin::Channel;
 use tidings_sdk::{
@@ -68,11 +68,17 @@ impl Desk {
         self.broker.exchange()
     }
 
-    /// Declares what is registered, and unbinds what was bound beyond it, in this order: nothing is missed in between.
-    pub async fn declare(&self, wanted: &Subscription, bound: &Subscription) -> Result<(), Trouble> {
+    /// Declares what is registered, over the parts that are `there`, and unbinds what was bound beyond it, in this order: nothing is missed
+    /// in between.
+    pub async fn declare(
+        &self,
+        wanted: &Subscription,
+        bound: &Subscription,
+        there: &BTreeSet<String>,
+    ) -> Result<(), Trouble> {
         let channel = self.channel().await?;
         let source = self.broker.topology();
-        topology::declare(&channel, &source, wanted, &RETRY_DELAYS).await?;
+        topology::declare_over(&channel, &source, wanted, &RETRY_DELAYS, there).await?;
         let keys = bound.keys.difference(&wanted.keys).cloned().collect();
         let fields = bound.fields.difference(&wanted.fields).cloned().collect();
         Ok(topology::unbind(&channel, &source, &wanted.name, &keys, &fields).await?)
@@ -125,21 +131,22 @@ impl Desk {
         Ok(retrying)
     }
 
-    /// Which parts of a subscription that was declared so are not there: what lay in them, or would have come by them, is lost.
-    pub async fn missing(&self, declared: &Subscription) -> Result<Vec<String>, Trouble> {
+    /// The parts of a subscription that was declared so, and whether each is there. What lay in one that is not, or would have come by it,
+    /// is lost.
+    pub async fn parts(&self, declared: &Subscription) -> Result<Vec<(String, bool)>, Trouble> {
         let (name, mut channel) = (&declared.name, self.channel().await?);
-        let mut missing = vec![];
+        let mut parts = vec![];
         let retries = RETRY_DELAYS.map(|delay| name.retry_queue(delay));
         for queue in [name.queue().to_owned(), name.dead_queue()].into_iter().chain(retries) {
-            if self.depth(&mut channel, &queue).await?.is_none() {
-                missing.push(queue);
-            }
+            let depth = self.depth(&mut channel, &queue).await?;
+            parts.push((queue, depth.is_some()));
         }
-        let exchange = name.fields_exchange();
-        if !declared.fields.is_empty() && !topology::has_exchange(&channel, &exchange).await? {
-            missing.push(exchange);
+        if !declared.fields.is_empty() {
+            let exchange = name.fields_exchange();
+            let is_there = topology::has_exchange(&channel, &exchange).await?;
+            parts.push((exchange, is_there));
         }
-        Ok(missing)
+        Ok(parts)
     }
 
     async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {

@@ -4,7 +4,7 @@
 //! broker has said so.
 //! Not here, on purpose: clients. A change runs to its end when nobody waits for it any more.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use sqlx::{Connection, PgConnection};
 use tidings_sdk::{
@@ -41,6 +41,14 @@ pub struct Registrar {
     db: Db,
     desk: Desk,
     turns: Arc<Semaphore>,
+}
+
+/// What the broker has of a subscription.
+#[derive(Default)]
+struct Stock {
+    there: BTreeSet<String>,
+    /// Since when it is owed news: from a loss until it is declared again.
+    owed_since: Option<OffsetDateTime>,
 }
 
 /// Whether a registration is the first under its name.
@@ -82,15 +90,15 @@ impl Registrar {
             return Err(Error::Adopted);
         }
         // Before the broker gets a new queue: afterwards nobody could tell that the old one is gone.
-        let noted = match &before {
-            Some(before) => self.note_loss(line, before).await,
-            None => Ok(None),
+        let stock = match &before {
+            Some(before) => self.take_stock(line, before).await,
+            None => Ok(Stock::default()),
         };
         let revision =
             line.run_in_session(async |db| store::put(db, wish, by_operator).await).await?.ok_or(Error::Full)?;
         let now = find(line, name).await?.ok_or(Error::NotFound)?;
-        let owed_since = noted?;
-        match self.desk.declare(&wish.subscription, &now.bound).await {
+        let Stock { there, owed_since } = stock?;
+        match self.desk.declare(&wish.subscription, &now.bound, &there).await {
             Ok(()) => {
                 note_declared(line, name, revision, owed_since).await?;
                 settle_duty(line, &wish.subscription).await?;
@@ -113,8 +121,8 @@ impl Registrar {
     pub async fn declare_again(&self, line: &mut Line, name: &SubscriptionName) -> Result<Option<Registered>, Error> {
         self.locked(line, name, async |line| {
             let Some(row) = find(line, name).await? else { return Ok(None) };
-            let owed_since = self.note_loss(line, &row).await?;
-            self.desk.declare(&row.registration.subscription, &row.bound).await.map_err(Error::Undeclared)?;
+            let Stock { there, owed_since } = self.take_stock(line, &row).await?;
+            self.desk.declare(&row.registration.subscription, &row.bound, &there).await.map_err(Error::Undeclared)?;
             note_declared(line, name, row.revision, owed_since).await?;
             settle_duty(line, &row.registration.subscription).await?;
             find(line, name).await
@@ -122,22 +130,24 @@ impl Registrar {
         .await
     }
 
-    /// Notes that a part that the broker had is gone: the queue that is consumed from, one in which what failed waits for another attempt,
-    /// or the exchange that chooses by field. Since when it is owed news: from a loss until it is declared again.
-    async fn note_loss(&self, line: &mut Line, row: &Registered) -> Result<Option<OffsetDateTime>, Error> {
+    /// Looks which parts are there, and notes a loss when one is gone that the broker had: the queue that is consumed from, one in which what
+    /// failed waits for another attempt, or the exchange that chooses by field.
+    async fn take_stock(&self, line: &mut Line, row: &Registered) -> Result<Stock, Error> {
         if row.declared_revision == 0 {
-            return Ok(row.seen.missing_since);
+            return Ok(Stock { there: BTreeSet::new(), owed_since: row.seen.missing_since });
         }
-        let missing = self.desk.missing(&row.bound).await.map_err(Error::Undeclared)?;
+        let parts = self.desk.parts(&row.bound).await.map_err(Error::Undeclared)?;
+        let (there, gone): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(_, is_there)| *is_there);
+        let there = there.into_iter().map(|(part, _)| part).collect();
         let dead_queue = row.name().dead_queue();
-        let (dead, gone): (Vec<_>, Vec<_>) = missing.into_iter().partition(|queue| *queue == dead_queue);
+        let (dead, gone): (Vec<_>, Vec<_>) = gone.into_iter().partition(|(part, _)| *part == dead_queue);
         if !dead.is_empty() {
             tracing::warn!(
                 subscription = %row.name(),
                 "its queue of dead letters was deleted at the broker: declaring it again; what was not collected is lost"
             );
         }
-        let Some(part) = gone.first() else { return Ok(None) };
+        let Some((part, _)) = gone.first() else { return Ok(Stock { there, owed_since: None }) };
         let lost = line.run_in_session(async |db| store::mark_lost(db, row.name()).await).await?;
         if let Some(missing_since) = lost {
             tracing::warn!(
@@ -147,7 +157,7 @@ impl Registrar {
                 "a part of it was deleted at the broker: declaring it again, and telling it anew what changed since"
             );
         }
-        Ok(lost)
+        Ok(Stock { there, owed_since: lost })
     }
 
     /// Deletes a subscription; when messages wait in it, only if they may be `discarded`. What it owes of erasures goes with it, so that

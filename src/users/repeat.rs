@@ -13,7 +13,7 @@ use std::{
 use sha2::{Digest, Sha256};
 use tidings_sdk::envelope::Event;
 use time::OffsetDateTime;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -238,9 +238,12 @@ impl Drop for Turn {
 
 /// Lets go of what was kept for a day, until `stop`. Any number of instances may do it.
 pub async fn purge(mut line: Line, stop: CancellationToken) {
+    // A clock that goes on evenly, however the machine's is set meanwhile.
+    let (began_at, began) = (OffsetDateTime::now_utc(), Instant::now());
     loop {
         loop {
-            match line.run(async |connection| store::purge(connection, PURGE).await).await {
+            let now = began_at + began.elapsed();
+            match line.run(async |connection| store::purge(connection, PURGE, now).await).await {
                 Ok(purged) if purged == PURGE.unsigned_abs() => {}
                 Ok(_) => break,
                 Err(trouble) => {

@@ -4,7 +4,11 @@ use futures_util::future::join_all;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection, PgPool};
-use tidings::clients::{NewClient, Scope};
+use tidings::{
+    clients::{NewClient, Scope},
+    users::PURGE,
+};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
@@ -360,6 +364,23 @@ async fn what_is_a_day_old_is_let_go(db: PgPool) {
     .await;
     let left = "select kept_at > now() - interval '1 hour' from idempotency_keys";
     assert!(sqlx::query_scalar::<_, bool>(left).fetch_one(&house.db).await.unwrap());
+}
+
+/// A clock that jumps, the database's or this machine's, lets nothing go that is younger by the other one.
+#[sqlx::test]
+async fn what_is_a_day_old_by_one_clock_alone_is_kept(db: PgPool) {
+    let house = House::open(db).await;
+    Answer::to(post(&house, "k1", json!({ "first_name": "Ana" }))).await.ok();
+    // As it looks to a database whose clock is 25 hours ahead, and to one whose machine's is. The service, which purges too, sees neither.
+    for (age_h, ours_h) in [(25, -25), (0, 25)] {
+        let mut unseen = house.db.begin().await.unwrap();
+        let aged = sqlx::query("update idempotency_keys set kept_at = now() - make_interval(hours => $1)").bind(age_h);
+        assert_eq!(aged.execute(&mut *unseen).await.unwrap().rows_affected(), 1);
+        let ours = OffsetDateTime::now_utc() + time::Duration::hours(ours_h);
+        let purged = sqlx::query(PURGE).bind(1_000_i64).bind(ours).execute(&mut *unseen).await.unwrap();
+        assert_eq!(purged.rows_affected(), 0, "{age_h} {ours_h}");
+        unseen.rollback().await.unwrap();
+    }
 }
 
 #[sqlx::test]

@@ -329,7 +329,7 @@ async fn every_index_is_used_by_a_statement(db: PgPool) {
         ("deletion_receipts_late", deletions::OVERDUE, &format!("(now(), {ID}, 1, 101)")),
         ("deletion_receipts_late_by_subscription", deletions::RELEASE, "(5000)"),
         ("deletion_receipts_pkey", deletions::FIND, &format!("({ID})")),
-        ("idempotency_keys_by_age", users::PURGE, "(1000)"),
+        ("idempotency_keys_by_age", users::PURGE, "(1000, now())"),
         ("idempotency_keys_by_user", users::FORGET, &format!("(array[{ID}])")),
         ("idempotency_keys_pkey", users::RECALL, "('x'::bytea)"),
         ("outbox_pkey", outbox::CLAIM, "(7, 500, array[1])"),

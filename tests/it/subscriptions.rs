@@ -527,6 +527,41 @@ async fn a_queue_of_what_failed_is_not_declared_again_in_silence(db: PgPool) {
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
 
+/// As between the watch's look and its declaration.
+#[tokio::test]
+async fn a_part_that_is_gone_after_all_is_not_made_anew_in_silence() {
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    let exchange = format!("{orders}.source");
+    let (topic, durable) = (lapin::ExchangeKind::Topic, ExchangeDeclareOptions { durable: true, ..Default::default() });
+    let made =
+        admin.channel().await.exchange_declare(exchange.as_str().into(), topic, durable, FieldTable::default()).await;
+    made.unwrap();
+    let source = topology::Source { exchange: exchange.clone(), prefix: None };
+    let subscription = tidings_sdk::subscription::Subscription {
+        name: orders.parse().unwrap(),
+        keys: ["user.deleted".parse().unwrap()].into(),
+        fields: ["city".parse().unwrap()].into(),
+    };
+    let name = &subscription.name;
+    let retry = name.retry_queue(RETRY_DELAYS[3]);
+    let there = [name.queue().to_owned(), name.dead_queue(), retry.clone(), name.fields_exchange()].into();
+    topology::declare(&admin.channel().await, &source, &subscription, &RETRY_DELAYS).await.unwrap();
+    let over =
+        async || topology::declare_over(&admin.channel().await, &source, &subscription, &RETRY_DELAYS, &there).await;
+    over().await.unwrap();
+    for queue in [name.queue(), &name.dead_queue(), &retry] {
+        admin.delete_queue(queue).await;
+        assert!(matches!(over().await, Err(topology::Error::Missing(_))), "{queue}");
+        assert_eq!(admin.depth(queue).await, None);
+        topology::declare(&admin.channel().await, &source, &subscription, &RETRY_DELAYS).await.unwrap();
+    }
+    admin.delete_exchange(&name.fields_exchange()).await;
+    assert!(matches!(over().await, Err(topology::Error::Missing(_))));
+    assert!(!admin.has_exchange(&name.fields_exchange()).await);
+    topology::delete(&admin.channel().await, name, &RETRY_DELAYS).await.unwrap();
+    admin.delete_exchange(&exchange).await;
+}
+
 #[sqlx::test]
 async fn a_loss_is_told_although_who_registers_again_is_there_before_the_watch(db: PgPool) {
     let house = House::with(db, &[SELDOM]).await;
