@@ -18,7 +18,7 @@ use super::{
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
-    web::{Body, Code, NoParams, Params, Problem, Refusals, body_invalid, refuses},
+    web::{Body, Code, NoParams, Params, Plain, Problem, Refusals, body_invalid, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Backfills>> {
@@ -50,10 +50,11 @@ refuses!(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 202, description = "Accepted: it begins within a second", body = Progress,
                headers(("Location" = String, description = "Where to look at it"))),
-        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Start>, Starting)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Start>, Starting)>))]
 async fn start(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
@@ -80,10 +81,11 @@ async fn show(
 /// Within a second nothing more is sent. It stays where it is until it is resumed or cancelled.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:pause", tag = "subscriptions", operation_id = "pauseBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
-    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn pause(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Pause).await
@@ -92,10 +94,11 @@ async fn pause(
 /// Go on with a backfill that was paused, or change the rate of one that runs.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:resume", tag = "subscriptions", operation_id = "resumeBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription"), NewRate),
-    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NewRate>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NewRate>, Finding, Acting)>))]
 async fn resume(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(asked): Params<NewRate>,
 ) -> Result<Json<Progress>, Problem> {
     if asked.rate_per_s.is_some_and(|rate| !RATES.contains(&rate)) {
@@ -107,10 +110,11 @@ async fn resume(
 /// Cancel a backfill. What was sent stays in the queue.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:cancel", tag = "subscriptions", operation_id = "cancelBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
-    responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn cancel(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Cancel).await

@@ -19,8 +19,8 @@ use crate::{
     json::Fault,
     telemetry::with_causes,
     web::{
-        Body, Code, Cursor, MessageId, NoParams, Params, Problem, Refusals, body_invalid, cursor, invalid_cursor,
-        read_cursor, refuses,
+        Body, Code, Cursor, MessageId, NoParams, Params, Plain, Problem, Refusals, body_invalid, cursor,
+        invalid_cursor, read_cursor, refuses,
     },
 };
 
@@ -73,10 +73,11 @@ async fn list(
     request_body(content = Redrive, example = json!({ "reason": "handler_failed" })),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "What was done, and what is left", body = Done),
-        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
 async fn redrive(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
@@ -92,10 +93,11 @@ async fn redrive(
 #[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "purgeDeadLetters", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription"), Purge),
     responses((status = 200, description = "How many were dropped", body = Purged),
-        Refusals<(ManageSubscriptions, Mine, Params<Purge>, Reading, Confirming)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<Purge>, Reading, Confirming)>))]
 async fn purge(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(asked): Params<Purge>,
 ) -> Result<Json<Purged>, Problem> {
     if asked.confirm.as_deref() != Some(name.as_str()) {
@@ -112,11 +114,12 @@ async fn purge(
     params(("name" = crate::web::Name, Path, description = "The subscription"),
            ("message_id" = Uuid, Path, description = "The message")),
     responses((status = 204, description = "It is gone"),
-        Refusals<(ManageSubscriptions, Mine, MessageId, Params<NoParams>, Reading, Missing)>))]
+        Refusals<(ManageSubscriptions, Mine, MessageId, Plain, Params<NoParams>, Reading, Missing)>))]
 async fn forget(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     MessageId(message_id): MessageId,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<StatusCode, Problem> {
     letters.forget(&name, message_id).await?;

@@ -21,10 +21,7 @@ use super::{
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers},
     json::Fault,
-    web::{
-        Body, Id, NoIdempotencyKey, NoParams, NoPrecondition, Params, Place, Price, Problem, ProblemBody, Refusals,
-        Trace, body_invalid,
-    },
+    web::{Body, Id, NoParams, Params, Place, Plain, Price, Problem, ProblemBody, Refusals, Trace, body_invalid},
 };
 
 /// Users of one request who are planned or written at the same time: as many as go in one statement.
@@ -134,11 +131,10 @@ impl Lookup {
 #[utoipa::path(post, path = "/v1/users:batchReplace", tag = "users", operation_id = "batchReplaceUsers", security(("key" = ["users:write"])),
     request_body = ProfileDocuments,
     responses((status = 200, description = "What became of each user", body = Outcomes),
-              Refusals<(WriteUsers, NoPrecondition, NoIdempotencyKey, Params<NoParams>, Documents, Writing)>))]
+              Refusals<(WriteUsers, Plain, Params<NoParams>, Documents, Writing)>))]
 async fn replace_many(
     Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
-    NoPrecondition: NoPrecondition,
-    NoIdempotencyKey: NoIdempotencyKey,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     place: Place,

@@ -165,6 +165,40 @@ async fn an_answer_that_the_document_does_not_promise_is_found_out(db: PgPool) {
     assert!(check(&Method::GET, &path, &refused).unwrap_err().contains("this code"));
 }
 
+/// Every change that there is, and which of these headers it takes.
+fn changes() -> impl Iterator<Item = (Method, &'static str, Vec<&'static str>)> {
+    let paths = OPENAPI["paths"].as_object().unwrap().iter();
+    let operations = paths.flat_map(|(path, route)| route.as_object().unwrap().iter().map(move |(m, o)| (path, m, o)));
+    // One that only reads is a POST for its body.
+    let changes = operations.filter(|(path, method, _)| *method != "get" && *path != "/v1/users:batchGet");
+    changes.map(|(path, method, operation)| {
+        let parameters = operation["parameters"].as_array().into_iter().flatten();
+        let taken = parameters.filter_map(|parameter| parameter["name"].as_str()).collect();
+        (method.to_uppercase().parse().unwrap(), path.as_str(), taken)
+    })
+}
+
+#[sqlx::test]
+async fn a_change_takes_no_condition_and_no_key_that_would_be_without_effect(db: PgPool) {
+    let house = House::open(db).await;
+    for (method, path, taken) in changes() {
+        let path = path.replace("{name}", "orders");
+        let path = ["{id}", "{user_id}", "{message_id}"]
+            .iter()
+            .fold(path, |path, name| path.replace(name, &Uuid::new_v4().to_string()));
+        for (header, code) in [
+            ("If-Match", "invalid_header"),
+            ("If-None-Match", "invalid_header"),
+            ("Idempotency-Key", "invalid_idempotency_key"),
+        ] {
+            if !taken.contains(&header) {
+                let asked = house.request(method.clone(), &path).header(header, "\"7\"").json(&json!({}));
+                assert_eq!(Answer::to(asked).await.refusal(400), code, "{method} {path} {header}");
+            }
+        }
+    }
+}
+
 #[sqlx::test]
 async fn a_copy_of_what_is_told_of_users_has_to_be_asked_about(db: PgPool) {
     let house = House::open(db).await;
