@@ -5,6 +5,7 @@ use axum::{
     http::request::Parts,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, de::DeserializeOwned};
 use tidings_sdk::subscription::SubscriptionName;
 use uuid::Uuid;
@@ -96,6 +97,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        // Decoded as it comes it would have other characters in place of those, and ask for something else.
+        if percent_decode_str(parts.uri.query().unwrap_or_default()).decode_utf8().is_err() {
+            return Err(Problem::new(Code::InvalidQuery, "the query is not UTF-8"));
+        }
         let Query(params) = Query::<T>::from_request_parts(parts, state)
             .await
             .map_err(|rejection| Problem::new(Code::InvalidQuery, without_values(&rejection.body_text())))?;

@@ -260,6 +260,8 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
         ("/v1/users?limit=many".to_owned(), "invalid_query"),
         ("/v1/users?limit=1&limit=2".to_owned(), "invalid_query"),
         ("/v1/users?offset=7".to_owned(), "invalid_query"),
+        ("/v1/users?external_id=J%FCrgen".to_owned(), "invalid_query"),
+        ("/v1/users?external_id=%C3&after=%BC".to_owned(), "invalid_query"),
         ("/v1/users?after=".to_owned(), "invalid_cursor"),
         ("/v1/users?after=!".to_owned(), "invalid_cursor"),
         (format!("/v1/users?after={ana}"), "invalid_cursor"),
