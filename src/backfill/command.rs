@@ -63,7 +63,7 @@ fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
         users: everybody,
         user_ids: Some(ids).filter(|ids| !ids.is_empty()),
         changed_since: asked.changed_since.clone(),
-        rate_per_s: asked.rate,
+        rate_per_s: asked.rate.map(i64::from),
         max_waiting: None,
     };
     start.plan().map_err(|fault| anyhow::anyhow!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail))

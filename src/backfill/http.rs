@@ -1,5 +1,7 @@
 //! The face of backfills: `/v1/subscriptions/{name}/backfill`.
 
+use std::ops::RangeInclusive;
+
 use axum::{
     Json,
     http::{StatusCode, header},
@@ -101,10 +103,9 @@ async fn resume(
     Plain: Plain,
     Params(asked): Params<NewRate>,
 ) -> Result<Json<Progress>, Problem> {
-    if asked.rate_per_s.is_some_and(|rate| !RATES.contains(&rate)) {
-        return Err(Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range())));
-    }
-    act(&backfills, &name, Action::Resume(asked.rate_per_s)).await
+    let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range()));
+    let rate = asked.rate_per_s.map(|rate| within(&RATES, rate).ok_or_else(invalid)).transpose()?;
+    act(&backfills, &name, Action::Resume(rate)).await
 }
 
 /// Cancel a backfill. What was sent stays in the queue.
@@ -124,6 +125,7 @@ async fn act(backfills: &Backfills, name: &SubscriptionName, action: Action) -> 
     Ok(Json(Progress::of(name, &backfills.act(name, action).await?)))
 }
 
+const MAX_WAITING: RangeInclusive<i32> = 1..=1_000_000;
 /// Room for 10,000 ids.
 const START_LIMIT_BYTES: usize = 512 * 1024;
 
@@ -133,7 +135,7 @@ const START_LIMIT_BYTES: usize = 512 * 1024;
 struct NewRate {
     /// Messages a second from now on.
     #[param(required = false, minimum = 1, maximum = 50000)]
-    rate_per_s: Option<i32>,
+    rate_per_s: Option<i64>,
 }
 
 /// Whom to tell, exactly one of the three, and how fast. What is left out may be null.
@@ -152,24 +154,21 @@ pub struct Start {
     pub changed_since: Option<String>,
     /// Messages a second, at most.
     #[schema(minimum = 1, maximum = 50000, default = 1000)]
-    pub rate_per_s: Option<i32>,
+    pub rate_per_s: Option<i64>,
     /// Nothing is sent while this many messages wait in the queue.
     #[schema(minimum = 1, maximum = 1000000, default = 2000)]
-    pub max_waiting: Option<i32>,
+    pub max_waiting: Option<i64>,
 }
 
 impl Start {
     /// # Errors
     /// The first fault.
     pub fn plan(self) -> Result<Plan, Fault> {
-        let rate_per_s = self.rate_per_s.unwrap_or(DEFAULT_RATE);
-        if !RATES.contains(&rate_per_s) {
-            return Err(Fault::new("/rate_per_s", "range", rate_range()));
-        }
-        let max_waiting = self.max_waiting.unwrap_or(DEFAULT_MAX_WAITING);
-        if !(1..=1_000_000).contains(&max_waiting) {
-            return Err(Fault::new("/max_waiting", "range", "is a number from 1 to 1000000"));
-        }
+        let rate_per_s = self.rate_per_s.map_or(Some(DEFAULT_RATE), |rate| within(&RATES, rate));
+        let rate_per_s = rate_per_s.ok_or_else(|| Fault::new("/rate_per_s", "range", rate_range()))?;
+        let max_waiting = self.max_waiting.map_or(Some(DEFAULT_MAX_WAITING), |count| within(&MAX_WAITING, count));
+        let max_waiting =
+            max_waiting.ok_or_else(|| Fault::new("/max_waiting", "range", "is a number from 1 to 1000000"))?;
         let users = match (self.users.as_deref(), self.user_ids, self.changed_since) {
             (Some("all"), None, None) => Whom::All,
             (Some(_), None, None) => return Err(Fault::new("/users", "value", "is \"all\"")),
@@ -183,6 +182,10 @@ impl Start {
         };
         Ok(Plan { users, rate_per_s, max_waiting })
     }
+}
+
+fn within(range: &RangeInclusive<i32>, number: i64) -> Option<i32> {
+    i32::try_from(number).ok().filter(|number| range.contains(number))
 }
 
 fn parse_time(text: &str) -> Result<OffsetDateTime, Fault> {

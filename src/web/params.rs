@@ -108,7 +108,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     }
 }
 
-/// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place.
+/// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place. Nor with words of
+/// the libraries, which speak of types of ours.
 fn without_values(words: &str) -> String {
     // axum's own words come first. What follows them may hold the same, by the client.
     let words = words.strip_prefix("Failed to deserialize query string: ").unwrap_or(words);
@@ -116,12 +117,19 @@ fn without_values(words: &str) -> String {
         [("unknown field `", "there is no such parameter"), ("unknown variant `", "there is no such choice")]
     {
         if let Some((_, rest)) = words.split_once(kind) {
-            // Our own words come last.
-            let expected = rest.rfind("`, expected").or_else(|| rest.rfind("`, there are"));
-            return expected.map_or_else(|| said.to_owned(), |at| format!("{said}: {}", &rest[at + 3..]));
+            // What may stand there comes last.
+            let expected = rest.rfind("`, expected").filter(|_| !rest.ends_with("`, there are no fields"));
+            return format!("{said}: {}", expected.map_or("none is taken here", |at| &rest[at + 3..]));
         }
     }
-    words.to_owned()
+    for (kind, said) in [("missing field `", "has to be there"), ("duplicate field `", "may be there once")] {
+        if let Some((_, rest)) = words.split_once(kind) {
+            return format!("{} {said}", rest.trim_end_matches('`'));
+        }
+    }
+    // All others are numbers: texts are taken as they are.
+    let (name, _) = words.split_once(": ").unwrap_or(("a parameter", ""));
+    format!("{name} is a whole number, in its range")
 }
 
 /// Where a page ended, for the next one. Opaque to the client.
@@ -155,15 +163,25 @@ mod tests {
             ),
             (
                 "Failed to deserialize query string: Ana: unknown field `Ana`, there are no fields",
-                "there is no such parameter: there are no fields",
+                "there is no such parameter: none is taken here",
             ),
             (
                 "Failed to deserialize query string: query string: Ana: unknown field `query string: Ana`, there are no fields",
-                "there is no such parameter: there are no fields",
+                "there is no such parameter: none is taken here",
             ),
             (
+                "Failed to deserialize query string: unknown field `Ana`, expected Ana`, there are no fields",
+                "there is no such parameter: none is taken here",
+            ),
+            ("Failed to deserialize query string: missing field `state`", "state has to be there"),
+            ("Failed to deserialize query string: duplicate field `limit`", "limit may be there once"),
+            (
                 "Failed to deserialize query string: limit: invalid digit found in string",
-                "limit: invalid digit found in string",
+                "limit is a whole number, in its range",
+            ),
+            (
+                "Failed to deserialize query string: limit: number too large to fit in target type",
+                "limit is a whole number, in its range",
             ),
         ] {
             assert_eq!(without_values(words), said);

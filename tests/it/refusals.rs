@@ -269,6 +269,17 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
     for (path, code) in table {
         assert_eq!(house.page(&path).await.refusal(400), code, "{path}");
     }
+    for (path, detail) in [
+        (format!("/v1/users/{ana}?min_version=9223372036854775808"), "min_version is a whole number, in its range"),
+        ("/v1/users?limit=".to_owned(), "limit is a whole number, in its range"),
+        ("/v1/changes?limit=-1".to_owned(), "limit is a whole number, in its range"),
+        ("/v1/users?limit=1&limit=2".to_owned(), "limit may be there once"),
+        ("/v1/deletions".to_owned(), "state has to be there"),
+        ("/v1/deletions?state=late".to_owned(), "there is no such choice: expected `overdue`"),
+        ("/v1/subscriptions?limit=1".to_owned(), "there is no such parameter: none is taken here"),
+    ] {
+        assert_eq!(house.page(&path).await.body["detail"], detail, "{path}");
+    }
     // Whatever a client writes where a name of ours should be, it does not hear it again.
     for path in ["/v1/users?Ana=1", "/v1/users?query%20string:%20Ana=1", "/v1/users?unknown%20field%20%60Ana=1"] {
         let refused = house.page(path).await;
