@@ -20,7 +20,7 @@ use super::{
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
-    web::{Body, Code, NoParams, Params, Plain, Problem, Refusals, body_invalid, refuses},
+    web::{Body, Code, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Backfills>> {
@@ -60,7 +60,7 @@ async fn start(
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
-    let plan = asked.plan().map_err(|fault| body_invalid(vec![fault]))?;
+    let plan = asked.plan().map_err(body_invalid)?;
     let started = backfills.start(&name, &plan).await?;
     let location = [(header::LOCATION, format!("/v1/subscriptions/{name}/backfill"))];
     Ok((StatusCode::ACCEPTED, location, Json(Progress::of(&name, &started))))
@@ -147,8 +147,8 @@ pub struct Start {
     #[schema(example = "all")]
     pub users: Option<String>,
     /// These.
-    #[schema(max_items = 10000)]
-    pub user_ids: Option<Vec<Uuid>>,
+    #[schema(value_type = Option<Vec<Uuid>>, max_items = 10000)]
+    pub user_ids: Option<Vec<String>>,
     /// Everybody whose latest change, deletion included, was made then or later.
     #[schema(value_type = Option<String>, format = DateTime, example = "2026-11-01T00:00:00Z")]
     pub changed_since: Option<String>,
@@ -162,22 +162,25 @@ pub struct Start {
 
 impl Start {
     /// # Errors
-    /// The first fault.
-    pub fn plan(self) -> Result<Plan, Fault> {
+    /// What is wrong: the first fault, or that of each id.
+    pub fn plan(self) -> Result<Plan, Vec<Fault>> {
+        let fault = |pointer: &str, code: &str, detail: String| vec![Fault::new(pointer, code, detail)];
         let rate_per_s = self.rate_per_s.map_or(Some(DEFAULT_RATE), |rate| within(&RATES, rate));
-        let rate_per_s = rate_per_s.ok_or_else(|| Fault::new("/rate_per_s", "range", rate_range()))?;
+        let rate_per_s = rate_per_s.ok_or_else(|| fault("/rate_per_s", "range", rate_range()))?;
         let max_waiting = self.max_waiting.map_or(Some(DEFAULT_MAX_WAITING), |count| within(&MAX_WAITING, count));
         let max_waiting =
-            max_waiting.ok_or_else(|| Fault::new("/max_waiting", "range", "is a number from 1 to 1000000"))?;
+            max_waiting.ok_or_else(|| fault("/max_waiting", "range", "is a number from 1 to 1000000".to_owned()))?;
         let users = match (self.users.as_deref(), self.user_ids, self.changed_since) {
             (Some("all"), None, None) => Whom::All,
-            (Some(_), None, None) => return Err(Fault::new("/users", "value", "is \"all\"")),
-            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => Whom::These(ids),
-            (None, Some(_), None) => return Err(Fault::new("/user_ids", "length", "has 1 to 10000 ids")),
-            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since)?),
+            (Some(_), None, None) => return Err(fault("/users", "value", "is \"all\"".to_owned())),
+            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => {
+                Whom::These(Id::in_array(&ids, "/user_ids")?)
+            }
+            (None, Some(_), None) => return Err(fault("/user_ids", "length", "has 1 to 10000 ids".to_owned())),
+            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since).map_err(|fault| vec![fault])?),
             _ => {
                 const DETAIL: &str = "has exactly one of \"users\", \"user_ids\" and \"changed_since\"";
-                return Err(Fault::new("", "exactly_one", DETAIL));
+                return Err(fault("", "exactly_one", DETAIL.to_owned()));
             }
         };
         Ok(Plan { users, rate_per_s, max_waiting })

@@ -81,7 +81,7 @@ async fn redrive(
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
-    let selection = asked.selection().map_err(|fault| body_invalid(vec![fault]))?;
+    let selection = asked.selection().map_err(body_invalid)?;
     let up_to = letters.last_place(&name).await?;
     Ok(Json(letters.redrive(&name, &selection, up_to).await?.into()))
 }
@@ -180,8 +180,8 @@ impl utoipa::ToSchema for DeadLetterReason {}
 #[serde(deny_unknown_fields)]
 pub struct Redrive {
     /// These.
-    #[schema(max_items = 1000)]
-    message_ids: Option<Vec<Uuid>>,
+    #[schema(value_type = Option<Vec<Uuid>>, max_items = 1000)]
+    message_ids: Option<Vec<String>>,
     /// All of this reason.
     #[schema(value_type = Option<DeadLetterReason>)]
     reason: Option<Reason>,
@@ -190,14 +190,17 @@ pub struct Redrive {
 }
 
 impl Redrive {
-    fn selection(self) -> Result<Selection, Fault> {
+    fn selection(self) -> Result<Selection, Vec<Fault>> {
+        let fault = |pointer: &str, code: &str, detail: &str| Err(vec![Fault::new(pointer, code, detail)]);
         match (self.message_ids, self.reason, self.all) {
-            (Some(ids), None, None) if ids.len() <= 1_000 => Ok(Selection::These(ids)),
-            (Some(_), None, None) => Err(Fault::new("/message_ids", "too_many", "at most 1000 in one request")),
+            (Some(ids), None, None) if ids.len() <= 1_000 => {
+                Ok(Selection::These(MessageId::in_array(&ids, "/message_ids")?))
+            }
+            (Some(_), None, None) => fault("/message_ids", "too_many", "at most 1000 in one request"),
             (None, Some(reason), None) => Ok(Selection::Reason(reason)),
             (None, None, Some(true)) => Ok(Selection::All),
-            (None, None, Some(false)) => Err(Fault::new("/all", "value", "is true, or is left out")),
-            _ => Err(Fault::new("", "exactly_one", "has exactly one of \"message_ids\", \"reason\" and \"all\"")),
+            (None, None, Some(false)) => fault("/all", "value", "is true, or is left out"),
+            _ => fault("", "exactly_one", "has exactly one of \"message_ids\", \"reason\" and \"all\""),
         }
     }
 }

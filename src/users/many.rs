@@ -65,15 +65,9 @@ impl Ids {
         if !(1..=MAX_ENTRIES).contains(&self.ids.len()) {
             return Err(vec![Fault::new("/ids", "length", format!("must be 1 to {MAX_ENTRIES} ids"))]);
         }
-        let (mut ids, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
-        for (place, text) in self.ids.iter().enumerate() {
-            match Id::from_text(text) {
-                Some(Id(id)) if mentioned.insert(id) => ids.push(UserId(id)),
-                Some(_) => {}
-                None => faults.push(Fault::new(format!("/ids/{place}"), "format", "must be a UUID")),
-            }
-        }
-        if faults.is_empty() { Ok(ids) } else { Err(faults) }
+        let mut mentioned = HashSet::new();
+        let ids = Id::in_array(&self.ids, "/ids")?;
+        Ok(ids.into_iter().filter(|id| mentioned.insert(*id)).map(UserId).collect())
     }
 }
 

@@ -11,6 +11,7 @@ use tidings_sdk::subscription::SubscriptionName;
 use uuid::Uuid;
 
 use super::{Code, Problem, Refuses, refuses};
+use crate::json::Fault;
 
 /// A user's id in the path.
 #[derive(Debug, Clone, Copy)]
@@ -27,10 +28,31 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 }
 
 impl Id {
-    /// One spelling per user: neither braces, URNs nor bare hex.
+    /// Nobody has the nil UUID.
     pub fn from_text(text: &str) -> Option<Self> {
-        Some(text).filter(|text| text.len() == 36)?.parse().ok().filter(|id: &Uuid| !id.is_nil()).map(Self)
+        uuid(text).filter(|id| !id.is_nil()).map(Self)
     }
+
+    /// Those in the array at `pointer`; or what is wrong with each that is none.
+    pub fn in_array(texts: &[String], pointer: &str) -> Result<Vec<Uuid>, Vec<Fault>> {
+        all(texts, pointer, |text| Self::from_text(text).map(|Self(id)| id))
+    }
+}
+
+/// One spelling per id: neither braces, URNs nor bare hex.
+fn uuid(text: &str) -> Option<Uuid> {
+    Some(text).filter(|text| text.len() == 36)?.parse().ok()
+}
+
+fn all(texts: &[String], pointer: &str, read: fn(&str) -> Option<Uuid>) -> Result<Vec<Uuid>, Vec<Fault>> {
+    let (mut ids, mut faults) = (vec![], vec![]);
+    for (place, text) in texts.iter().enumerate() {
+        match read(text) {
+            Some(id) => ids.push(id),
+            None => faults.push(Fault::new(format!("{pointer}/{place}"), "format", "must be a UUID")),
+        }
+    }
+    if faults.is_empty() { Ok(ids) } else { Err(faults) }
 }
 
 /// A subscription's name: a lowercase letter, then lowercase letters, digits, `.`, `_` and `-`.
@@ -50,7 +72,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     }
 }
 
-/// A message's id in the path, as `{message_id}`.
+/// A message's id in the path, as `{message_id}`. Who publishes chooses it, so it may be nil.
 #[derive(Debug, Clone, Copy)]
 pub struct MessageId(pub Uuid);
 
@@ -59,7 +81,14 @@ impl<S: Send + Sync> FromRequestParts<S> for MessageId {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let text = path_param(parts, state, "message_id").await.unwrap_or_default();
-        text.parse().map(Self).map_err(|_| Code::InvalidMessageId.into())
+        uuid(&text).map(Self).ok_or_else(|| Code::InvalidMessageId.into())
+    }
+}
+
+impl MessageId {
+    /// Those in the array at `pointer`; or what is wrong with each that is none.
+    pub fn in_array(texts: &[String], pointer: &str) -> Result<Vec<Uuid>, Vec<Fault>> {
+        all(texts, pointer, uuid)
     }
 }
 
