@@ -173,9 +173,13 @@ fn object(body: &[u8], max_depth: usize) -> Result<Map<String, Value>, Problem> 
     match json::parse_to(max_depth, body) {
         Ok(Value::Object(members)) => Ok(members),
         Ok(_) => Err(body_invalid(vec![Fault::new("", "type", "must be an object")])),
-        Err(Rejected::Malformed { line, column }) => {
-            Err(Problem::new(Code::MalformedJson, format!("the body is not JSON: see line {line}, column {column}")))
-        }
+        Err(Rejected::Malformed { line, column }) => Err(Problem::new(
+            Code::MalformedJson,
+            format!(
+                "the body is not JSON, or has a number that no double holds, or half of a surrogate pair: \
+                 see line {line}, column {column}"
+            ),
+        )),
         Err(Rejected::Faulty(faults)) => Err(unprocessable(Code::UnacceptableJson, faults)),
     }
 }

@@ -57,6 +57,13 @@ async fn a_body_that_is_not_json_is_malformed(db: PgPool) {
         let patched = Answer::to(house.patch(&ana, json!({})).body(body.to_owned())).await;
         assert_eq!(patched.refusal(400), "malformed_json", "{shown}");
     }
+    // JSON, and yet nothing that could be read to its end.
+    for body in [r#"{"profile":{"social":{"n":1e400}}}"#, r#"{"profile":{"first_name":"\ud83d"}}"#] {
+        let refused = post(&house, body).await;
+        assert_eq!(refused.refusal(400), "malformed_json", "{body}");
+        let detail = refused.body["detail"].as_str().unwrap();
+        assert!(detail.contains("no double holds") && detail.contains("half of a surrogate pair"), "{detail}");
+    }
     let not_utf8 = post(&house, b"{\"profile\":{\"first_name\":\"\xff\"}}".to_vec()).await;
     assert_eq!(not_utf8.refusal(400), "malformed_json");
     assert_eq!(house.told(&ana).await, ["user.created"]);
