@@ -72,7 +72,7 @@ impl<S: Sync> FromRequest<S> for MergePatch {
 struct Bytewise;
 
 refuses!(
-    Bytewise => [BodyTimeout, MalformedBody, MalformedJson, PayloadTooLarge, UnsupportedMediaType, UnacceptableJson, BodyInvalid];
+    Bytewise => [InvalidHeader, BodyTimeout, MalformedBody, MalformedJson, PayloadTooLarge, UnsupportedMediaType, UnacceptableJson, BodyInvalid];
 );
 
 impl<T, const LIMIT: usize> Refuses for Body<T, LIMIT> {
@@ -97,8 +97,12 @@ impl Refuses for MergePatch {
 fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: HeaderName) -> Result<(), Problem> {
     let unsupported =
         |detail: String| Problem::new(Code::UnsupportedMediaType, detail).with_header(answer_in.clone(), expected);
-    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut parts = parts(given);
+    let mut given = headers.get_all(header::CONTENT_TYPE).iter();
+    let first = given.next().and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if given.next().is_some() {
+        return Err(Problem::new(Code::InvalidHeader, "content-type: expected once"));
+    }
+    let mut parts = parts(first);
     if !parts.next().is_some_and(|essence| essence.eq_ignore_ascii_case(expected)) {
         return Err(unsupported(format!("send the body as {expected}")));
     }

@@ -187,6 +187,9 @@ async fn a_body_of_another_kind_hears_which_kind_is_right(db: PgPool) {
             assert_eq!(answer.refusal(415), "unsupported_media_type", "{method} {media_type:?} {coding:?}");
             assert_eq!(answer.headers[header], right, "{method} {media_type:?} {coding:?}");
         }
+        let request = house.request(method.clone(), path).header("content-type", right).header("content-type", wrong);
+        let twice = Answer::to(request.body(r#"{"profile":{"city":"Riga"}}"#)).await;
+        assert_eq!(twice.refusal(400), "invalid_header", "{method} {wrong}");
         let spelt_otherwise = format!("{} ; Charset=\"UTF-8\"", right.to_uppercase());
         let request = house.request(method.clone(), path).header("content-type", spelt_otherwise);
         let taken = Answer::to(request.header("content-encoding", "identity").body(r#"{"profile":{}}"#)).await;
