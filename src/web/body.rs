@@ -113,10 +113,13 @@ fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: Head
     if charsets.any(|charset| !charset.trim().eq_ignore_ascii_case("utf-8")) {
         return Err(unsupported("send the body in UTF-8".to_owned()));
     }
-    match headers.get(header::CONTENT_ENCODING) {
-        Some(coding) if coding != "identity" => Err(unsupported("send the body without a content coding".to_owned())),
-        _ => Ok(()),
+    // hyper takes away the chunks, and whatever else was done to a body stays.
+    for (name, plain) in [(header::CONTENT_ENCODING, "identity"), (header::TRANSFER_ENCODING, "chunked")] {
+        if headers.get_all(&name).iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(plain.as_bytes())) {
+            return Err(unsupported(format!("send the body without {name}, or with {plain}")));
+        }
     }
+    Ok(())
 }
 
 /// A media type and its parameters, as semicolons part them, of which those in quotes part nothing (RFC 9110, section 5.6.6).
