@@ -383,6 +383,11 @@ async fn a_client_that_asks_too_often_waits_and_the_others_do_not(db: PgPool) {
     let url = format!("{}/v1/users/7", house.service.url);
     let (hasty, calm) = (client(&house, "hasty", None).await, client(&house, "calm", Some("500/500")).await);
     let (hasty, calm) = (http_with(&hasty), http_with(&calm));
+    // What is refused before it is known who asks costs nothing, and says nothing.
+    for (asked, status) in [(hasty.get(format!("{}/v1/nothing", house.service.url)), 404), (hasty.post(&url), 405)] {
+        let answer = Answer::to(asked).await;
+        assert!(answer.status == status && !answer.headers.contains_key("ratelimit"), "{answer:?}");
+    }
     let first = Answer::to(hasty.get(&url)).await;
     assert_eq!(first.refusal(400), "invalid_user_id");
     assert_eq!(first.headers["ratelimit-policy"], "\"client\";q=20;w=20");
