@@ -70,6 +70,7 @@ pub fn document() -> utoipa::openapi::OpenApi {
     api.merge(ops::routes().into_openapi());
     api.merge(docs::routes().into_openapi());
     api.components.get_or_insert_default().examples.extend(web::examples());
+    docs::declare(&mut api);
     docs::finish(&mut api);
     api
 }

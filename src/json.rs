@@ -1,7 +1,9 @@
 //! JSON at the door: RFC 8259 text that is also I-JSON (RFC 7493), so that every reader of it sees the same document.
 //!
 //! Promise: what passes has unique names, none that Rust readers take for something else, no NUL, numbers that a double holds exactly
-//! enough, and at most so many levels, usually [`MAX_DEPTH`]; what does not pass is named by JSON pointer (RFC 6901), all faults at once, and no value is repeated.
+//! enough, and at most so many levels, usually [`MAX_DEPTH`]; what does not pass is named by JSON pointer (RFC 6901), all faults at once, and no value is repeated. What ends the reading
+//! is named by line and column alone: text that is not JSON, and two things that are, a number that no double holds (`1e400`) and half of a
+//! surrogate pair (`"\ud83d"`).
 //! Not here, on purpose: what a document must contain. That is the profile schema's business.
 
 use std::{cell::RefCell, fmt};
@@ -69,7 +71,7 @@ pub fn cut(mut text: String) -> String {
 /// Why a body is not a document we take.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Rejected {
-    /// Not JSON at all; where the text stops making sense.
+    /// Not JSON at all, or JSON that no Rust value holds; where the text stops making sense.
     Malformed { line: usize, column: usize },
     /// JSON, but with parts that some reader would misread.
     Faulty(Vec<Fault>),

@@ -10,7 +10,10 @@ use tidings_sdk::subscription::SubscriptionName;
 use tokio::time::sleep;
 
 use super::{Action, Backfill, Backfills, MAX_USER_IDS, Plan, Start, State, http::Progress};
-use crate::config::{BackfillAction, BackfillStart, Faults, SubscriptionServers};
+use crate::{
+    config::{BackfillAction, BackfillStart, Faults, SubscriptionServers},
+    json::{Fault, MAX_FAULTS},
+};
 
 /// Between two looks of one who follows.
 const LOOK: Duration = Duration::from_millis(500);
@@ -57,16 +60,18 @@ async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
 
 fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
     ensure!(asked.users.len() <= MAX_USER_IDS, "at most {MAX_USER_IDS} users by id");
-    let ids = asked.users.iter().map(|id| id.parse()).collect::<Result<Vec<_>, _>>()?;
-    let everybody = (ids.is_empty() && asked.changed_since.is_none()).then(|| "all".to_owned());
+    let everybody = (asked.users.is_empty() && asked.changed_since.is_none()).then(|| "all".to_owned());
     let start = Start {
         users: everybody,
-        user_ids: Some(ids).filter(|ids| !ids.is_empty()),
+        user_ids: Some(asked.users.clone()).filter(|ids| !ids.is_empty()),
         changed_since: asked.changed_since.clone(),
-        rate_per_s: asked.rate,
+        rate_per_s: asked.rate.map(i64::from),
         max_waiting: None,
     };
-    start.plan().map_err(|fault| anyhow::anyhow!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail))
+    let words = |fault: &Fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail);
+    start
+        .plan()
+        .map_err(|faults| anyhow::anyhow!(faults.iter().take(MAX_FAULTS).map(words).collect::<Vec<_>>().join(", ")))
 }
 
 fn print(name: &SubscriptionName, backfill: &Backfill, as_json: bool) -> anyhow::Result<()> {

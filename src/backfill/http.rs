@@ -1,5 +1,7 @@
 //! The face of backfills: `/v1/subscriptions/{name}/backfill`.
 
+use std::ops::RangeInclusive;
+
 use axum::{
     Json,
     http::{StatusCode, header},
@@ -18,7 +20,7 @@ use super::{
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
-    web::{Body, Code, NoParams, Params, Problem, Refusals, body_invalid, refuses},
+    web::{Body, Code, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Backfills>> {
@@ -50,14 +52,15 @@ refuses!(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 202, description = "Accepted: it begins within a second", body = Progress,
                headers(("Location" = String, description = "Where to look at it"))),
-        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Start>, Starting)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Start>, Starting)>))]
 async fn start(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
-    let plan = asked.plan().map_err(|fault| body_invalid(vec![fault]))?;
+    let plan = asked.plan().map_err(body_invalid)?;
     let started = backfills.start(&name, &plan).await?;
     let location = [(header::LOCATION, format!("/v1/subscriptions/{name}/backfill"))];
     Ok((StatusCode::ACCEPTED, location, Json(Progress::of(&name, &started))))
@@ -80,10 +83,11 @@ async fn show(
 /// Within a second nothing more is sent. It stays where it is until it is resumed or cancelled.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:pause", tag = "subscriptions", operation_id = "pauseBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
-    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn pause(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Pause).await
@@ -92,25 +96,26 @@ async fn pause(
 /// Go on with a backfill that was paused, or change the rate of one that runs.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:resume", tag = "subscriptions", operation_id = "resumeBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription"), NewRate),
-    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NewRate>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NewRate>, Finding, Acting)>))]
 async fn resume(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(asked): Params<NewRate>,
 ) -> Result<Json<Progress>, Problem> {
-    if asked.rate_per_s.is_some_and(|rate| !RATES.contains(&rate)) {
-        return Err(Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range())));
-    }
-    act(&backfills, &name, Action::Resume(asked.rate_per_s)).await
+    let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range()));
+    let rate = asked.rate_per_s.map(|rate| within(&RATES, rate).ok_or_else(invalid)).transpose()?;
+    act(&backfills, &name, Action::Resume(rate)).await
 }
 
 /// Cancel a backfill. What was sent stays in the queue.
 #[utoipa::path(post, path = "/v1/subscriptions/{name}/backfill:cancel", tag = "subscriptions", operation_id = "cancelBackfill", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
-    responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding, Acting)>))]
+    responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn cancel(
     Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Json<Progress>, Problem> {
     act(&backfills, &name, Action::Cancel).await
@@ -120,6 +125,7 @@ async fn act(backfills: &Backfills, name: &SubscriptionName, action: Action) -> 
     Ok(Json(Progress::of(name, &backfills.act(name, action).await?)))
 }
 
+const MAX_WAITING: RangeInclusive<i32> = 1..=1_000_000;
 /// Room for 10,000 ids.
 const START_LIMIT_BYTES: usize = 512 * 1024;
 
@@ -129,7 +135,7 @@ const START_LIMIT_BYTES: usize = 512 * 1024;
 struct NewRate {
     /// Messages a second from now on.
     #[param(required = false, minimum = 1, maximum = 50000)]
-    rate_per_s: Option<i32>,
+    rate_per_s: Option<i64>,
 }
 
 /// Whom to tell, exactly one of the three, and how fast. What is left out may be null.
@@ -141,44 +147,48 @@ pub struct Start {
     #[schema(example = "all")]
     pub users: Option<String>,
     /// These.
-    #[schema(max_items = 10000)]
-    pub user_ids: Option<Vec<Uuid>>,
+    #[schema(value_type = Option<Vec<Uuid>>, max_items = 10000)]
+    pub user_ids: Option<Vec<String>>,
     /// Everybody whose latest change, deletion included, was made then or later.
     #[schema(value_type = Option<String>, format = DateTime, example = "2026-11-01T00:00:00Z")]
     pub changed_since: Option<String>,
     /// Messages a second, at most.
     #[schema(minimum = 1, maximum = 50000, default = 1000)]
-    pub rate_per_s: Option<i32>,
+    pub rate_per_s: Option<i64>,
     /// Nothing is sent while this many messages wait in the queue.
     #[schema(minimum = 1, maximum = 1000000, default = 2000)]
-    pub max_waiting: Option<i32>,
+    pub max_waiting: Option<i64>,
 }
 
 impl Start {
     /// # Errors
-    /// The first fault.
-    pub fn plan(self) -> Result<Plan, Fault> {
-        let rate_per_s = self.rate_per_s.unwrap_or(DEFAULT_RATE);
-        if !RATES.contains(&rate_per_s) {
-            return Err(Fault::new("/rate_per_s", "range", rate_range()));
-        }
-        let max_waiting = self.max_waiting.unwrap_or(DEFAULT_MAX_WAITING);
-        if !(1..=1_000_000).contains(&max_waiting) {
-            return Err(Fault::new("/max_waiting", "range", "is a number from 1 to 1000000"));
-        }
+    /// What is wrong: the first fault, or that of each id.
+    pub fn plan(self) -> Result<Plan, Vec<Fault>> {
+        let fault = |pointer: &str, code: &str, detail: String| vec![Fault::new(pointer, code, detail)];
+        let rate_per_s = self.rate_per_s.map_or(Some(DEFAULT_RATE), |rate| within(&RATES, rate));
+        let rate_per_s = rate_per_s.ok_or_else(|| fault("/rate_per_s", "range", rate_range()))?;
+        let max_waiting = self.max_waiting.map_or(Some(DEFAULT_MAX_WAITING), |count| within(&MAX_WAITING, count));
+        let max_waiting =
+            max_waiting.ok_or_else(|| fault("/max_waiting", "range", "is a number from 1 to 1000000".to_owned()))?;
         let users = match (self.users.as_deref(), self.user_ids, self.changed_since) {
             (Some("all"), None, None) => Whom::All,
-            (Some(_), None, None) => return Err(Fault::new("/users", "value", "is \"all\"")),
-            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => Whom::These(ids),
-            (None, Some(_), None) => return Err(Fault::new("/user_ids", "length", "has 1 to 10000 ids")),
-            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since)?),
+            (Some(_), None, None) => return Err(fault("/users", "value", "is \"all\"".to_owned())),
+            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => {
+                Whom::These(Id::in_array(&ids, "/user_ids")?)
+            }
+            (None, Some(_), None) => return Err(fault("/user_ids", "length", "has 1 to 10000 ids".to_owned())),
+            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since).map_err(|fault| vec![fault])?),
             _ => {
                 const DETAIL: &str = "has exactly one of \"users\", \"user_ids\" and \"changed_since\"";
-                return Err(Fault::new("", "exactly_one", DETAIL));
+                return Err(fault("", "exactly_one", DETAIL.to_owned()));
             }
         };
         Ok(Plan { users, rate_per_s, max_waiting })
     }
+}
+
+fn within(range: &RangeInclusive<i32>, number: i64) -> Option<i32> {
+    i32::try_from(number).ok().filter(|number| range.contains(number))
 }
 
 fn parse_time(text: &str) -> Result<OffsetDateTime, Fault> {

@@ -19,8 +19,8 @@ use crate::{
     json::Fault,
     telemetry::with_causes,
     web::{
-        Body, Code, Cursor, MessageId, NoParams, Params, Problem, Refusals, body_invalid, cursor, invalid_cursor,
-        read_cursor, refuses,
+        Body, Code, Cursor, MessageId, NoParams, Params, Plain, Problem, Refusals, body_invalid, cursor,
+        invalid_cursor, read_cursor, refuses,
     },
 };
 
@@ -73,14 +73,15 @@ async fn list(
     request_body(content = Redrive, example = json!({ "reason": "handler_failed" })),
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "What was done, and what is left", body = Done),
-        Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
 async fn redrive(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
-    let selection = asked.selection().map_err(|fault| body_invalid(vec![fault]))?;
+    let selection = asked.selection().map_err(body_invalid)?;
     let up_to = letters.last_place(&name).await?;
     Ok(Json(letters.redrive(&name, &selection, up_to).await?.into()))
 }
@@ -92,10 +93,11 @@ async fn redrive(
 #[utoipa::path(delete, path = "/v1/subscriptions/{name}/dead-letters", tag = "subscriptions", operation_id = "purgeDeadLetters", security(("key" = ["subscriptions"])),
     params(("name" = crate::web::Name, Path, description = "The subscription"), Purge),
     responses((status = 200, description = "How many were dropped", body = Purged),
-        Refusals<(ManageSubscriptions, Mine, Params<Purge>, Reading, Confirming)>))]
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<Purge>, Reading, Confirming)>))]
 async fn purge(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(asked): Params<Purge>,
 ) -> Result<Json<Purged>, Problem> {
     if asked.confirm.as_deref() != Some(name.as_str()) {
@@ -112,11 +114,12 @@ async fn purge(
     params(("name" = crate::web::Name, Path, description = "The subscription"),
            ("message_id" = Uuid, Path, description = "The message")),
     responses((status = 204, description = "It is gone"),
-        Refusals<(ManageSubscriptions, Mine, MessageId, Params<NoParams>, Reading, Missing)>))]
+        Refusals<(ManageSubscriptions, Mine, MessageId, Plain, Params<NoParams>, Reading, Missing)>))]
 async fn forget(
     Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     MessageId(message_id): MessageId,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<StatusCode, Problem> {
     letters.forget(&name, message_id).await?;
@@ -177,8 +180,8 @@ impl utoipa::ToSchema for DeadLetterReason {}
 #[serde(deny_unknown_fields)]
 pub struct Redrive {
     /// These.
-    #[schema(max_items = 1000)]
-    message_ids: Option<Vec<Uuid>>,
+    #[schema(value_type = Option<Vec<Uuid>>, max_items = 1000)]
+    message_ids: Option<Vec<String>>,
     /// All of this reason.
     #[schema(value_type = Option<DeadLetterReason>)]
     reason: Option<Reason>,
@@ -187,14 +190,17 @@ pub struct Redrive {
 }
 
 impl Redrive {
-    fn selection(self) -> Result<Selection, Fault> {
+    fn selection(self) -> Result<Selection, Vec<Fault>> {
+        let fault = |pointer: &str, code: &str, detail: &str| Err(vec![Fault::new(pointer, code, detail)]);
         match (self.message_ids, self.reason, self.all) {
-            (Some(ids), None, None) if ids.len() <= 1_000 => Ok(Selection::These(ids)),
-            (Some(_), None, None) => Err(Fault::new("/message_ids", "too_many", "at most 1000 in one request")),
+            (Some(ids), None, None) if ids.len() <= 1_000 => {
+                Ok(Selection::These(MessageId::in_array(&ids, "/message_ids")?))
+            }
+            (Some(_), None, None) => fault("/message_ids", "too_many", "at most 1000 in one request"),
             (None, Some(reason), None) => Ok(Selection::Reason(reason)),
             (None, None, Some(true)) => Ok(Selection::All),
-            (None, None, Some(false)) => Err(Fault::new("/all", "value", "is true, or is left out")),
-            _ => Err(Fault::new("", "exactly_one", "has exactly one of \"message_ids\", \"reason\" and \"all\"")),
+            (None, None, Some(false)) => fault("/all", "value", "is true, or is left out"),
+            _ => fault("", "exactly_one", "has exactly one of \"message_ids\", \"reason\" and \"all\""),
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     clients::{Administer, Allowed, Guarded, ReadUsers},
     json::Fault,
     users::SeenGone,
-    web::{Body, Code, Cursor, Id, NoParams, Params, Problem, Refusals, body_invalid, invalid_cursor, refuses},
+    web::{Body, Code, Cursor, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, invalid_cursor, refuses},
 };
 
 /// The verbs' errors.
@@ -60,10 +60,11 @@ async fn find(
 #[utoipa::path(post, path = "/v1/deletions/{user_id}/receipts", tag = "deletions", operation_id = "confirmDeletion", security(("key" = ["users:read"])),
     request_body(content = Receipt, example = json!({ "subscription": "orders" })),
     params(("user_id" = Uuid, Path, description = "The user who was deleted")),
-    responses((status = 204, description = "Kept"), Refusals<(ReadUsers, Id, Params<NoParams>, Body<Receipt>, Confirming)>))]
+    responses((status = 204, description = "Kept"), Refusals<(ReadUsers, Id, Plain, Params<NoParams>, Body<Receipt>, Confirming)>))]
 async fn confirm(
     Allowed { caller, desk: deletions, .. }: Allowed<ReadUsers, Deletions>,
     Id(user_id): Id,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(receipt): Body<Receipt>,
 ) -> Result<StatusCode, Problem> {

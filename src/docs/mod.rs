@@ -5,6 +5,7 @@
 
 mod asyncapi;
 mod examples;
+mod headers;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use utoipa_swagger_ui::Config;
 
 pub use asyncapi::{Seen, asyncapi, document as asyncapi_document};
 pub use examples::finish;
+pub use headers::declare;
 
 use crate::web::{Code, Problem, Refusals};
 

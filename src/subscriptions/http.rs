@@ -15,7 +15,7 @@ use super::{Asker, Error, Listing, Put, Subscriptions, View, Waiting, Wish, desk
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine, field_forbidden},
     telemetry::with_causes,
-    web::{Body, Code, Name, NoParams, Params, Problem, Refusals, refuses},
+    web::{Body, Code, Name, NoParams, Params, Plain, Problem, Refusals, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Subscriptions>> {
@@ -79,11 +79,12 @@ refuses!(
         (status = 200, description = "Registered as asked for now", body = View),
         (status = 201, description = "Registered for the first time", body = View,
          headers(("Location" = String, description = "Path of the subscription"))),
-        Refusals<(ManageSubscriptions, Name, Params<NoParams>, Body<Registration>, Registering, Missing)>,
+        Refusals<(ManageSubscriptions, Name, Plain, Params<NoParams>, Body<Registration>, Registering, Missing)>,
     ))]
 async fn put(
     Allowed { caller, desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
     Name(name): Name,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Body(registration): Body<Registration>,
 ) -> Result<Response, Problem> {
@@ -132,11 +133,12 @@ async fn list(
     params(("name" = crate::web::Name, Path, description = "The subscription"), Deletion),
     responses(
         (status = 204, description = "There is no such subscription any more"),
-        Refusals<(ManageSubscriptions, Mine, Params<Deletion>, Missing, Deleting)>,
+        Refusals<(ManageSubscriptions, Mine, Plain, Params<Deletion>, Missing, Deleting)>,
     ))]
 async fn delete(
     Allowed { caller, desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
     Mine(name): Mine,
+    Plain: Plain,
     Params(deletion): Params<Deletion>,
 ) -> Result<StatusCode, Problem> {
     subscriptions.delete(name, deletion.waiting.is_some(), Asker::of(&caller)).await?;

@@ -20,6 +20,10 @@ const USERS: &str = "users";
 const ID: &str = "id";
 const IF_VERSION: &str = "if_version";
 
+/// What there may be beside each other.
+const BODY: &str = "a body has the members \"external_id\" and \"profile\" and no other";
+const ENTRY: &str = "an entry has the members \"id\", \"if_version\", \"external_id\" and \"profile\" and no other";
+
 /// Users in one request.
 pub const MAX_ENTRIES: usize = 500;
 /// For all of them: a thousand bytes each, and room for the largest there is.
@@ -75,7 +79,7 @@ impl<S: Send + Sync> FromRequest<S> for Document {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let web::Document(members) = <web::Document>::from_request(request, state).await?;
-        whole(members).map_err(body_invalid)
+        whole(members, BODY).map_err(body_invalid)
     }
 }
 
@@ -84,7 +88,7 @@ impl<S: Send + Sync> FromRequest<S> for Patch {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let web::MergePatch(members) = web::MergePatch::from_request(request, state).await?;
-        let (profile, external_id) = read(members, |naming| *naming == Naming::Stays).map_err(body_invalid)?;
+        let (profile, external_id) = read(members, BODY, |naming| *naming == Naming::Stays).map_err(body_invalid)?;
         Ok(Self { profile, external_id })
     }
 }
@@ -146,7 +150,7 @@ fn entry(user: Value) -> Result<Entry, Vec<Fault>> {
             Precondition::None
         }
     };
-    match (id, whole(members)) {
+    match (id, whole(members, ENTRY)) {
         (Ok(Id(id)), Ok(document)) if faults.is_empty() => Ok(Entry { id: UserId(id), condition, document }),
         (_, document) => {
             faults.extend(document.err().into_iter().flatten());
@@ -155,17 +159,20 @@ fn entry(user: Value) -> Result<Entry, Vec<Fault>> {
     }
 }
 
-fn whole(members: Map<String, Value>) -> Result<Document, Vec<Fault>> {
-    let (profile, external_id) = read(members, |_| true)?;
+fn whole(members: Map<String, Value>, known: &str) -> Result<Document, Vec<Fault>> {
+    let (profile, external_id) = read(members, known, |_| true)?;
     Ok(Document { profile, external_id })
 }
 
-/// What the members of a body say, and nothing but what we know; or all that is wrong with them.
-fn read(mut members: Map<String, Value>, needs_profile: fn(&Naming) -> bool) -> Result<(Fields, Naming), Vec<Fault>> {
+/// What the members of a body say, and nothing but what we know, which is told to who sends others; or all that is wrong with them.
+fn read(
+    mut members: Map<String, Value>,
+    known: &str,
+    needs_profile: fn(&Naming) -> bool,
+) -> Result<(Fields, Naming), Vec<Fault>> {
     let (profile, external_id) = (members.remove(PROFILE), members.remove(EXTERNAL_ID));
-    let unknown = "a body has the members \"external_id\" and \"profile\" and no other";
     let mut faults: Vec<Fault> =
-        members.keys().map(|name| Fault::new(step("", name), "unknown_member", unknown)).collect();
+        members.keys().map(|name| Fault::new(step("", name), "unknown_member", known)).collect();
     let naming = naming(external_id).unwrap_or_else(|fault| {
         faults.push(fault);
         Naming::Stays
@@ -202,7 +209,7 @@ mod tests {
     use serde_json::json;
 
     fn faults(body: &Value, needs_profile: fn(&Naming) -> bool) -> Vec<(String, String)> {
-        let faults = read(body.as_object().unwrap().clone(), needs_profile).err().unwrap_or_default();
+        let faults = read(body.as_object().unwrap().clone(), BODY, needs_profile).err().unwrap_or_default();
         faults.into_iter().map(|fault| (fault.pointer, fault.code)).collect()
     }
 

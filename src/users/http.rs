@@ -121,7 +121,7 @@ async fn create(
            ("If-None-Match" = Option<crate::web::EntityTags>, Header, description = "ETags that the client holds")),
     responses(
         (status = 200, description = "The user", body = User, headers(("ETag" = String, description = "The version, quoted; for who sees only some fields a hash of their names stands behind it"))),
-        (status = 304, description = "The client holds this version already"),
+        (status = 304, description = "The client holds this version already", headers(("ETag" = String, description = "As of 200"))),
         Refusals<(ReadUsers, Id, Params<AtLeast>, ReadCondition, Missing, Gone, Reading, TooNew)>,
     ))]
 async fn get(

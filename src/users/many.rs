@@ -21,10 +21,7 @@ use super::{
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers},
     json::Fault,
-    web::{
-        Body, Id, NoIdempotencyKey, NoParams, NoPrecondition, Params, Place, Price, Problem, ProblemBody, Refusals,
-        Trace, body_invalid,
-    },
+    web::{Body, Id, NoParams, Params, Place, Plain, Price, Problem, ProblemBody, Refusals, Trace, body_invalid},
 };
 
 /// Users of one request who are planned or written at the same time: as many as go in one statement.
@@ -68,15 +65,9 @@ impl Ids {
         if !(1..=MAX_ENTRIES).contains(&self.ids.len()) {
             return Err(vec![Fault::new("/ids", "length", format!("must be 1 to {MAX_ENTRIES} ids"))]);
         }
-        let (mut ids, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
-        for (place, text) in self.ids.iter().enumerate() {
-            match Id::from_text(text) {
-                Some(Id(id)) if mentioned.insert(id) => ids.push(UserId(id)),
-                Some(_) => {}
-                None => faults.push(Fault::new(format!("/ids/{place}"), "format", "must be a UUID")),
-            }
-        }
-        if faults.is_empty() { Ok(ids) } else { Err(faults) }
+        let mut mentioned = HashSet::new();
+        let ids = Id::in_array(&self.ids, "/ids")?;
+        Ok(ids.into_iter().filter(|id| mentioned.insert(*id)).map(UserId).collect())
     }
 }
 
@@ -134,11 +125,10 @@ impl Lookup {
 #[utoipa::path(post, path = "/v1/users:batchReplace", tag = "users", operation_id = "batchReplaceUsers", security(("key" = ["users:write"])),
     request_body = ProfileDocuments,
     responses((status = 200, description = "What became of each user", body = Outcomes),
-              Refusals<(WriteUsers, NoPrecondition, NoIdempotencyKey, Params<NoParams>, Documents, Writing)>))]
+              Refusals<(WriteUsers, Plain, Params<NoParams>, Documents, Writing)>))]
 async fn replace_many(
     Allowed { caller, desk: users, .. }: Allowed<WriteUsers, Users>,
-    NoPrecondition: NoPrecondition,
-    NoIdempotencyKey: NoIdempotencyKey,
+    Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
     Trace(trace): Trace,
     place: Place,

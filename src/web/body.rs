@@ -72,7 +72,7 @@ impl<S: Sync> FromRequest<S> for MergePatch {
 struct Bytewise;
 
 refuses!(
-    Bytewise => [BodyTimeout, MalformedBody, MalformedJson, PayloadTooLarge, UnsupportedMediaType, UnacceptableJson, BodyInvalid];
+    Bytewise => [InvalidHeader, BodyTimeout, MalformedBody, MalformedJson, PayloadTooLarge, UnsupportedMediaType, UnacceptableJson, BodyInvalid];
 );
 
 impl<T, const LIMIT: usize> Refuses for Body<T, LIMIT> {
@@ -97,8 +97,12 @@ impl Refuses for MergePatch {
 fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: HeaderName) -> Result<(), Problem> {
     let unsupported =
         |detail: String| Problem::new(Code::UnsupportedMediaType, detail).with_header(answer_in.clone(), expected);
-    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut parts = parts(given);
+    let mut given = headers.get_all(header::CONTENT_TYPE).iter();
+    let first = given.next().and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if given.next().is_some() {
+        return Err(Problem::new(Code::InvalidHeader, "content-type: expected once"));
+    }
+    let mut parts = parts(first);
     if !parts.next().is_some_and(|essence| essence.eq_ignore_ascii_case(expected)) {
         return Err(unsupported(format!("send the body as {expected}")));
     }
@@ -109,10 +113,13 @@ fn check_media_type(headers: &HeaderMap, expected: &'static str, answer_in: Head
     if charsets.any(|charset| !charset.trim().eq_ignore_ascii_case("utf-8")) {
         return Err(unsupported("send the body in UTF-8".to_owned()));
     }
-    match headers.get(header::CONTENT_ENCODING) {
-        Some(coding) if coding != "identity" => Err(unsupported("send the body without a content coding".to_owned())),
-        _ => Ok(()),
+    // hyper takes away the chunks, and whatever else was done to a body stays.
+    for (name, plain) in [(header::CONTENT_ENCODING, "identity"), (header::TRANSFER_ENCODING, "chunked")] {
+        if headers.get_all(&name).iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(plain.as_bytes())) {
+            return Err(unsupported(format!("send the body without {name}, or with {plain}")));
+        }
     }
+    Ok(())
 }
 
 /// A media type and its parameters, as semicolons part them, of which those in quotes part nothing (RFC 9110, section 5.6.6).
@@ -173,9 +180,13 @@ fn object(body: &[u8], max_depth: usize) -> Result<Map<String, Value>, Problem> 
     match json::parse_to(max_depth, body) {
         Ok(Value::Object(members)) => Ok(members),
         Ok(_) => Err(body_invalid(vec![Fault::new("", "type", "must be an object")])),
-        Err(Rejected::Malformed { line, column }) => {
-            Err(Problem::new(Code::MalformedJson, format!("the body is not JSON: see line {line}, column {column}")))
-        }
+        Err(Rejected::Malformed { line, column }) => Err(Problem::new(
+            Code::MalformedJson,
+            format!(
+                "the body is not JSON, or has a number that no double holds, or half of a surrogate pair: \
+                 see line {line}, column {column}"
+            ),
+        )),
         Err(Rejected::Faulty(faults)) => Err(unprocessable(Code::UnacceptableJson, faults)),
     }
 }

@@ -56,8 +56,9 @@ codes! {
     HeadersTooLarge REQUEST_HEADER_FIELDS_TOO_LARGE "headers_too_large" "request line and headers may have 16 KiB and 100 fields";
     /// The URI is too long.
     UriTooLong URI_TOO_LONG "uri_too_long" "a URI may have 8000 bytes";
-    /// The body is not JSON.
-    MalformedJson BAD_REQUEST "malformed_json" "the body is not JSON: see line 1, column 17";
+    /// The body is not JSON, or has a number that no double holds, or half of a surrogate pair.
+    MalformedJson BAD_REQUEST "malformed_json"
+        "the body is not JSON, or has a number that no double holds, or half of a surrogate pair: see line 1, column 17";
     /// The body ended early.
     MalformedBody BAD_REQUEST "malformed_body" "the body ended before it was complete";
     /// A parameter is unknown, given twice, or out of its range.

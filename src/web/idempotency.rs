@@ -2,7 +2,7 @@
 
 use axum::{extract::FromRequestParts, http::request::Parts};
 
-use super::{Code, Problem, refuses};
+use super::{Code, NoPrecondition, Problem, refuses};
 
 const MAX_BYTES: usize = 255;
 
@@ -31,15 +31,17 @@ impl<S: Sync> FromRequestParts<S> for IdempotencyKey {
     }
 }
 
-/// A request that is not kept, so that a repetition would be done anew: a key must not be silently without effect.
-pub struct NoIdempotencyKey;
+/// A change that knows no condition in its headers, and is not kept, so that a repetition would be done anew: neither a condition nor a key
+/// may be silently without effect.
+pub struct Plain;
 
-refuses!(NoIdempotencyKey => [InvalidIdempotencyKey]);
+refuses!(Plain => [InvalidHeader, InvalidIdempotencyKey]);
 
-impl<S: Sync> FromRequestParts<S> for NoIdempotencyKey {
+impl<S: Sync> FromRequestParts<S> for Plain {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        NoPrecondition::from_request_parts(parts, state).await?;
         if parts.headers.contains_key("idempotency-key") {
             return Err(Problem::new(Code::InvalidIdempotencyKey, "Idempotency-Key: this request takes none"));
         }

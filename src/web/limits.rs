@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::{
     extract::Request,
-    http::{Version, header},
+    http::{HeaderValue, Version, header, uri::Authority},
 };
 
 use super::{
@@ -71,10 +71,10 @@ impl Limits {
 
     /// Lets a request in, and gives it its place and its meter if it needs them.
     pub(super) fn admit(&self, request: &mut Request, route: &str) -> Result<Option<(Place, Meter)>, Problem> {
-        // RFC 9112, section 3.2. hyper leaves it to us.
-        if request.version() == Version::HTTP_11 && request.headers().get_all(header::HOST).iter().count() != 1 {
-            let problem = Problem::new(Code::MalformedRequest, "a request of HTTP/1.1 has one header Host");
-            return Err(problem.with_header(header::CONNECTION, "close"));
+        if !has_right_host(request) {
+            const DETAIL: &str =
+                "a request of HTTP/1.1 has one header Host, which is a host, perhaps with a port, or empty";
+            return Err(Problem::new(Code::MalformedRequest, DETAIL).with_header(header::CONNECTION, "close"));
         }
         let uri = request.uri();
         if uri.path().len() + uri.query().map_or(0, str::len) > URI_LIMIT_BYTES {
@@ -91,4 +91,20 @@ impl Limits {
         request.extensions_mut().insert(place.clone());
         Ok(Some((place, meter)))
     }
+}
+
+/// RFC 9112, section 3.2. hyper leaves it to us.
+fn has_right_host(request: &Request) -> bool {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => request.version() != Version::HTTP_11,
+        (Some(host), None) => is_host(host),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// Empty where the target of the request has no host either.
+fn is_host(value: &HeaderValue) -> bool {
+    let host = value.as_bytes();
+    host.is_empty() || !host.contains(&b'@') && Authority::try_from(host).is_ok()
 }

@@ -1,7 +1,8 @@
 //! Meter: what a request costs its client, and what the answer says about it.
 //!
-//! Promise: every answer to a limited client says what is left, in the fields of draft-ietf-httpapi-ratelimit-headers-11; who has
-//! nothing left hears 429 and when to come again. Who asks with wrong keys is held back by address, before a key is looked up.
+//! Promise: every answer to a limited client, once it is known who asks, says what is left, in the fields of
+//! draft-ietf-httpapi-ratelimit-headers-11; who has nothing left hears 429 and when to come again. Who asks with wrong keys is held back by
+//! address, before a key is looked up.
 //! Not here, on purpose: who the client is (see `clients`).
 
 use std::{

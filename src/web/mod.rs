@@ -27,7 +27,7 @@ pub use address::Proxies;
 pub use body::{Body, Document, LIMIT_BYTES as BODY_LIMIT_BYTES, MergePatch, body_invalid};
 pub use code::Code;
 pub use etag::{AnyTag, EntityTags, NoPrecondition, Precondition, ReadCondition, View, etag, etag_of_view};
-pub use idempotency::{IdempotencyKey, KeyOfRequest, NoIdempotencyKey};
+pub use idempotency::{IdempotencyKey, KeyOfRequest, Plain};
 pub use limits::{LimitSettings, Limits};
 pub use manners::{Trace, manners, may_be_done, method_not_allowed, route_not_found};
 pub use meter::{Meter, Price};

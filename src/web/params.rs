@@ -5,11 +5,13 @@ use axum::{
     http::request::Parts,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, de::DeserializeOwned};
 use tidings_sdk::subscription::SubscriptionName;
 use uuid::Uuid;
 
 use super::{Code, Problem, Refuses, refuses};
+use crate::json::Fault;
 
 /// A user's id in the path.
 #[derive(Debug, Clone, Copy)]
@@ -26,10 +28,31 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 }
 
 impl Id {
-    /// One spelling per user: neither braces, URNs nor bare hex.
+    /// Nobody has the nil UUID.
     pub fn from_text(text: &str) -> Option<Self> {
-        Some(text).filter(|text| text.len() == 36)?.parse().ok().filter(|id: &Uuid| !id.is_nil()).map(Self)
+        uuid(text).filter(|id| !id.is_nil()).map(Self)
     }
+
+    /// Those in the array at `pointer`; or what is wrong with each that is none.
+    pub fn in_array(texts: &[String], pointer: &str) -> Result<Vec<Uuid>, Vec<Fault>> {
+        all(texts, pointer, |text| Self::from_text(text).map(|Self(id)| id))
+    }
+}
+
+/// One spelling per id: neither braces, URNs nor bare hex.
+fn uuid(text: &str) -> Option<Uuid> {
+    Some(text).filter(|text| text.len() == 36)?.parse().ok()
+}
+
+fn all(texts: &[String], pointer: &str, read: fn(&str) -> Option<Uuid>) -> Result<Vec<Uuid>, Vec<Fault>> {
+    let (mut ids, mut faults) = (vec![], vec![]);
+    for (place, text) in texts.iter().enumerate() {
+        match read(text) {
+            Some(id) => ids.push(id),
+            None => faults.push(Fault::new(format!("{pointer}/{place}"), "format", "must be a UUID")),
+        }
+    }
+    if faults.is_empty() { Ok(ids) } else { Err(faults) }
 }
 
 /// A subscription's name: a lowercase letter, then lowercase letters, digits, `.`, `_` and `-`.
@@ -49,7 +72,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     }
 }
 
-/// A message's id in the path, as `{message_id}`.
+/// A message's id in the path, as `{message_id}`. Who publishes chooses it, so it may be nil.
 #[derive(Debug, Clone, Copy)]
 pub struct MessageId(pub Uuid);
 
@@ -58,7 +81,14 @@ impl<S: Send + Sync> FromRequestParts<S> for MessageId {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let text = path_param(parts, state, "message_id").await.unwrap_or_default();
-        text.parse().map(Self).map_err(|_| Code::InvalidMessageId.into())
+        uuid(&text).map(Self).ok_or_else(|| Code::InvalidMessageId.into())
+    }
+}
+
+impl MessageId {
+    /// Those in the array at `pointer`; or what is wrong with each that is none.
+    pub fn in_array(texts: &[String], pointer: &str) -> Result<Vec<Uuid>, Vec<Fault>> {
+        all(texts, pointer, uuid)
     }
 }
 
@@ -96,6 +126,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        // Decoded as it comes it would have other characters in place of those, and ask for something else.
+        if percent_decode_str(parts.uri.query().unwrap_or_default()).decode_utf8().is_err() {
+            return Err(Problem::new(Code::InvalidQuery, "the query is not UTF-8"));
+        }
         let Query(params) = Query::<T>::from_request_parts(parts, state)
             .await
             .map_err(|rejection| Problem::new(Code::InvalidQuery, without_values(&rejection.body_text())))?;
@@ -103,7 +137,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     }
 }
 
-/// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place.
+/// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place. Nor with words of
+/// the libraries, which speak of types of ours.
 fn without_values(words: &str) -> String {
     // axum's own words come first. What follows them may hold the same, by the client.
     let words = words.strip_prefix("Failed to deserialize query string: ").unwrap_or(words);
@@ -111,12 +146,19 @@ fn without_values(words: &str) -> String {
         [("unknown field `", "there is no such parameter"), ("unknown variant `", "there is no such choice")]
     {
         if let Some((_, rest)) = words.split_once(kind) {
-            // Our own words come last.
-            let expected = rest.rfind("`, expected").or_else(|| rest.rfind("`, there are"));
-            return expected.map_or_else(|| said.to_owned(), |at| format!("{said}: {}", &rest[at + 3..]));
+            // What may stand there comes last.
+            let expected = rest.rfind("`, expected").filter(|_| !rest.ends_with("`, there are no fields"));
+            return format!("{said}: {}", expected.map_or("none is taken here", |at| &rest[at + 3..]));
         }
     }
-    words.to_owned()
+    for (kind, said) in [("missing field `", "has to be there"), ("duplicate field `", "may be there once")] {
+        if let Some((_, rest)) = words.split_once(kind) {
+            return format!("{} {said}", rest.trim_end_matches('`'));
+        }
+    }
+    // All others are numbers: texts are taken as they are.
+    let (name, _) = words.split_once(": ").unwrap_or(("a parameter", ""));
+    format!("{name} is a whole number, in its range")
 }
 
 /// Where a page ended, for the next one. Opaque to the client.
@@ -150,15 +192,25 @@ mod tests {
             ),
             (
                 "Failed to deserialize query string: Ana: unknown field `Ana`, there are no fields",
-                "there is no such parameter: there are no fields",
+                "there is no such parameter: none is taken here",
             ),
             (
                 "Failed to deserialize query string: query string: Ana: unknown field `query string: Ana`, there are no fields",
-                "there is no such parameter: there are no fields",
+                "there is no such parameter: none is taken here",
             ),
             (
+                "Failed to deserialize query string: unknown field `Ana`, expected Ana`, there are no fields",
+                "there is no such parameter: none is taken here",
+            ),
+            ("Failed to deserialize query string: missing field `state`", "state has to be there"),
+            ("Failed to deserialize query string: duplicate field `limit`", "limit may be there once"),
+            (
                 "Failed to deserialize query string: limit: invalid digit found in string",
-                "limit: invalid digit found in string",
+                "limit is a whole number, in its range",
+            ),
+            (
+                "Failed to deserialize query string: limit: number too large to fit in target type",
+                "limit is a whole number, in its range",
             ),
         ] {
             assert_eq!(without_values(words), said);

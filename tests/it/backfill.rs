@@ -501,6 +501,7 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
     for action in ["pause", "resume", "cancel"] {
         assert_eq!(act(&house, &orders, action).await.refusal(404), "backfill_not_found", "{action}");
     }
+    let id = Uuid::new_v4();
     for (wrong, pointer) in [
         (json!({}), ""),
         (json!({ "users": "some" }), "/users"),
@@ -508,15 +509,23 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
         (json!({ "user_ids": [] }), "/user_ids"),
         (json!({ "user_ids": vec![Uuid::new_v4(); 10_001] }), "/user_ids"),
         (json!({ "user_ids": ["7"] }), "/user_ids/0"),
+        (json!({ "user_ids": [id, id.simple().to_string()] }), "/user_ids/1"),
+        (json!({ "user_ids": [id, id.urn().to_string()] }), "/user_ids/1"),
+        (json!({ "user_ids": [id, id.braced().to_string()] }), "/user_ids/1"),
+        (json!({ "user_ids": [id, Uuid::nil()] }), "/user_ids/1"),
         (json!({ "changed_since": "yesterday" }), "/changed_since"),
         (json!({ "users": "all", "rate_per_s": 0 }), "/rate_per_s"),
         (json!({ "users": "all", "rate_per_s": 50_001 }), "/rate_per_s"),
+        (json!({ "users": "all", "rate_per_s": 5_000_000_000_u64 }), "/rate_per_s"),
+        (json!({ "users": "all", "rate_per_s": "1" }), "/rate_per_s"),
         (json!({ "users": "all", "max_waiting": 0 }), "/max_waiting"),
         (json!({ "users": "all", "speed": 1 }), "/speed"),
     ] {
         let refused = start(&house, &orders, wrong.clone()).await;
         assert_eq!(refused.refusal(422), "body_invalid", "{wrong}");
         assert_eq!(refused.body["errors"][0]["pointer"], pointer, "{wrong}");
+        let detail = refused.body["errors"][0]["detail"].as_str().unwrap();
+        assert!(!detail.contains("i32") && !detail.contains("i64"), "{wrong}: {detail}");
     }
     start(&house, &orders, json!({ "users": "all", "rate_per_s": 1 })).await.ok();
     assert_eq!(start(&house, &orders, json!({ "users": "all" })).await.refusal(409), "backfill_running");

@@ -308,6 +308,9 @@ async fn a_list_of_users_is_taken_or_refused_as_a_whole(db: PgPool) {
         assert_eq!(faults, expected, "{body}");
     }
     assert_eq!(house.get(&once).await.refusal(404), "user_not_found", "nothing of such a list is done");
+    let unknown = replace(&house, &json!({ "users": [{ "id": once, "profile": {}, "x": 1 }] })).await;
+    let detail = unknown.body["errors"][0]["detail"].as_str().unwrap();
+    assert!(["id", "if_version", "external_id", "profile"].iter().all(|name| detail.contains(name)), "{detail}");
 
     let large = json!({ "users": [{ "id": once, "profile": { "first_name": "x".repeat(300_000) } }] });
     assert_eq!(

@@ -14,7 +14,7 @@ use std::{
 use jsonschema::Validator;
 use lapin::{BasicProperties, types::AMQPValue};
 use reqwest::Method;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sqlx::PgPool;
 use tidings::{app, docs, web::Code};
 use tidings_sdk::{
@@ -68,6 +68,7 @@ pub fn check(method: &Method, path: &str, answer: &Answer) -> Result<(), String>
     };
     let response = &operation["responses"][status.to_string()];
     expect(response.is_object(), "the document has no such status")?;
+    check_headers(&response["headers"], answer)?;
     let Some(contents) = response["content"].as_object() else {
         return expect(answer.body.is_null(), "the document has no body here");
     };
@@ -77,15 +78,28 @@ pub fn check(method: &Method, path: &str, answer: &Answer) -> Result<(), String>
     if let Some(code) = code.filter(|_| essence == "application/problem+json") {
         expect(content["examples"][code].is_object(), "the document does not have this code here")?;
     }
-    for header in response["headers"].as_object().into_iter().flat_map(Map::keys) {
-        let optional = header.starts_with("Accept");
-        expect(optional || answer.headers.contains_key(header), &format!("no {header}, which the document promises"))?;
-    }
     // An answer to HEAD, and text, is no JSON.
     if essence.ends_with("json") && !answer.body.is_null() {
         validate(&OPENAPI, &content["schema"], &answer.body)
     } else {
         Ok(())
+    }
+}
+
+/// What HTTP itself has beside every body.
+const OF_HTTP: [&str; 5] = ["content-type", "content-length", "transfer-encoding", "connection", "date"];
+
+fn check_headers(described: &Value, answer: &Answer) -> Result<(), String> {
+    let described = described.as_object().ok_or("the document has no headers here")?;
+    for (name, header) in described {
+        let shared = header["$ref"].as_str().and_then(|place| OPENAPI.pointer(place.strip_prefix('#')?));
+        let is_required = shared.unwrap_or(header)["required"] == true;
+        expect(!is_required || answer.headers.contains_key(name), &format!("no {name}, which the document promises"))?;
+    }
+    let is_described = |name: &str| described.keys().any(|known| known.eq_ignore_ascii_case(name));
+    match answer.headers.keys().find(|name| !OF_HTTP.contains(&name.as_str()) && !is_described(name.as_str())) {
+        Some(name) => Err(format!("{name}, of which the document does not speak")),
+        None => Ok(()),
     }
 }
 
@@ -160,9 +174,46 @@ async fn an_answer_that_the_document_does_not_promise_is_found_out(db: PgPool) {
     assert!(lie(&|answer| answer.body["salary"] = json!(1), &path).contains("salary"));
     assert!(lie(&|answer| drop(answer.body.as_object_mut().unwrap().remove("id")), &path).contains("id"));
     assert!(lie(&|answer| drop(answer.headers.remove("etag")), &path).contains("no ETag"));
+    assert!(lie(&|answer| drop(answer.headers.remove("x-request-id")), &path).contains("no X-Request-Id"));
+    let salary = |answer: &mut Answer| drop(answer.headers.insert("x-salary", 1.into()));
+    assert!(lie(&salary, &path).contains("x-salary"));
     let mut refused = house.get(&Uuid::new_v4()).await;
     refused.body["code"] = json!("user_mislaid");
     assert!(check(&Method::GET, &path, &refused).unwrap_err().contains("this code"));
+}
+
+/// Every change that there is, and which of these headers it takes.
+fn changes() -> impl Iterator<Item = (Method, &'static str, Vec<&'static str>)> {
+    let paths = OPENAPI["paths"].as_object().unwrap().iter();
+    let operations = paths.flat_map(|(path, route)| route.as_object().unwrap().iter().map(move |(m, o)| (path, m, o)));
+    // One that only reads is a POST for its body.
+    let changes = operations.filter(|(path, method, _)| *method != "get" && *path != "/v1/users:batchGet");
+    changes.map(|(path, method, operation)| {
+        let parameters = operation["parameters"].as_array().into_iter().flatten();
+        let taken = parameters.filter_map(|parameter| parameter["name"].as_str()).collect();
+        (method.to_uppercase().parse().unwrap(), path.as_str(), taken)
+    })
+}
+
+#[sqlx::test]
+async fn a_change_takes_no_condition_and_no_key_that_would_be_without_effect(db: PgPool) {
+    let house = House::open(db).await;
+    for (method, path, taken) in changes() {
+        let path = path.replace("{name}", "orders");
+        let path = ["{id}", "{user_id}", "{message_id}"]
+            .iter()
+            .fold(path, |path, name| path.replace(name, &Uuid::new_v4().to_string()));
+        for (header, code) in [
+            ("If-Match", "invalid_header"),
+            ("If-None-Match", "invalid_header"),
+            ("Idempotency-Key", "invalid_idempotency_key"),
+        ] {
+            if !taken.contains(&header) {
+                let asked = house.request(method.clone(), &path).header(header, "\"7\"").json(&json!({}));
+                assert_eq!(Answer::to(asked).await.refusal(400), code, "{method} {path} {header}");
+            }
+        }
+    }
 }
 
 #[sqlx::test]

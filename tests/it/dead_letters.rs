@@ -351,7 +351,11 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
     let nobodys = house.request(Method::POST, &format!("{unknown}:redrive")).json(&json!({ "all": true }));
     assert_eq!(Answer::to(nobodys).await.refusal(404), "subscription_not_found");
     assert_eq!(house.page("/v1/subscriptions/Nobody/dead-letters").await.refusal(400), "invalid_subscription_name");
-    assert_eq!(delete(&house, &orders.path("dead-letters/7")).await.refusal(400), "invalid_message_id");
+    let id = Uuid::new_v4();
+    for wrong in ["7".to_owned(), id.simple().to_string(), id.urn().to_string(), format!("%7B{id}%7D")] {
+        let refused = delete(&house, &orders.path(&format!("dead-letters/{wrong}"))).await;
+        assert_eq!(refused.refusal(400), "invalid_message_id", "{wrong}");
+    }
     for query in ["?limit=0", "?limit=501", "?reason=bad", "?page=1"] {
         let refused = house.page(&orders.path(&format!("dead-letters{query}"))).await;
         assert_eq!(refused.refusal(400), "invalid_query", "{query}");
@@ -363,6 +367,8 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
         json!({ "all": true, "reason": "malformed" }),
         json!({ "reason": "bad" }),
         json!({ "message_ids": ["7"] }),
+        json!({ "message_ids": [id.simple().to_string()] }),
+        json!({ "message_ids": [id, id.braced().to_string()] }),
         json!({ "message_ids": vec![Uuid::new_v4(); 1_001] }),
         json!({ "everything": true }),
     ] {

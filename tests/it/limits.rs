@@ -74,6 +74,9 @@ async fn what_is_no_request_is_refused_like_everything_else(db: PgPool) {
         ("GET /healthz HTTP/1.1\r\n\r\n".to_owned(), 400, "malformed_request"),
         ("GET http://x/healthz HTTP/1.1\r\n\r\n".to_owned(), 400, "malformed_request"),
         ("GET /v1/users HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /v1/users HTTP/1.1\r\nhost: a b/c\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /v1/users HTTP/1.1\r\nhost: ana@x\r\n\r\n".to_owned(), 400, "malformed_request"),
+        ("GET /v1/users HTTP/1.0\r\nhost: x\r\nhost: x\r\n\r\n".to_owned(), 400, "malformed_request"),
         (format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431, "headers_too_large"),
         (format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(16 * 1024)), 431, "headers_too_large"),
         (format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(20_000)), 431, "headers_too_large"),
@@ -90,10 +93,27 @@ async fn what_is_no_request_is_refused_like_everything_else(db: PgPool) {
         format!("GET /healthz?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(7000)),
         format!("GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: {}\r\n\r\n", "x".repeat(16_000)),
         "GET /healthz HTTP/1.1\r\nhost:\r\nconnection: close\r\n\r\n".to_owned(),
+        "GET /healthz HTTP/1.1\r\nhost: [::1]:8080\r\nconnection: close\r\n\r\n".to_owned(),
+        "GET /healthz HTTP/1.0\r\n\r\n".to_owned(),
     ] {
         let mut line = Line::open(&house).await;
         line.send(&request).await;
-        assert!(line.rest().await.starts_with("HTTP/1.1 200 OK"), "{} bytes", request.len());
+        let answer = line.rest().await;
+        assert!(answer.starts_with("HTTP/1.") && answer[8..].starts_with(" 200 OK"), "{} bytes", request.len());
+    }
+}
+
+/// Chunks are taken off; whatever else was done to a body is still done to it.
+#[sqlx::test]
+async fn a_body_that_was_coded_for_the_way_is_refused(db: PgPool) {
+    let house = House::open(db).await;
+    for (coding, status) in [("chunked", 201), ("Chunked", 201), ("gzip, chunked", 415)] {
+        let head = format!("content-type: application/json\r\nconnection: close\r\ntransfer-encoding: {coding}\r\n");
+        let mut line = Line::open(&house).await;
+        line.send(house.head("POST /v1/users", &head)).await;
+        line.send("e\r\n{\"profile\":{}}\r\n0\r\n\r\n").await;
+        let answer = line.rest().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{coding}: {answer}");
     }
 }
 
@@ -363,6 +383,11 @@ async fn a_client_that_asks_too_often_waits_and_the_others_do_not(db: PgPool) {
     let url = format!("{}/v1/users/7", house.service.url);
     let (hasty, calm) = (client(&house, "hasty", None).await, client(&house, "calm", Some("500/500")).await);
     let (hasty, calm) = (http_with(&hasty), http_with(&calm));
+    // What is refused before it is known who asks costs nothing, and says nothing.
+    for (asked, status) in [(hasty.get(format!("{}/v1/nothing", house.service.url)), 404), (hasty.post(&url), 405)] {
+        let answer = Answer::to(asked).await;
+        assert!(answer.status == status && !answer.headers.contains_key("ratelimit"), "{answer:?}");
+    }
     let first = Answer::to(hasty.get(&url)).await;
     assert_eq!(first.refusal(400), "invalid_user_id");
     assert_eq!(first.headers["ratelimit-policy"], "\"client\";q=20;w=20");

@@ -57,6 +57,13 @@ async fn a_body_that_is_not_json_is_malformed(db: PgPool) {
         let patched = Answer::to(house.patch(&ana, json!({})).body(body.to_owned())).await;
         assert_eq!(patched.refusal(400), "malformed_json", "{shown}");
     }
+    // JSON, and yet nothing that could be read to its end.
+    for body in [r#"{"profile":{"social":{"n":1e400}}}"#, r#"{"profile":{"first_name":"\ud83d"}}"#] {
+        let refused = post(&house, body).await;
+        assert_eq!(refused.refusal(400), "malformed_json", "{body}");
+        let detail = refused.body["detail"].as_str().unwrap();
+        assert!(detail.contains("no double holds") && detail.contains("half of a surrogate pair"), "{detail}");
+    }
     let not_utf8 = post(&house, b"{\"profile\":{\"first_name\":\"\xff\"}}".to_vec()).await;
     assert_eq!(not_utf8.refusal(400), "malformed_json");
     assert_eq!(house.told(&ana).await, ["user.created"]);
@@ -180,6 +187,9 @@ async fn a_body_of_another_kind_hears_which_kind_is_right(db: PgPool) {
             assert_eq!(answer.refusal(415), "unsupported_media_type", "{method} {media_type:?} {coding:?}");
             assert_eq!(answer.headers[header], right, "{method} {media_type:?} {coding:?}");
         }
+        let request = house.request(method.clone(), path).header("content-type", right).header("content-type", wrong);
+        let twice = Answer::to(request.body(r#"{"profile":{"city":"Riga"}}"#)).await;
+        assert_eq!(twice.refusal(400), "invalid_header", "{method} {wrong}");
         let spelt_otherwise = format!("{} ; Charset=\"UTF-8\"", right.to_uppercase());
         let request = house.request(method.clone(), path).header("content-type", spelt_otherwise);
         let taken = Answer::to(request.header("content-encoding", "identity").body(r#"{"profile":{}}"#)).await;
@@ -260,12 +270,25 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
         ("/v1/users?limit=many".to_owned(), "invalid_query"),
         ("/v1/users?limit=1&limit=2".to_owned(), "invalid_query"),
         ("/v1/users?offset=7".to_owned(), "invalid_query"),
+        ("/v1/users?external_id=J%FCrgen".to_owned(), "invalid_query"),
+        ("/v1/users?external_id=%C3&after=%BC".to_owned(), "invalid_query"),
         ("/v1/users?after=".to_owned(), "invalid_cursor"),
         ("/v1/users?after=!".to_owned(), "invalid_cursor"),
         (format!("/v1/users?after={ana}"), "invalid_cursor"),
     ];
     for (path, code) in table {
         assert_eq!(house.page(&path).await.refusal(400), code, "{path}");
+    }
+    for (path, detail) in [
+        (format!("/v1/users/{ana}?min_version=9223372036854775808"), "min_version is a whole number, in its range"),
+        ("/v1/users?limit=".to_owned(), "limit is a whole number, in its range"),
+        ("/v1/changes?limit=-1".to_owned(), "limit is a whole number, in its range"),
+        ("/v1/users?limit=1&limit=2".to_owned(), "limit may be there once"),
+        ("/v1/deletions".to_owned(), "state has to be there"),
+        ("/v1/deletions?state=late".to_owned(), "there is no such choice: expected `overdue`"),
+        ("/v1/subscriptions?limit=1".to_owned(), "there is no such parameter: none is taken here"),
+    ] {
+        assert_eq!(house.page(&path).await.body["detail"], detail, "{path}");
     }
     // Whatever a client writes where a name of ours should be, it does not hear it again.
     for path in ["/v1/users?Ana=1", "/v1/users?query%20string:%20Ana=1", "/v1/users?unknown%20field%20%60Ana=1"] {
