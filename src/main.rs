@@ -40,9 +40,9 @@ async fn main() -> ExitCode {
 
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut faults = Faults::default();
-    faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format));
+    cli.log.start(&mut faults);
     match cli.command {
-        Command::Serve(settings) => roles::serve(settings, faults).await,
+        Command::Serve(settings) => roles::serve(*settings, faults).await,
         Command::Relay(settings) => roles::relay(settings, faults).await,
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,

@@ -28,6 +28,7 @@ pub struct Book {
     import_id: Uuid,
     input: Input,
     dry_run: bool,
+    key_setting: String,
 }
 
 impl Book {
@@ -58,6 +59,7 @@ impl Book {
             import_id,
             input,
             dry_run: import.dry_run,
+            key_setting: import.api.key_setting(),
         };
         book.greet(settings);
         Ok(book)
@@ -177,7 +179,7 @@ impl Book {
             }
             Some(why) if let Some(Ended::Unknown(_) | Ended::Forbidden(_)) = why.downcast_ref() => {
                 let mut faults = Faults::default();
-                faults.note::<(), _>("TIDINGS_API_KEY", Err(why));
+                faults.note::<(), _>(&self.key_setting, Err(why));
                 Err(faults.none().expect_err("one was noted").into())
             }
             Some(why) => Err(why.context(format!("ended before the end, after line {}", place.line))),

@@ -125,7 +125,7 @@ fn open(
     let name = name.and_then(|name| faults.note("NAME", name.parse::<SubscriptionName>()));
     let db = servers.database.open(&mut faults);
     let broker = servers.amqp.open(&mut faults);
-    let schema = faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(schema));
+    let schema = config::schema(schema, &mut faults);
     let management = broker.as_ref().and_then(|broker| servers.api.open(broker, &mut faults));
     faults.none()?;
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {

@@ -126,6 +126,86 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
     assert!(!refused.stderr.contains("s3cret"), "{}", refused.stderr);
 }
 
+/// What the parser of the command line would refuse by itself, and then nothing else be told.
+#[tokio::test]
+async fn a_wrong_switch_or_an_empty_path_is_named_with_all_else_that_is_wrong() {
+    let wrong = [
+        ("TIDINGS_NO_RELAY", "maybe"),
+        ("TIDINGS_REQUIRE_IF_MATCH", "on"),
+        ("TIDINGS_NO_MIGRATE", ""),
+        ("TIDINGS_INSECURE_NO_AUTH", "TRUE"),
+        ("TIDINGS_LOG_FORMAT", "xml"),
+        ("TIDINGS_PROFILE_SCHEMA", ""),
+        ("DATABASE_URL_FILE", ""),
+    ];
+    let refused = run(&["serve"], &wrong).await;
+    assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
+    assert!(refused.stderr.contains("7 settings are wrong"), "{}", refused.stderr);
+    for (name, _) in &wrong[..4] {
+        assert!(refused.stderr.contains(&format!("{name}: expected true or false")), "{}", refused.stderr);
+    }
+    for named in [
+        "TIDINGS_LOG_FORMAT: expected text or json",
+        "TIDINGS_PROFILE_SCHEMA: is empty; name a file",
+        "DATABASE_URL_FILE: is empty; name a file",
+    ] {
+        assert!(refused.stderr.contains(named), "no {named:?} in {}", refused.stderr);
+    }
+    let relays = run(&["serve"], &[("TIDINGS_NO_RELAY", "false")]).await;
+    assert!(relays.stderr.contains("AMQP_URL: is not set"), "{}", relays.stderr);
+    let lone = run(&["serve", "--no-relay"], &[]).await;
+    assert!(lone.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", lone.stderr);
+}
+
+#[tokio::test]
+async fn no_setting_is_refused_before_the_others_are_looked_at() {
+    let commands: [&[&str]; 12] = [
+        &["serve"],
+        &["relay"],
+        &["migrate"],
+        &["tail"],
+        &["client", "create", "--scope", "admin", "orders"],
+        &["client", "list"],
+        &["subscription", "put", "--owner", "o", "--purpose", "p", "orders"],
+        &["subscription", "list"],
+        &["deletions", "overdue"],
+        &["audit-leaks"],
+        &["import", "/nowhere"],
+        &["openapi"],
+    ];
+    for command in commands {
+        let help = run(&[command, &["--help"]].concat(), &[]).await.stdout;
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let names: Vec<&str> =
+            help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap()).collect();
+        assert!(names.contains(&"TIDINGS_LOG_FORMAT"), "{help}");
+        let empty: Vec<_> = names.iter().map(|name| (*name, "")).collect();
+        let refused = run(command, &empty).await;
+        let all_at_once = ["settings are wrong", "setting is wrong"].iter().any(|words| refused.stderr.contains(words));
+        assert!(refused.code == Some(2) && all_at_once, "{command:?}: {refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_file_is_blamed_and_not_the_variable_beside_it() {
+    let file = file("s3cret");
+    let file = file.to_str().unwrap();
+    let commands: [(&[&str], _, _, _); 5] = [
+        (&["migrate"], "DATABASE_URL", "postgres://localhost/x", "expected postgres://"),
+        (&["tail"], "AMQP_URL", "amqp://localhost", "expected amqp://"),
+        (&["relay"], "AMQP_REGISTRY_URL", "amqp://localhost", "expected amqp://"),
+        (&["import", file], "TIDINGS_IMPORT_NAMESPACE", "0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a", "expected a UUID"),
+        (&["import", file], "TIDINGS_API_KEY", "key", "cannot read"),
+    ];
+    for (command, name, right, wrong) in commands {
+        let file = if wrong == "cannot read" { "/nowhere" } else { file };
+        let refused = run(command, &[(name, right), (&format!("{name}_FILE"), file)]).await;
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stderr.contains(&format!("  {name}_FILE: {wrong}")), "{}", refused.stderr);
+        assert!(!refused.stderr.contains(&format!("{name}: ")) && !refused.stderr.contains("s3cret"), "{refused:?}");
+    }
+}
+
 #[tokio::test]
 async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
     let empty = file(" \n");
@@ -133,10 +213,10 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
         (&["migrate"], ("DATABASE_URL", "postgres:s3cret"), "DATABASE_URL: expected postgres://"),
         (&["migrate"], ("DATABASE_URL", "mysql://ana:s3cret@host/db"), "DATABASE_URL: expected postgres://"),
         (&["migrate"], ("DATABASE_URL", " "), "DATABASE_URL: is empty"),
-        (&["migrate"], ("DATABASE_URL_FILE", "/nowhere/s3cret"), "DATABASE_URL: cannot read"),
-        (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL: is empty"),
+        (&["migrate"], ("DATABASE_URL_FILE", "/nowhere/s3cret"), "DATABASE_URL_FILE: cannot read"),
+        (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL_FILE: is empty"),
         (&["tail"], ("AMQP_URL", "http://ana:s3cret@host"), "AMQP_URL: expected amqp://"),
-        (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL: cannot read"),
+        (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL_FILE: cannot read"),
         (&["tail"], ("AMQP_REGISTRY_URL", "http://ana:s3cret@host"), "AMQP_REGISTRY_URL: expected amqp://"),
         (&["relay"], ("AMQP_CA_FILE", "/nowhere"), "AMQP_CA_FILE: /nowhere: No such file"),
         (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
@@ -158,7 +238,8 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
 #[sqlx::test(migrations = false)]
 async fn secrets_may_come_from_files_and_migrating_again_does_no_harm(db: PgPool) {
     let database = file(&format!("{}\n", database_url(&db)));
-    let files = [("DATABASE_URL_FILE", database.to_str().unwrap())];
+    // Where both are set, the file counts.
+    let files = [("DATABASE_URL_FILE", database.to_str().unwrap()), ("DATABASE_URL", "postgres://127.0.0.1:1/nowhere")];
     for _ in 0..2 {
         let migrated = run(&["migrate"], &files).await;
         assert_eq!((migrated.code, migrated.stderr.as_str()), (Some(0), "the schema is up to date\n"), "{migrated:?}");

@@ -658,6 +658,9 @@ async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPo
     with(Some(unknown.expose_secret())).await.says(&["does not know this key"]);
     with(Some(&readers)).await.says(&["may not do that (forbidden)", "users:write"]);
     with(Some("not a\nkey")).await.says(&["TIDINGS_API_KEY: holds characters that no key has"]);
+    let key_file = file(unknown.expose_secret());
+    let from_file = import(&house.service.url, &[name(&lines), "--api-key-file", name(&key_file)]).await;
+    from_file.says(&["TIDINGS_API_KEY_FILE: ", "does not know this key"]);
     assert_eq!(living(&house).await, 0);
     // Nothing was settled: with the right key it begins at the first line.
     import(&house.service.url, &[name(&lines)]).await.well().says(&["100 users created"]);
