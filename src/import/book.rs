@@ -137,12 +137,17 @@ impl Book {
     /// # Errors
     /// When the journal cannot be written.
     pub fn save(&mut self, trouble: Option<(String, Duration)>) -> anyhow::Result<()> {
+        self.write()?;
+        self.progress.show(self.place, &self.tally, trouble);
+        Ok(())
+    }
+
+    fn write(&mut self) -> anyhow::Result<()> {
         if let Some(journal) = &mut self.journal
             && std::mem::take(&mut self.is_behind)
         {
             journal.write()?;
         }
-        self.progress.show(self.place, &self.tally, trouble);
         Ok(())
     }
 
@@ -151,7 +156,7 @@ impl Book {
     /// # Errors
     /// When not every line is in, or when what was settled cannot be written down.
     pub fn close(mut self, ended: Option<anyhow::Error>) -> anyhow::Result<()> {
-        self.save(None)?;
+        self.write()?;
         if let Some(journal) = &mut self.journal {
             journal.sync()?;
         }
