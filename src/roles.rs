@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use axum::Router;
 use sqlx::Connection;
 use tokio::{net::TcpListener, time::sleep};
@@ -282,6 +282,6 @@ pub async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
 fn announce(listener: &TcpListener) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let mut out = stdout().lock();
-    writeln!(out, "tidings ready on http://{address}")?;
-    Ok(out.flush()?)
+    let told = writeln!(out, "tidings ready on http://{address}").and_then(|()| out.flush());
+    told.map_err(|error| anyhow!("the ready line cannot be written: {error}"))
 }

@@ -163,7 +163,12 @@ fn duration(setting: &str, text: Option<&str>, faults: &mut Faults) -> Option<Du
 
 fn print_key(client: &str, key: &Key, text: &SecretString) -> anyhow::Result<()> {
     eprintln!("{client} has the key {}; it is shown this once:", key.id);
-    Ok(writeln!(stdout().lock(), "{}", text.expose_secret())?)
+    writeln!(stdout().lock(), "{}", text.expose_secret()).map_err(|error| {
+        anyhow!(
+            "it could not be written, and is lost: {error}\nhint: `tidings client revoke {client} --key {}`",
+            key.id
+        )
+    })
 }
 
 #[derive(Serialize)]

@@ -299,6 +299,30 @@ async fn the_service_serves_its_documents(db: PgPool) {
     assert!(names.iter().all(|name| messages.contains(name)), "{messages}");
 }
 
+/// As `tidings openapi | head -1` does, once `head` has gone.
+#[sqlx::test]
+async fn a_command_ends_quietly_when_nobody_reads_any_more(db: PgPool) {
+    let settings = [("DATABASE_URL", database_url(&db)), ("AMQP_URL", env("AMQP_URL"))];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value));
+    let unread = async |command: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let child = tidings(command, &settings).stdout(writer).spawn().unwrap();
+        let ended = timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let quiet = (Some(0), String::new());
+    for command in [&["openapi"][..], &["subscription", "list"], &["subscription", "list", "--json"]] {
+        assert_eq!(unread(command).await, quiet, "{command:?}");
+    }
+    // A key that nobody has seen is no success.
+    let (code, said) = unread(&["client", "create", "orders", "--scope", "users:read"]).await;
+    assert!(code == Some(1) && said.contains("is lost") && said.contains("hint: `tidings client revoke"), "{said}");
+    for command in [&["client", "list"][..], &["client", "list", "--json"]] {
+        assert_eq!(unread(command).await, quiet, "{command:?}");
+    }
+}
+
 // How it comes up.
 
 #[sqlx::test]
