@@ -368,6 +368,25 @@ async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
 }
 
+/// It may be about to be made, or a password to be changed: a service waits. Who is at the terminal is told at once.
+#[sqlx::test]
+async fn a_database_that_lets_nobody_in_says_why(db: PgPool) {
+    let mut url = url::Url::parse(&database_url(&db)).unwrap();
+    let name = format!("nowhere_{}", Uuid::new_v4().simple());
+    url.set_path(&name);
+    let settings = [("DATABASE_URL", url.as_str()), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0")];
+    let why = format!("no connection to the database: database \"{name}\" does not exist (SQLSTATE 3D000)\n");
+    for command in [&["migrate"][..], &["subscription", "list"], &["client", "list"]] {
+        let refused = run(command, &settings).await;
+        assert!(refused.code == Some(1) && refused.stderr.contains(&why), "{command:?}: {}", refused.stderr);
+    }
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let mut starting = tidings(&["serve"], &settings).spawn().unwrap();
+    let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+    let first = timeout(PATIENCE, log.next_line()).await.unwrap().unwrap().unwrap();
+    assert!(first.contains(&format!("waiting for the database: {}", why.trim())), "{first}");
+}
+
 #[sqlx::test]
 async fn an_instance_without_a_relay_keeps_and_another_tells(db: PgPool) {
     let mut house = House::open(db).await;
