@@ -81,13 +81,13 @@ async fn migrate(settings: &config::Migrate, mut faults: Faults) -> anyhow::Resu
 }
 
 async fn tail(settings: config::Tail, mut faults: Faults) -> anyhow::Result<()> {
-    let fields = settings.fields(&mut faults);
+    let (keys, fields) = (settings.keys(&mut faults), settings.fields(&mut faults));
     let broker = settings.amqp.open(&mut faults);
     faults.none()?;
     let Some(broker) = broker else { unreachable!("no faults, so it is there") };
     let stop = CancellationToken::new();
     lifecycle::leave_on_signal(stop.clone())?;
-    tail::run(&broker.as_registry(), &Wanted { keys: settings.keys, fields }, &stop).await
+    tail::run(&broker.as_registry(), &Wanted { keys, fields }, &stop).await
 }
 
 async fn import(settings: config::Import, mut faults: Faults) -> anyhow::Result<()> {

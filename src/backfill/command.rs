@@ -8,9 +8,13 @@ use std::{
 use anyhow::ensure;
 use tidings_sdk::subscription::SubscriptionName;
 use tokio::time::sleep;
+use uuid::Uuid;
 
 use super::{Action, Backfill, Backfills, MAX_USER_IDS, Plan, Start, State, http::Progress};
-use crate::config::{BackfillAction, BackfillStart, Faults, SubscriptionServers};
+use crate::{
+    config::{BackfillAction, BackfillStart, Faults, SubscriptionServers},
+    json::Fault,
+};
 
 /// Between two looks of one who follows.
 const LOOK: Duration = Duration::from_millis(500);
@@ -38,7 +42,7 @@ pub async fn run(action: BackfillAction, mut faults: Faults) -> anyhow::Result<(
 
 async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.backfill.name.parse::<SubscriptionName>());
-    let plan = faults.note("--user, --changed-since or --rate", plan(&asked));
+    let plan = plan(&asked, &mut faults);
     let backfills = open(&asked.backfill.servers, &mut faults);
     faults.none()?;
     let (Some(name), Some(plan), Some(backfills)) = (name, plan, backfills) else {
@@ -55,9 +59,8 @@ async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
-    ensure!(asked.users.len() <= MAX_USER_IDS, "at most {MAX_USER_IDS} users by id");
-    let ids = asked.users.iter().map(|id| id.parse()).collect::<Result<Vec<_>, _>>()?;
+fn plan(asked: &BackfillStart, faults: &mut Faults) -> Option<Plan> {
+    let ids = faults.note("--user", user_ids(&asked.users))?;
     let everybody = (ids.is_empty() && asked.changed_since.is_none()).then(|| "all".to_owned());
     let start = Start {
         users: everybody,
@@ -66,7 +69,18 @@ fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
         rate_per_s: asked.rate,
         max_waiting: None,
     };
-    start.plan().map_err(|fault| anyhow::anyhow!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail))
+    let plan = start.plan();
+    let setting = |fault: &Fault| if fault.pointer == "/rate_per_s" { "--rate" } else { "--changed-since" };
+    let setting = plan.as_ref().err().map_or("--user", setting);
+    faults.note(setting, plan.map_err(|fault| fault.detail))
+}
+
+fn user_ids(texts: &[String]) -> Result<Vec<Uuid>, String> {
+    if texts.len() > MAX_USER_IDS {
+        return Err(format!("at most {MAX_USER_IDS} users by id"));
+    }
+    let parsed = texts.iter().map(|text| text.parse().map_err(|_| format!("expected a UUID, not {text:?}")));
+    parsed.collect()
 }
 
 fn print(name: &SubscriptionName, backfill: &Backfill, as_json: bool) -> anyhow::Result<()> {

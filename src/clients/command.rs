@@ -100,8 +100,13 @@ async fn revoke(asked_for: ClientRevoke, mut faults: Faults) -> anyhow::Result<(
         }
         None => {
             let revoked = asked(store::revoke(&mut connection, name).await)?;
-            ensure!(revoked, "there is no client {name}\nhint: `tidings client list` tells which there are");
-            eprintln!("{name} is revoked: within a second every instance refuses it");
+            let is_known =
+                revoked || asked(store::find(&mut connection).await)?.iter().any(|known| known.name == *name);
+            ensure!(is_known, "there is no client {name}\nhint: `tidings client list` tells which there are");
+            match revoked {
+                true => eprintln!("{name} is revoked: within a second every instance refuses it"),
+                false => eprintln!("{name} was revoked before"),
+            }
         }
     }
     Ok(())

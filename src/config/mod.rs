@@ -235,15 +235,20 @@ pub struct Migrate {
 pub struct Tail {
     /// Routing keys to listen for; `*` is one word, `#` any number. Without any: everything, or nothing but --fields.
     #[arg(value_name = "KEY")]
-    pub keys: Vec<String>,
+    keys: Vec<String>,
     /// Only profile.updated, and only when one of these fields changed.
     #[arg(long, value_name = "FIELD", value_delimiter = ',')]
-    pub fields: Vec<String>,
+    fields: Vec<String>,
     #[command(flatten)]
     pub amqp: Amqp,
 }
 
 impl Tail {
+    /// Those of some notice: for another it would listen for ever.
+    pub fn keys(&self, faults: &mut Faults) -> Vec<BindingKey> {
+        self.keys.iter().filter_map(|key| faults.note("KEY", key.parse())).collect()
+    }
+
     pub fn fields(&self, faults: &mut Faults) -> Vec<FieldName> {
         self.fields.iter().filter_map(|name| faults.note("--fields", FieldName::from_str(name))).collect()
     }

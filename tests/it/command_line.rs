@@ -220,6 +220,7 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
         (&["tail"], ("AMQP_REGISTRY_URL", "http://ana:s3cret@host"), "AMQP_REGISTRY_URL: expected amqp://"),
         (&["relay"], ("AMQP_CA_FILE", "/nowhere"), "AMQP_CA_FILE: /nowhere: No such file"),
         (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
+        (&["tail", "user.delted"], ("AMQP_URL", "amqp://localhost"), "KEY: no notice has such a routing key"),
         (&["relay"], ("AMQP_URL", "amqp://localhost"), "DATABASE_URL: is not set"),
         (&["relay"], ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "soon"), "TIDINGS_SUBSCRIPTION_IDLE_AFTER: expected a number"),
         (&["relay"], ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "2m"), "TIDINGS_SUBSCRIPTION_CHECK_EVERY: expected at most"),

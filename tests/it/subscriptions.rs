@@ -985,7 +985,14 @@ async fn an_operator_can_do_all_of_it_without_a_service(db: PgPool) {
 
     for (words, code, hint) in [
         (put.replace("team-orders", "team-billing"), 1, "hint: give the same --owner"),
-        (put.replace("user.deleted", "user.renamed"), 1, "/routing_keys/0"),
+        (put.replace("user.deleted", "user.renamed"), 2, "  --key: no notice has such a routing key"),
+        (put.replace("address", "adress"), 2, "  --field: the profile schema has no such field"),
+        (put.replace(" --key user.deleted --field address", ""), 2, "  --key or --field: give at least one"),
+        (format!("{put} --client nobody"), 2, "  --client: there is no such client"),
+        (format!("backfill start {orders} --user x"), 2, "  --user: expected a UUID, not \"x\"\n"),
+        (format!("backfill start {orders} --changed-since x"), 2, "  --changed-since: is a time such as"),
+        (format!("backfill start {orders} --rate 0"), 2, "  --rate: is a number from"),
+        (format!("dead-letters redrive {orders} --message x"), 2, "expected a UUID, not \"x\"\n"),
         (format!("{put} --expires-after soon"), 2, "--expires-after: expected a number and a unit"),
         ("show Orders".to_owned(), 2, "NAME: a subscription's name"),
         (format!("show {}", unique("nobody")), 1, "hint: `tidings subscription list`"),
