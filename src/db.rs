@@ -10,6 +10,7 @@ use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
+    error::DatabaseError,
     migrate::Migrator,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
@@ -60,8 +61,8 @@ pub struct Db {
 /// Why a statement has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Trouble {
-    /// No connection: nothing was sent.
-    #[error("the database cannot be reached")]
+    /// No connection: nothing was sent. Nobody is there, or nobody is let in.
+    #[error("no connection to the database")]
     Unreachable(#[source] anyhow::Error),
     /// The database refused the statement and rolled it back. The SQLSTATE and the constraint's name are all we keep of it: message
     /// and detail of a database error quote the row, and with it a user's values.
@@ -81,6 +82,8 @@ impl From<sqlx::Error> for Trouble {
                 // commit that was under way.
                 if code.starts_with("57P") || code.starts_with("08") {
                     Self::Broken(anyhow::anyhow!("the database ended the session (SQLSTATE {code})"))
+                } else if is_about_connecting(&code) {
+                    Self::Unreachable(turned_away(&*refusal))
                 } else {
                     Self::Refused { code, constraint: refusal.constraint().map(str::to_owned) }
                 }
@@ -89,6 +92,16 @@ impl From<sqlx::Error> for Trouble {
             other => Self::Broken(other.into()),
         }
     }
+}
+
+/// Whether a refusal is of no statement but of who asks (class 28), or for what database (3D): a pool dials when it is asked.
+fn is_about_connecting(code: &str) -> bool {
+    code.starts_with("28") || code.starts_with("3D")
+}
+
+/// Why the database lets nobody in. Its words name a role, a database or an address, and no row is at hand that they could quote.
+fn turned_away(refusal: &dyn DatabaseError) -> anyhow::Error {
+    anyhow::anyhow!("{} (SQLSTATE {})", refusal.message(), refusal.code().unwrap_or_default())
 }
 
 impl Trouble {
@@ -291,6 +304,7 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     };
     match timeout(CONNECT_DEADLINE, dial).await {
         Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(sqlx::Error::Database(refusal))) => Err(Trouble::Unreachable(turned_away(&*refusal))),
         Ok(Err(error)) => Err(Trouble::Unreachable(error.into())),
         Err(_) => Err(Trouble::Unreachable(anyhow::anyhow!("no answer within {CONNECT_DEADLINE:?}"))),
     }

@@ -1,13 +1,13 @@
 //! Roles and commands; owns the exit code.
 
 use std::{
-    io::{Read, Write, stdout},
+    io::{self, ErrorKind, Read, Write, stdout},
     net::TcpStream,
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Parser;
 use tidings::{
     app, audit_leaks, clients,
@@ -27,6 +27,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 async fn main() -> ExitCode {
     match run(Cli::parse()).await {
         Ok(code) => code,
+        Err(error) if nobody_reads(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", telemetry::with_causes(&error));
             if error.is::<WrongSettings>() {
@@ -38,11 +39,18 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Whether what is printed is read no more, as in `tidings openapi | head -1`. All else that writes has an error of its own.
+fn nobody_reads(error: &anyhow::Error) -> bool {
+    let of_json = || error.downcast_ref::<serde_json::Error>()?.io_error_kind();
+    let kind = error.downcast_ref().map(io::Error::kind).or_else(of_json);
+    kind == Some(ErrorKind::BrokenPipe)
+}
+
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut faults = Faults::default();
-    faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format));
+    cli.log.start(&mut faults);
     match cli.command {
-        Command::Serve(settings) => roles::serve(settings, faults).await,
+        Command::Serve(settings) => roles::serve(*settings, faults).await,
         Command::Relay(settings) => roles::relay(settings, faults).await,
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,
@@ -73,13 +81,13 @@ async fn migrate(settings: &config::Migrate, mut faults: Faults) -> anyhow::Resu
 }
 
 async fn tail(settings: config::Tail, mut faults: Faults) -> anyhow::Result<()> {
-    let fields = settings.fields(&mut faults);
+    let (keys, fields) = (settings.keys(&mut faults), settings.fields(&mut faults));
     let broker = settings.amqp.open(&mut faults);
     faults.none()?;
     let Some(broker) = broker else { unreachable!("no faults, so it is there") };
     let stop = CancellationToken::new();
     lifecycle::leave_on_signal(stop.clone())?;
-    tail::run(&broker.as_registry(), &Wanted { keys: settings.keys, fields }, &stop).await
+    tail::run(&broker.as_registry(), &Wanted { keys, fields }, &stop).await
 }
 
 async fn import(settings: config::Import, mut faults: Faults) -> anyhow::Result<()> {
@@ -105,9 +113,9 @@ fn healthcheck(settings: &config::Healthcheck, mut faults: Faults) -> anyhow::Re
     }
     let mut stream = TcpStream::connect_timeout(&address, DEADLINE).context("no instance listens")?;
     stream.set_read_timeout(Some(DEADLINE))?;
-    write!(stream, "GET /healthz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).context("no answer in time")?;
+    let asked = write!(stream, "GET /healthz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    asked.and_then(|()| stream.read_to_string(&mut answer)).map_err(|error| anyhow!("no answer in time: {error}"))?;
     ensure!(answer.starts_with("HTTP/1.1 200"), "the instance is not well");
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use axum::Router;
 use sqlx::Connection;
 use tokio::{net::TcpListener, time::sleep};
@@ -44,16 +44,18 @@ const PATIENCE: u32 = 30;
 pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyhow::Result<()> {
     warn_of_unknown_settings();
     let db = settings.database.open(&mut faults);
-    let broker = if settings.no_relay { None } else { settings.amqp.open(&mut faults) };
+    let relays = settings.relays(&mut faults);
+    let broker = if relays { settings.amqp.open(&mut faults) } else { None };
     let source = match &broker {
         Some(broker) => Some(broker.topology()),
-        None if settings.no_relay => settings.amqp.source(&mut faults),
-        None => None,
+        None if relays => None,
+        None => settings.amqp.source(&mut faults),
     };
     let address = settings.listen.parse(&mut faults);
-    let schema = settings.schema(&mut faults);
+    let schema = config::schema(settings.profile_schema.as_deref(), &mut faults);
     let tokens = settings.jwt.tokens(&mut faults);
     let asks_nobody = settings.asks_nobody(address, &mut faults);
+    let (migrates, requires_if_match) = (settings.migrates(&mut faults), settings.requires_if_match(&mut faults));
     let watching = settings.watching.parse(&mut faults);
     let deadline = settings.erasure.parse(&mut faults);
     let limits = settings.limits.parse(&mut faults);
@@ -69,9 +71,9 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     leave_on_signal(stop.clone())?;
     warn_of_listeners(&db, broker.as_ref(), management.as_ref());
     let listener = listen(address)?;
-    let Some(found) = stop.run_until_cancelled(await_database(&db, !settings.no_migrate)).await else { return Ok(()) };
+    let Some(found) = stop.run_until_cancelled(await_database(&db, migrates)).await else { return Ok(()) };
     found?;
-    if settings.no_migrate {
+    if !migrates {
         db.check_migrated().await?;
     }
     if !asks_nobody {
@@ -106,7 +108,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let serving = Some((clients.clone(), deletions.clone()));
     let ops = Ops::new(queries.clone(), looks.clone(), serving, status, &limits.traffic);
     let desks = Desks {
-        users: Users::open(&db, queries.clone(), schema.clone(), bell, settings.require_if_match, &keeping),
+        users: Users::open(&db, queries.clone(), schema.clone(), bell, requires_if_match, &keeping),
         feed: feed.clone(),
         subscriptions: subscriptions.clone(),
         dead_letters: letters,
@@ -280,6 +282,6 @@ pub async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
 fn announce(listener: &TcpListener) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let mut out = stdout().lock();
-    writeln!(out, "tidings ready on http://{address}")?;
-    Ok(out.flush()?)
+    let told = writeln!(out, "tidings ready on http://{address}").and_then(|()| out.flush());
+    told.map_err(|error| anyhow!("the ready line cannot be written: {error}"))
 }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use futures_util::StreamExt;
 use lapin::{
     Channel, Consumer, ExchangeKind,
@@ -18,7 +18,10 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde::Serialize;
-use tidings_sdk::envelope::{FieldName, Notice, field_header};
+use tidings_sdk::{
+    envelope::{FieldName, Notice, field_header},
+    subscription::BindingKey,
+};
 use time::OffsetDateTime;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +37,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// What to listen for.
 pub struct Wanted {
-    pub keys: Vec<String>,
+    pub keys: Vec<BindingKey>,
     pub fields: Vec<FieldName>,
 }
 
@@ -131,13 +134,12 @@ async fn listen(broker: &Broker, channel: &Channel, wanted: &Wanted) -> anyhow::
     if !wanted.fields.is_empty() {
         bind_fields(broker, channel, &name, &wanted.fields).await?;
     }
-    let everything = ["#".to_owned()];
-    let keys = if wanted.keys.is_empty() && wanted.fields.is_empty() { &everything[..] } else { &wanted.keys };
+    let keys: Vec<&str> = match wanted.keys.is_empty() && wanted.fields.is_empty() {
+        true => vec!["#"],
+        false => wanted.keys.iter().map(BindingKey::as_str).collect(),
+    };
     for key in keys {
-        if key.is_empty() || key.len() > 255 {
-            bail!("a routing key has 1 to 255 bytes");
-        }
-        let key = if key == "#" { key.clone() } else { broker.prefixed(key) };
+        let key = if key == "#" { key.to_owned() } else { broker.prefixed(key) };
         let bound = channel.queue_bind(
             name.clone(),
             broker.exchange().into(),

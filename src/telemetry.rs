@@ -3,18 +3,29 @@
 //! Promise: the log goes to stderr, one event a line, and holds ids and names only.
 //! Not here, on purpose: request and message bodies, at any level.
 
-use std::io::IsTerminal;
+use std::{io::IsTerminal, str::FromStr};
 
-use clap::ValueEnum;
 use tracing::{Level, Metadata};
 use tracing_subscriber::{EnvFilter, filter::filter_fn, layer::SubscriberExt, util::SubscriberInitExt};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// For people.
     Text,
     /// For machines: one JSON object a line.
     Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err("expected text or json"),
+        }
+    }
 }
 
 /// Starts the log. `filter` is in the syntax of tracing's `EnvFilter`.

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use sqlx::Connection;
 
 use crate::{
@@ -79,7 +79,7 @@ pub async fn run(asked: config::AuditLeaks, mut faults: Faults) -> anyhow::Resul
         let read = fetch_metrics(address).and_then(|lines| scan_lines(lines, "metrics", &needles, &mut report));
         report.looked_at("metrics", read);
     }
-    report.print(asked.json)?;
+    report.print(asked.json).map_err(|error| anyhow!("the report cannot be written: {error}"))?;
     Ok(report.is_clean())
 }
 

@@ -9,7 +9,7 @@ use anyhow::ensure;
 use tidings_sdk::subscription::SubscriptionName;
 use tokio::time::sleep;
 
-use super::{Action, Backfill, Backfills, MAX_USER_IDS, Plan, Start, State, http::Progress};
+use super::{Action, Backfill, Backfills, Plan, Start, State, http::Progress};
 use crate::{
     config::{BackfillAction, BackfillStart, Faults, SubscriptionServers},
     json::{Fault, MAX_FAULTS},
@@ -41,7 +41,7 @@ pub async fn run(action: BackfillAction, mut faults: Faults) -> anyhow::Result<(
 
 async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.backfill.name.parse::<SubscriptionName>());
-    let plan = faults.note("--user, --changed-since or --rate", plan(&asked));
+    let plan = plan(&asked, &mut faults);
     let backfills = open(&asked.backfill.servers, &mut faults);
     faults.none()?;
     let (Some(name), Some(plan), Some(backfills)) = (name, plan, backfills) else {
@@ -58,8 +58,7 @@ async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
-    ensure!(asked.users.len() <= MAX_USER_IDS, "at most {MAX_USER_IDS} users by id");
+fn plan(asked: &BackfillStart, faults: &mut Faults) -> Option<Plan> {
     let everybody = (asked.users.is_empty() && asked.changed_since.is_none()).then(|| "all".to_owned());
     let start = Start {
         users: everybody,
@@ -68,10 +67,21 @@ fn plan(asked: &BackfillStart) -> anyhow::Result<Plan> {
         rate_per_s: asked.rate.map(i64::from),
         max_waiting: None,
     };
-    let words = |fault: &Fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail);
-    start
-        .plan()
-        .map_err(|faults| anyhow::anyhow!(faults.iter().take(MAX_FAULTS).map(words).collect::<Vec<_>>().join(", ")))
+    let found = match start.plan() {
+        Ok(plan) => return Some(plan),
+        Err(found) => found,
+    };
+    for Fault { pointer, detail, .. } in found.into_iter().take(MAX_FAULTS) {
+        let given = |place: &str| asked.users.get(place.parse::<usize>().ok()?);
+        let (setting, detail) = match (pointer.as_str(), pointer.strip_prefix("/user_ids/").and_then(given)) {
+            (_, Some(given)) => ("--user", format!("{detail}, not {given:?}")),
+            ("/user_ids", _) => ("--user", detail),
+            ("/rate_per_s", _) => ("--rate", detail),
+            _ => ("--changed-since", detail),
+        };
+        faults.note::<(), _>(setting, Err(detail));
+    }
+    None
 }
 
 fn print(name: &SubscriptionName, backfill: &Backfill, as_json: bool) -> anyhow::Result<()> {

@@ -30,13 +30,15 @@ use crate::{
 
 /// # Errors
 /// When what was asked for was not done.
-pub async fn run(action: ClientAction, faults: Faults) -> anyhow::Result<()> {
+pub async fn run(action: ClientAction, mut faults: Faults) -> anyhow::Result<()> {
     match action {
         ClientAction::Create(create) => self::create(create, faults).await,
         ClientAction::Rotate(rotate) => self::rotate(rotate, faults).await,
         ClientAction::Revoke(revoke) => self::revoke(revoke, faults).await,
         ClientAction::List(list) => {
-            let mut connection = open(list.database.open(&mut { faults })).await?;
+            let db = list.database.open(&mut faults);
+            faults.none()?;
+            let mut connection = open(db).await?;
             let clients = asked(store::find(&mut connection).await)?;
             let keys = asked(store::keys(&mut connection).await)?;
             if list.json { print_json(&clients, &keys) } else { print_table(&clients, &keys) }
@@ -47,7 +49,7 @@ pub async fn run(action: ClientAction, faults: Faults) -> anyhow::Result<()> {
 async fn create(asked_for: ClientCreate, mut faults: Faults) -> anyhow::Result<()> {
     let scopes = parsed("--scope", &asked_for.scopes, &mut faults);
     let client = faults.note("NAME", NewClient::named(&asked_for.name, scopes));
-    let schema = faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(asked_for.profile_schema.as_deref()));
+    let schema = config::schema(asked_for.profile_schema.as_deref(), &mut faults);
     let fields = fields("--field", &asked_for.fields, schema.as_ref(), &mut faults);
     let write_fields = self::fields("--write-field", &asked_for.write_fields, schema.as_ref(), &mut faults);
     let expires_after = duration("--expires-after", asked_for.expires_after.as_deref(), &mut faults);
@@ -98,8 +100,13 @@ async fn revoke(asked_for: ClientRevoke, mut faults: Faults) -> anyhow::Result<(
         }
         None => {
             let revoked = asked(store::revoke(&mut connection, name).await)?;
-            ensure!(revoked, "there is no client {name}\nhint: `tidings client list` tells which there are");
-            eprintln!("{name} is revoked: within a second every instance refuses it");
+            let is_known =
+                revoked || asked(store::find(&mut connection).await)?.iter().any(|known| known.name == *name);
+            ensure!(is_known, "there is no client {name}\nhint: `tidings client list` tells which there are");
+            match revoked {
+                true => eprintln!("{name} is revoked: within a second every instance refuses it"),
+                false => eprintln!("{name} was revoked before"),
+            }
         }
     }
     Ok(())
@@ -161,7 +168,12 @@ fn duration(setting: &str, text: Option<&str>, faults: &mut Faults) -> Option<Du
 
 fn print_key(client: &str, key: &Key, text: &SecretString) -> anyhow::Result<()> {
     eprintln!("{client} has the key {}; it is shown this once:", key.id);
-    Ok(writeln!(stdout().lock(), "{}", text.expose_secret())?)
+    writeln!(stdout().lock(), "{}", text.expose_secret()).map_err(|error| {
+        anyhow!(
+            "it could not be written, and is lost: {error}\nhint: `tidings client revoke {client} --key {}`",
+            key.id
+        )
+    })
 }
 
 #[derive(Serialize)]

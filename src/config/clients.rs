@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::Database;
+use super::{Database, faults::path};
 
 #[derive(Debug, Args)]
 #[command(arg_required_else_help = true, after_help = CLIENT_HELP)]
@@ -59,7 +59,7 @@ pub struct ClientCreate {
     #[arg(long, value_name = "DURATION")]
     pub expires_after: Option<String>,
     /// JSON Schema file that decides which fields there are. Without it: a built-in one.
-    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE", value_parser = path())]
     pub profile_schema: Option<PathBuf>,
     #[command(flatten)]
     pub database: Database,

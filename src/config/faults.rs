@@ -1,7 +1,12 @@
 //! What is wrong with settings, and what would be right.
 
-use std::{fmt, fs, path::PathBuf, time::Duration};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use secrecy::SecretString;
 
 /// Gathers what is wrong, so that the operator hears of everything at once.
@@ -67,16 +72,65 @@ pub(super) fn number(text: &str) -> Result<usize, &'static str> {
     number.ok_or("expected a number from 1 to 1000000")
 }
 
-/// A secret from its file, or else from the environment.
-pub(super) fn secret(name: &str, file: Option<&PathBuf>) -> Result<SecretString, String> {
-    let text = match file {
-        Some(file) => fs::read_to_string(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?,
-        None => {
-            std::env::var(name).map_err(|_| format!("is not set; set it, or {name}_FILE to a file that holds it"))?
-        }
-    };
-    let text = text.trim();
-    if text.is_empty() { Err("is empty".to_owned()) } else { Ok(text.into()) }
+/// A flag's value, which is a text when it comes from the environment.
+pub(super) fn switch(text: &str) -> Result<bool, &'static str> {
+    text.parse().map_err(|_| "expected true or false")
+}
+
+/// Takes any path, also an empty one: clap's own parser would refuse that before any other fault is found.
+pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// A file's path that was given.
+pub(super) fn named(file: &Path) -> Result<&Path, &'static str> {
+    if file.as_os_str().is_empty() { Err("is empty; name a file, or leave the setting away") } else { Ok(file) }
+}
+
+/// A secret, in a file or in the environment. Where both are set, the file counts.
+pub(super) struct Secret<'a> {
+    pub name: &'static str,
+    pub file: Option<&'a PathBuf>,
+}
+
+impl Secret<'_> {
+    /// The setting that it comes from, which is to blame for what is wrong with it.
+    pub fn setting(&self) -> String {
+        format!("{}{}", self.name, if self.file.is_some() { "_FILE" } else { "" })
+    }
+
+    /// What it says, once it is parsed.
+    pub fn parse<T, E: fmt::Display>(
+        &self,
+        faults: &mut Faults,
+        parse: impl FnOnce(&SecretString) -> Result<T, E>,
+    ) -> Option<T> {
+        let text = faults.note(&self.setting(), self.read())?;
+        faults.note(&self.setting(), parse(&text))
+    }
+
+    /// The same for one that need not be there: then it says nothing.
+    pub fn parse_if_set<T, E: fmt::Display>(
+        &self,
+        faults: &mut Faults,
+        parse: impl FnOnce(&SecretString) -> Result<T, E>,
+    ) -> Option<Option<T>> {
+        let is_set = self.file.is_some() || std::env::var_os(self.name).is_some();
+        if is_set { self.parse(faults, parse).map(Some) } else { Some(None) }
+    }
+
+    fn read(&self) -> Result<SecretString, String> {
+        let name = self.name;
+        let text = match self.file {
+            Some(file) => {
+                fs::read_to_string(named(file)?).map_err(|error| format!("cannot read {}: {error}", file.display()))?
+            }
+            None => std::env::var(name)
+                .map_err(|_| format!("is not set; set it, or {name}_FILE to a file that holds it"))?,
+        };
+        let text = text.trim();
+        if text.is_empty() { Err("is empty".to_owned()) } else { Ok(text.into()) }
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,11 @@ use secrecy::{ExposeSecret, SecretString};
 use tidings_sdk::trust::Trust;
 use uuid::Uuid;
 
-use super::{Api, Faults, faults::secret};
+use super::{
+    Api, Faults,
+    faults::{Secret, path},
+    schema,
+};
 use crate::profile::Schema;
 
 pub(super) const IMPORT_HELP: &str = "\
@@ -52,10 +56,10 @@ pub struct Import {
     /// File that holds a UUID: the ids of users that bring only an external_id are made from it and the external_id. Keep it to
     /// yourself: with it, the external_id can be guessed from the id, which stands in every notice. The UUID itself is given by
     /// TIDINGS_IMPORT_NAMESPACE only. Without either: a random one per journal.
-    #[arg(long, env = "TIDINGS_IMPORT_NAMESPACE_FILE", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_IMPORT_NAMESPACE_FILE", value_name = "FILE", value_parser = path())]
     pub namespace_file: Option<PathBuf>,
     /// JSON Schema file that decides what a profile may hold, for --dry-run.
-    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE", value_parser = path())]
     pub profile_schema: Option<PathBuf>,
 }
 
@@ -89,12 +93,13 @@ impl Import {
         let file = faults.note("FILE", file);
         let (url, key) = (self.api.address(faults), self.api.key(faults));
         let trust = self.api.trust(faults);
-        let namespace = faults.note(NAMESPACE, self.namespace());
+        let namespace = Secret { name: NAMESPACE, file: self.namespace_file.as_ref() };
+        let namespace =
+            namespace.parse_if_set(faults, |text| Uuid::parse_str(text.expose_secret()).map_err(|_| "expected a UUID"));
         let import_id = self.import_id.as_deref().map(Uuid::parse_str).transpose();
         let import_id = faults.note("--import-id", import_id.map_err(|_| "expected a UUID"));
         let schema = self.profile_schema.as_deref().filter(|_| self.dry_run);
-        let schema =
-            schema.map(|file| faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(Some(file)))).unwrap_or_default();
+        let schema = schema.and_then(|file| self::schema(Some(file), faults));
         let (input, size_bytes) = file?;
         if self.import_id.is_some() && matches!(input, Input::File(_)) {
             faults.note::<(), _>("--import-id", Err("is for standard input: a file has a journal, which keeps it"));
@@ -102,14 +107,6 @@ impl Import {
         let concurrency = self.concurrency.into();
         let (url, trust, namespace, import_id) = (url?, trust?, namespace?, import_id?);
         Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, import_id, schema })
-    }
-
-    fn namespace(&self) -> Result<Option<Uuid>, String> {
-        if self.namespace_file.is_none() && std::env::var_os(NAMESPACE).is_none() {
-            return Ok(None);
-        }
-        let text = secret(NAMESPACE, self.namespace_file.as_ref())?;
-        Uuid::parse_str(text.expose_secret()).map(Some).map_err(|_| "expected a UUID".to_owned())
     }
 
     fn file(&self) -> std::io::Result<(Input, Option<u64>)> {

@@ -23,13 +23,23 @@ pub use subscriptions::{
     SubscriptionRecovered, SubscriptionServers, SubscriptionShow,
 };
 
-use std::{collections::HashSet, ffi::OsStr, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    collections::HashSet,
+    ffi::OsStr,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
-use tidings_sdk::envelope::FieldName;
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, value_parser};
+use tidings_sdk::{envelope::FieldName, subscription::BindingKey};
 
-use crate::{profile::Schema, telemetry::LogFormat};
+use crate::{
+    profile::Schema,
+    telemetry::{self, LogFormat},
+};
 use deletions::DELETIONS_HELP;
+use faults::{named, path, switch};
 use import::{IMPORT_HELP, NAMESPACE};
 use servers::{API_KEY, MANAGEMENT_URL};
 
@@ -53,7 +63,7 @@ pub enum Command {
     /// Brings the database's schema up to date, listens, and prints one ready line. SIGTERM or Ctrl-C finishes what is under way,
     /// within 20 s; a second one leaves at once.
     #[command(after_help = SERVE_HELP)]
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Relay only: carry committed events to the broker, and answer /healthz, /readyz and /metrics.
     ///
     /// Any number of relays may run: one carries the events, the others stand by.
@@ -124,9 +134,17 @@ pub struct LogSettings {
         value_name = "FILTER"
     )]
     pub log: String,
-    /// How to log.
+    /// How to log: text, for people, or json, an object a line, for machines.
     #[arg(long, env = "TIDINGS_LOG_FORMAT", default_value = "text", global = true, value_name = "FORMAT")]
-    pub log_format: LogFormat,
+    pub log_format: String,
+}
+
+impl LogSettings {
+    /// Starts the log; in text, where it is not known how.
+    pub fn start(&self, faults: &mut Faults) {
+        let format = faults.note("TIDINGS_LOG_FORMAT", LogFormat::from_str(&self.log_format));
+        faults.note("TIDINGS_LOG", telemetry::start(&self.log, format.unwrap_or(LogFormat::Text)));
+    }
 }
 
 #[derive(Debug, Args)]
@@ -138,7 +156,7 @@ pub struct Serve {
     #[command(flatten)]
     pub listen: Listen,
     /// JSON Schema file that decides what a profile may hold. Without it: a built-in one.
-    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE", value_parser = path())]
     pub profile_schema: Option<PathBuf>,
     #[command(flatten)]
     pub watching: Watching,
@@ -147,34 +165,50 @@ pub struct Serve {
     #[command(flatten)]
     pub limits: Limits,
     /// Leave the relaying to `tidings relay` elsewhere; then no broker is needed here.
-    #[arg(long, env = "TIDINGS_NO_RELAY")]
-    pub no_relay: bool,
+    #[arg(long, env = "TIDINGS_NO_RELAY", action = ArgAction::SetTrue, value_parser = value_parser!(String))]
+    no_relay: String,
     /// Take no change of a living user without If-Match: 428 otherwise.
-    #[arg(long, env = "TIDINGS_REQUIRE_IF_MATCH")]
-    pub require_if_match: bool,
+    #[arg(long, env = "TIDINGS_REQUIRE_IF_MATCH", action = ArgAction::SetTrue, value_parser = value_parser!(String))]
+    require_if_match: String,
     /// Ask nobody for a key. Only on a loopback address, where none but users of this machine can reach it.
-    #[arg(long, env = "TIDINGS_INSECURE_NO_AUTH")]
-    pub insecure_no_auth: bool,
+    #[arg(long, env = "TIDINGS_INSECURE_NO_AUTH", action = ArgAction::SetTrue, value_parser = value_parser!(String))]
+    insecure_no_auth: String,
     #[command(flatten)]
     pub jwt: Jwt,
     /// Do not migrate at start; run `tidings migrate` before.
-    #[arg(long, env = "TIDINGS_NO_MIGRATE")]
-    pub no_migrate: bool,
+    #[arg(long, env = "TIDINGS_NO_MIGRATE", action = ArgAction::SetTrue, value_parser = value_parser!(String))]
+    no_migrate: String,
 }
 
 impl Serve {
     /// Whether whoever asks may; noted as a fault where others could ask.
     pub fn asks_nobody(&self, address: Option<SocketAddr>, faults: &mut Faults) -> bool {
-        if self.insecure_no_auth && address.is_some_and(|address| !address.ip().is_loopback()) {
+        let asks_nobody = faults.note("TIDINGS_INSECURE_NO_AUTH", switch(&self.insecure_no_auth)).unwrap_or_default();
+        if asks_nobody && address.is_some_and(|address| !address.ip().is_loopback()) {
             let rule = "only with a loopback address in TIDINGS_LISTEN, such as 127.0.0.1:8080";
             faults.note::<(), _>("TIDINGS_INSECURE_NO_AUTH", Err(rule));
         }
-        self.insecure_no_auth
+        asks_nobody
     }
 
-    pub fn schema(&self, faults: &mut Faults) -> Option<Schema> {
-        faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(self.profile_schema.as_deref()))
+    /// Whether it relays too. Who meant to say so and failed mostly wants no broker, and is not told that one is missing.
+    pub fn relays(&self, faults: &mut Faults) -> bool {
+        faults.note("TIDINGS_NO_RELAY", switch(&self.no_relay)).is_some_and(|no_relay| !no_relay)
     }
+
+    pub fn requires_if_match(&self, faults: &mut Faults) -> bool {
+        faults.note("TIDINGS_REQUIRE_IF_MATCH", switch(&self.require_if_match)).unwrap_or_default()
+    }
+
+    pub fn migrates(&self, faults: &mut Faults) -> bool {
+        faults.note("TIDINGS_NO_MIGRATE", switch(&self.no_migrate)).is_some_and(|no_migrate| !no_migrate)
+    }
+}
+
+/// The profile schema in `file`, or the built-in one.
+pub fn schema(file: Option<&Path>, faults: &mut Faults) -> Option<Schema> {
+    let file = faults.note("TIDINGS_PROFILE_SCHEMA", file.map(named).transpose())?;
+    faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(file))
 }
 
 #[derive(Debug, Args)]
@@ -201,15 +235,20 @@ pub struct Migrate {
 pub struct Tail {
     /// Routing keys to listen for; `*` is one word, `#` any number. Without any: everything, or nothing but --fields.
     #[arg(value_name = "KEY")]
-    pub keys: Vec<String>,
+    keys: Vec<String>,
     /// Only profile.updated, and only when one of these fields changed.
     #[arg(long, value_name = "FIELD", value_delimiter = ',')]
-    pub fields: Vec<String>,
+    fields: Vec<String>,
     #[command(flatten)]
     pub amqp: Amqp,
 }
 
 impl Tail {
+    /// Those of some notice: for another it would listen for ever.
+    pub fn keys(&self, faults: &mut Faults) -> Vec<BindingKey> {
+        self.keys.iter().filter_map(|key| faults.note("KEY", key.parse())).collect()
+    }
+
     pub fn fields(&self, faults: &mut Faults) -> Vec<FieldName> {
         self.fields.iter().filter_map(|name| faults.note("--fields", FieldName::from_str(name))).collect()
     }

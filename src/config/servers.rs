@@ -2,14 +2,13 @@
 //!
 //! Every setting arrives as text, so that all faults are found before any is reported.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use lapin::uri::AMQPUri;
 use secrecy::{ExposeSecret, SecretString};
 use tidings_sdk::{topology::Source, trust::Trust};
 
-use super::faults::{Faults, secret};
+use super::faults::{Faults, Secret, named, path};
 use crate::{
     broker::{self, Broker},
     db::Db,
@@ -21,14 +20,13 @@ use crate::{
 pub struct Database {
     /// File that holds the URL of the database. The URL itself is given by DATABASE_URL only: the command line is no place for a
     /// password.
-    #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE")]
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE", value_parser = path())]
     pub database_url_file: Option<PathBuf>,
 }
 
 impl Database {
     pub fn open(&self, faults: &mut Faults) -> Option<Db> {
-        let url = faults.note("DATABASE_URL", secret("DATABASE_URL", self.database_url_file.as_ref()))?;
-        faults.note("DATABASE_URL", Db::new(&url))
+        Secret { name: "DATABASE_URL", file: self.database_url_file.as_ref() }.parse(faults, Db::new)
     }
 }
 
@@ -37,15 +35,15 @@ pub const DEFAULT_EXCHANGE: &str = "masterdata";
 #[derive(Debug, Args)]
 pub struct Amqp {
     /// File that holds the URL of the broker. The URL itself is given by AMQP_URL only.
-    #[arg(long, env = "AMQP_URL_FILE", value_name = "FILE")]
+    #[arg(long, env = "AMQP_URL_FILE", value_name = "FILE", value_parser = path())]
     pub amqp_url_file: Option<PathBuf>,
     /// File that holds the URL of the broker with another user, for all but publishing to the exchange: declaring, reading dead letters,
     /// backfilling. The URL itself is given by AMQP_REGISTRY_URL only. Without either, the user of AMQP_URL does it all.
-    #[arg(long, env = "AMQP_REGISTRY_URL_FILE", value_name = "FILE")]
+    #[arg(long, env = "AMQP_REGISTRY_URL_FILE", value_name = "FILE", value_parser = path())]
     pub amqp_registry_url_file: Option<PathBuf>,
     /// File of the certificate authorities (PEM) by which a broker at an amqps:// address, and its management API at https://, are
     /// known, beside those of this machine.
-    #[arg(long, env = "AMQP_CA_FILE", value_name = "FILE")]
+    #[arg(long, env = "AMQP_CA_FILE", value_name = "FILE", value_parser = path())]
     pub amqp_ca_file: Option<PathBuf>,
     /// Topic exchange to publish to.
     #[arg(long, env = "TIDINGS_EXCHANGE", default_value = DEFAULT_EXCHANGE, value_name = "NAME")]
@@ -59,11 +57,10 @@ const REGISTRY_URL: &str = "AMQP_REGISTRY_URL";
 
 impl Amqp {
     pub fn open(&self, faults: &mut Faults) -> Option<Broker> {
-        let url = faults.note("AMQP_URL", secret("AMQP_URL", self.amqp_url_file.as_ref()));
-        let uri = url.and_then(|url| faults.note("AMQP_URL", broker::parse_url(&url)));
-        let trust = self.amqp_ca_file.as_ref().map_or_else(|| Ok(Trust::default()), Trust::in_file);
-        let trust = faults.note("AMQP_CA_FILE", trust);
-        let registry = faults.note(REGISTRY_URL, self.registry());
+        let uri = Secret { name: "AMQP_URL", file: self.amqp_url_file.as_ref() }.parse(faults, broker::parse_url);
+        let trust = trust("AMQP_CA_FILE", self.amqp_ca_file.as_deref(), faults);
+        let registry = Secret { name: REGISTRY_URL, file: self.amqp_registry_url_file.as_ref() };
+        let registry = registry.parse_if_set(faults, broker::parse_url);
         let Source { exchange, prefix } = self.source(faults)?;
         let broker = Broker::new(uri?, trust?, exchange, prefix);
         Some(match registry? {
@@ -79,15 +76,13 @@ impl Amqp {
         let prefix = faults.note("TIDINGS_ROUTING_KEY_PREFIX", prefix);
         Some(Source { exchange: exchange?, prefix: prefix? })
     }
+}
 
-    fn registry(&self) -> anyhow::Result<Option<AMQPUri>> {
-        let file = self.amqp_registry_url_file.as_ref();
-        if file.is_none() && std::env::var_os(REGISTRY_URL).is_none() {
-            return Ok(None);
-        }
-        let url = secret(REGISTRY_URL, file).map_err(anyhow::Error::msg)?;
-        broker::parse_url(&url).map(Some)
-    }
+/// Whose word is believed, beside those whom this machine believes.
+fn trust(setting: &str, file: Option<&Path>, faults: &mut Faults) -> Option<Trust> {
+    let Some(file) = file else { return Some(Trust::default()) };
+    let file = faults.note(setting, named(file))?;
+    faults.note(setting, Trust::in_file(file))
 }
 
 /// The broker's management API, which is asked for what AMQP does not tell.
@@ -95,7 +90,7 @@ impl Amqp {
 pub struct ManagementApi {
     /// File that holds the URL of the broker's management API, https://USER:PASSWORD@HOST:15671. The URL itself is given by
     /// TIDINGS_RABBITMQ_MANAGEMENT_URL only. Without either, unacknowledged messages and unregistered queues are not told.
-    #[arg(long, env = "TIDINGS_RABBITMQ_MANAGEMENT_URL_FILE", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_RABBITMQ_MANAGEMENT_URL_FILE", value_name = "FILE", value_parser = path())]
     pub rabbitmq_management_url_file: Option<PathBuf>,
 }
 
@@ -104,12 +99,8 @@ pub(super) const MANAGEMENT_URL: &str = "TIDINGS_RABBITMQ_MANAGEMENT_URL";
 impl ManagementApi {
     /// `None` when it is not set up.
     pub fn open(&self, broker: &Broker, faults: &mut Faults) -> Option<Management> {
-        let (file, is_set) = (&self.rabbitmq_management_url_file, std::env::var_os(MANAGEMENT_URL).is_some());
-        if file.is_none() && !is_set {
-            return None;
-        }
-        let url = faults.note(MANAGEMENT_URL, secret(MANAGEMENT_URL, file.as_ref()))?;
-        faults.note(MANAGEMENT_URL, Management::new(&url, broker))
+        let url = Secret { name: MANAGEMENT_URL, file: self.rabbitmq_management_url_file.as_ref() };
+        url.parse_if_set(faults, |url| Management::new(url, broker)).flatten()
     }
 }
 
@@ -120,10 +111,10 @@ pub struct Api {
     #[arg(long = "url", env = "TIDINGS_URL", default_value = "http://127.0.0.1:8080", value_name = "URL")]
     pub url: String,
     /// File that holds the key to it. The key itself is given by TIDINGS_API_KEY only.
-    #[arg(long, env = "TIDINGS_API_KEY_FILE", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_API_KEY_FILE", value_name = "FILE", value_parser = path())]
     pub api_key_file: Option<PathBuf>,
     /// PEM file of the certification authorities to trust at an https URL, beside those of this machine.
-    #[arg(long, env = "TIDINGS_CA_FILE", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_CA_FILE", value_name = "FILE", value_parser = path())]
     pub ca_file: Option<PathBuf>,
 }
 
@@ -136,19 +127,22 @@ impl Api {
     }
 
     pub fn trust(&self, faults: &mut Faults) -> Option<Trust> {
-        let trust = self.ca_file.as_ref().map_or_else(|| Ok(Trust::default()), Trust::in_file);
-        faults.note("TIDINGS_CA_FILE", trust)
+        trust("TIDINGS_CA_FILE", self.ca_file.as_deref(), faults)
     }
 
     /// `None` when none is set: a service without keys wants none.
     pub fn key(&self, faults: &mut Faults) -> Option<SecretString> {
-        if self.api_key_file.is_none() && std::env::var_os(API_KEY).is_none() {
-            return None;
-        }
-        let key = secret(API_KEY, self.api_key_file.as_ref());
         let is_one = |key: &SecretString| key.expose_secret().bytes().all(|byte| byte.is_ascii_graphic());
-        let key =
-            key.and_then(|key| if is_one(&key) { Ok(key) } else { Err("holds characters that no key has".to_owned()) });
-        faults.note(API_KEY, key)
+        let parse = |key: &SecretString| is_one(key).then(|| key.clone()).ok_or("holds characters that no key has");
+        self.secret().parse_if_set(faults, parse).flatten()
+    }
+
+    /// The setting that the key comes from.
+    pub fn key_setting(&self) -> String {
+        self.secret().setting()
+    }
+
+    fn secret(&self) -> Secret<'_> {
+        Secret { name: API_KEY, file: self.api_key_file.as_ref() }
     }
 }

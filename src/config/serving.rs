@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::{
     ManagementApi,
-    faults::{Faults, duration, number},
+    faults::{Faults, duration, named, number, path},
 };
 use crate::{
     broker::Broker,
@@ -35,7 +35,7 @@ impl Listen {
 #[derive(Debug, Args)]
 pub struct Jwt {
     /// File with the public keys that sign tokens, a JWK set. What is in it at start counts; with it issuer and audience are needed.
-    #[arg(long, env = "TIDINGS_JWT_JWKS", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_JWT_JWKS", value_name = "FILE", value_parser = path())]
     pub jwt_jwks: Option<PathBuf>,
     /// Who has to have made a token: its `iss`.
     #[arg(long, env = "TIDINGS_JWT_ISSUER", value_name = "TEXT")]
@@ -59,6 +59,7 @@ impl Jwt {
                 return faults.note("TIDINGS_JWT_JWKS", Err(rule));
             }
         };
+        let jwks = faults.note("TIDINGS_JWT_JWKS", named(jwks))?;
         faults.note("TIDINGS_JWT_JWKS", Tokens::pinned(jwks, issuer, audience, &self.jwt_client_claim))
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Amqp, Database, ManagementApi};
+use super::{Amqp, Database, ManagementApi, faults::path};
 
 #[derive(Debug, Args)]
 #[command(arg_required_else_help = true, after_help = SUBSCRIPTION_HELP)]
@@ -78,7 +78,7 @@ pub struct SubscriptionPut {
     #[arg(long, value_name = "CLIENT")]
     pub client: Option<String>,
     /// JSON Schema file that decides which fields there are. Without it: a built-in one.
-    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE")]
+    #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE", value_parser = path())]
     pub profile_schema: Option<PathBuf>,
     #[command(flatten)]
     pub servers: SubscriptionServers,

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -49,6 +50,7 @@ pub struct Collector {
     queries: PgPool,
     /// Subscriptions whose queue could not be read, so that it is told once.
     complained: HashSet<SubscriptionName>,
+    arrivals: Arrivals,
 }
 
 /// How the emptying of a mailbox ended.
@@ -56,7 +58,7 @@ type Ended = (SubscriptionName, anyhow::Result<()>);
 
 impl Collector {
     pub fn new(db: &Db, broker: Broker) -> Self {
-        Self { broker, queries: db.pool("collector", 4, []), complained: HashSet::new() }
+        Self { broker, queries: db.pool("collector", 4, []), complained: HashSet::new(), arrivals: Arrivals::default() }
     }
 }
 
@@ -79,6 +81,8 @@ impl Duty for Collector {
         let mut mailboxes = JoinSet::new();
         let outcome = self.collect(&connection, &mut mailboxes, stop).await;
         mailboxes.shutdown().await;
+        // Perhaps another instance leads next.
+        self.arrivals.tell(None);
         let _ = timeout(CLOSE_DEADLINE, connection.close(200, "bye".into())).await;
         outcome
     }
@@ -98,13 +102,14 @@ impl Collector {
             for name in self.names().await? {
                 if open.insert(name.clone()) {
                     let channel = broker::open(connection).await?;
-                    mailboxes.spawn(empty(channel, name, self.queries.clone(), stop.clone()));
+                    mailboxes.spawn(empty(channel, name, self.queries.clone(), self.arrivals.clone(), stop.clone()));
                 }
             }
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = sleep(LOOK) => {}
             }
+            self.arrivals.tell(Some(Instant::now()));
             while let Some(ended) = mailboxes.try_join_next() {
                 let (name, outcome) = ended.context("a mailbox fell")?;
                 open.remove(&name);
@@ -140,8 +145,14 @@ impl Collector {
     }
 }
 
-async fn empty(channel: Channel, name: SubscriptionName, queries: PgPool, stop: CancellationToken) -> Ended {
-    let outcome = collect_from(&channel, &name, &queries, &stop).await;
+async fn empty(
+    channel: Channel,
+    name: SubscriptionName,
+    queries: PgPool,
+    arrivals: Arrivals,
+    stop: CancellationToken,
+) -> Ended {
+    let outcome = collect_from(&channel, &name, &queries, &arrivals, &stop).await;
     // Unless it broke, it has served; else it would stay open as long as the connection.
     let _ = timeout(CLOSE_DEADLINE, channel.close(200, "bye".into())).await;
     (name, outcome)
@@ -151,21 +162,22 @@ async fn collect_from(
     channel: &Channel,
     name: &SubscriptionName,
     queries: &PgPool,
+    arrivals: &Arrivals,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     request(channel.basic_qos(BATCH, BasicQosOptions::default())).await?;
     let mut batches = listen(channel, name).await?.ready_chunks(BATCH.into());
-    let mut arrivals = Arrivals::new();
     while let Some(Ok(Some(batch))) = stop.run_until_cancelled(timeout(RENEWAL, batches.next())).await {
         let batch: Vec<Delivery> = batch.into_iter().collect::<Result<_, _>>().context("the channel is lost")?;
         let letters: Vec<DeadLetter> = batch.iter().map(DeadLetter::open).collect();
-        arrivals.count(&letters);
+        let reasons: Vec<Reason> = letters.iter().map(|letter| letter.reason).collect();
         let (pool, of) = (queries.clone(), name.clone());
         db::ask(async move { store::keep(&pool, &of, &letters).await }).await?;
         let Some(last) = batch.last() else { continue };
         let acknowledged = request(last.ack(BasicAckOptions { multiple: true })).await?;
         ensure!(acknowledged, "the channel is lost");
-        arrivals.tell(name);
+        arrivals.count(name, &reasons);
+        arrivals.tell(Some(Instant::now()));
     }
     Ok(())
 }
@@ -177,32 +189,69 @@ async fn listen(channel: &Channel, name: &SubscriptionName) -> anyhow::Result<Co
     request(consumed).await.with_context(|| format!("queue {:?} cannot be consumed", name.dead_queue()))
 }
 
-/// Tells of letters in the log, now and then: how many and why, and nothing of whom.
-struct Arrivals {
+/// Tells of letters in the log: how many and why, and nothing of whom. Of each in the end, and of one subscription's now and then.
+#[derive(Clone, Default)]
+struct Arrivals(Arc<Mutex<BTreeMap<SubscriptionName, Arrived>>>);
+
+#[derive(Default)]
+struct Arrived {
     untold: BTreeMap<Reason, usize>,
     told_at: Option<Instant>,
 }
 
 impl Arrivals {
-    fn new() -> Self {
-        Self { untold: BTreeMap::new(), told_at: None }
-    }
-
-    fn count(&mut self, letters: &[DeadLetter]) {
-        for letter in letters {
-            *self.untold.entry(letter.reason).or_default() += 1;
+    fn count(&self, name: &SubscriptionName, reasons: &[Reason]) {
+        let mut arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let untold = &mut arrivals.entry(name.clone()).or_default().untold;
+        for reason in reasons {
+            *untold.entry(*reason).or_default() += 1;
         }
     }
 
-    fn tell(&mut self, name: &SubscriptionName) {
-        if self.told_at.is_some_and(|told_at| told_at.elapsed() < QUIET) {
-            return;
+    /// Tells what may be told now; without a time, everything.
+    fn tell(&self, now: Option<Instant>) {
+        for (name, untold) in self.take(now) {
+            let count: usize = untold.values().sum();
+            let reasons: Vec<String> = untold.iter().map(|(reason, count)| format!("{reason}: {count}")).collect();
+            let reasons = reasons.join(", ");
+            tracing::warn!(subscription = %name, count, reasons, "dead letters have come");
         }
-        self.told_at = Some(Instant::now());
-        let untold = std::mem::take(&mut self.untold);
-        let count: usize = untold.values().sum();
-        let reasons: Vec<String> = untold.iter().map(|(reason, count)| format!("{reason}: {count}")).collect();
-        let reasons = reasons.join(", ");
-        tracing::warn!(subscription = %name, count, reasons, "dead letters have come");
+    }
+
+    fn take(&self, now: Option<Instant>) -> Vec<(SubscriptionName, BTreeMap<Reason, usize>)> {
+        let mut arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_quiet = |told_at: Option<Instant>| {
+            now.zip(told_at).is_some_and(|(now, told_at)| now.saturating_duration_since(told_at) < QUIET)
+        };
+        // Of whom nothing came since, nothing has to be known.
+        arrivals.retain(|_, arrived| !arrived.untold.is_empty() || is_quiet(arrived.told_at));
+        let due = arrivals.iter_mut().filter(|(_, arrived)| !arrived.untold.is_empty() && !is_quiet(arrived.told_at));
+        due.map(|(name, arrived)| {
+            arrived.told_at = now;
+            (name.clone(), std::mem::take(&mut arrived.untold))
+        })
+        .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_in_the_quiet_is_told_when_it_is_over_or_with_the_turn() {
+        let (arrivals, orders) = (Arrivals::default(), "orders".parse().unwrap());
+        let began = Instant::now();
+        let told = |now| arrivals.take(now).into_iter().map(|(_, untold)| untold).collect::<Vec<_>>();
+        arrivals.count(&orders, &[Reason::Rejected]);
+        assert_eq!(told(Some(began)), [BTreeMap::from([(Reason::Rejected, 1)])]);
+        arrivals.count(&orders, &[Reason::Rejected, Reason::Malformed]);
+        arrivals.count(&orders, &[Reason::Rejected]);
+        assert_eq!(told(Some(began + QUIET / 2)), []);
+        assert_eq!(told(Some(began + QUIET)), [BTreeMap::from([(Reason::Rejected, 2), (Reason::Malformed, 1)])]);
+        arrivals.count(&orders, &[Reason::Rejected]);
+        assert_eq!(told(None), [BTreeMap::from([(Reason::Rejected, 1)])]);
+        assert_eq!(told(Some(began + 3 * QUIET)), []);
+        assert!(arrivals.0.lock().unwrap().is_empty());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
 
-use anyhow::{bail, ensure};
+use anyhow::{anyhow, bail, ensure};
 use tidings_sdk::{letter::Reason, subscription::SubscriptionName};
 use uuid::Uuid;
 
@@ -91,7 +91,8 @@ async fn redrive(asked: DeadLettersRedrive, mut faults: Faults) -> anyhow::Resul
 fn selection(asked: &DeadLettersRedrive) -> anyhow::Result<Selection> {
     match (asked.messages.is_empty(), &asked.reason, asked.all) {
         (false, None, false) => {
-            Ok(Selection::These(asked.messages.iter().map(|id| id.parse()).collect::<Result<Vec<Uuid>, _>>()?))
+            let ids = asked.messages.iter().map(|id| id.parse().map_err(|_| anyhow!("expected a UUID, not {id:?}")));
+            Ok(Selection::These(ids.collect::<anyhow::Result<Vec<Uuid>>>()?))
         }
         (true, Some(reason), false) => Ok(Selection::Reason(parse_reason(reason)?)),
         (true, None, true) => Ok(Selection::All),
@@ -122,7 +123,7 @@ async fn purge(asked: DeadLettersPurge, mut faults: Faults) -> anyhow::Result<()
 fn parse_reason(name: &str) -> anyhow::Result<Reason> {
     let known = Reason::ALL.into_iter().find(|reason| reason.as_str() == name);
     let all = Reason::ALL.map(Reason::as_str).join(", ");
-    known.ok_or_else(|| anyhow::anyhow!("the reasons are {all}"))
+    known.ok_or_else(|| anyhow!("the reasons are {all}"))
 }
 
 fn open(servers: &SubscriptionServers, with_broker: bool, faults: &mut Faults) -> Option<DeadLetters> {

@@ -28,6 +28,7 @@ pub struct Book {
     import_id: Uuid,
     input: Input,
     dry_run: bool,
+    key_setting: String,
 }
 
 impl Book {
@@ -58,6 +59,7 @@ impl Book {
             import_id,
             input,
             dry_run: import.dry_run,
+            key_setting: import.api.key_setting(),
         };
         book.greet(settings);
         Ok(book)
@@ -135,12 +137,17 @@ impl Book {
     /// # Errors
     /// When the journal cannot be written.
     pub fn save(&mut self, trouble: Option<(String, Duration)>) -> anyhow::Result<()> {
+        self.write()?;
+        self.progress.show(self.place, &self.tally, trouble);
+        Ok(())
+    }
+
+    fn write(&mut self) -> anyhow::Result<()> {
         if let Some(journal) = &mut self.journal
             && std::mem::take(&mut self.is_behind)
         {
             journal.write()?;
         }
-        self.progress.show(self.place, &self.tally, trouble);
         Ok(())
     }
 
@@ -149,7 +156,7 @@ impl Book {
     /// # Errors
     /// When not every line is in, or when what was settled cannot be written down.
     pub fn close(mut self, ended: Option<anyhow::Error>) -> anyhow::Result<()> {
-        self.save(None)?;
+        self.write()?;
         if let Some(journal) = &mut self.journal {
             journal.sync()?;
         }
@@ -177,7 +184,7 @@ impl Book {
             }
             Some(why) if let Some(Ended::Unknown(_) | Ended::Forbidden(_)) = why.downcast_ref() => {
                 let mut faults = Faults::default();
-                faults.note::<(), _>("TIDINGS_API_KEY", Err(why));
+                faults.note::<(), _>(&self.key_setting, Err(why));
                 Err(faults.none().expect_err("one was noted").into())
             }
             Some(why) => Err(why.context(format!("ended before the end, after line {}", place.line))),

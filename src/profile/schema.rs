@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Context, bail, ensure};
 use jsonschema::{
-    ValidationError, Validator,
+    ReferencingError, ValidationError, Validator,
     error::{TypeKind, ValidationErrorKind},
 };
 use serde_json::Value;
@@ -46,11 +46,8 @@ impl Schema {
     fn parse(text: &str) -> anyhow::Result<Self> {
         let schema: Value = serde_json::from_str(text).context("it is not JSON")?;
         let names = check_names(&schema)?;
-        let validator = jsonschema::options()
-            .should_validate_formats(true)
-            .build(&schema)
-            // The error quotes the schema, which is the deployment's own text and no user's.
-            .map_err(|error| anyhow::anyhow!("at {}: {error}", pointer_or_root(&error.instance_path().to_string())))?;
+        let validator =
+            jsonschema::options().should_validate_formats(true).build(&schema).map_err(|error| refusal(&error))?;
         Ok(Self { validator, names })
     }
 
@@ -100,6 +97,14 @@ fn check_names(schema: &Value) -> anyhow::Result<BTreeSet<FieldName>> {
         "it needs \"additionalProperties\": false and no \"patternProperties\" at its top level, so that every field name is known"
     );
     Ok(names)
+}
+
+/// Why it is no schema. The words quote it, which is the deployment's own text and no user's.
+fn refusal(error: &ValidationError<'_>) -> anyhow::Error {
+    if let ValidationErrorKind::Referencing(ReferencingError::Unretrievable { uri, .. }) = error.kind() {
+        return anyhow::anyhow!("it may not refer to other documents, as it does to {uri}");
+    }
+    anyhow::anyhow!("at {}: {error}", pointer_or_root(&error.instance_path().to_string()))
 }
 
 fn pointer_or_root(pointer: &str) -> &str {
@@ -212,7 +217,10 @@ mod tests {
             (r#"{"properties":{"external_id":{}},"additionalProperties":false}"#, "beside the profile"),
             (r#"{"properties":{"a":{}}}"#, "\"additionalProperties\": false"),
             (r#"{"properties":{"a":{"type":"strong"}},"additionalProperties":false}"#, "/properties/a/type"),
-            (r#"{"properties":{"a":{"$ref":"https://example.org/a"}},"additionalProperties":false}"#, "example.org"),
+            (
+                r#"{"properties":{"a":{"$ref":"https://example.org/a"}},"additionalProperties":false}"#,
+                "may not refer to other documents, as it does to https://example.org/a",
+            ),
         ] {
             let error = format!("{:#}", Schema::parse(schema).err().unwrap());
             assert!(error.contains(reason), "{schema}: {error}");

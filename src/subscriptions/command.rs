@@ -19,8 +19,8 @@ use super::{
     Asker, Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered, store,
 };
 use crate::{
-    config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers},
-    profile::Schema,
+    config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers, WrongSettings},
+    json::Fault,
     telemetry::with_causes,
 };
 
@@ -125,7 +125,7 @@ fn open(
     let name = name.and_then(|name| faults.note("NAME", name.parse::<SubscriptionName>()));
     let db = servers.database.open(&mut faults);
     let broker = servers.amqp.open(&mut faults);
-    let schema = faults.note("TIDINGS_PROFILE_SCHEMA", Schema::load(schema));
+    let schema = config::schema(schema, &mut faults);
     let management = broker.as_ref().and_then(|broker| servers.api.open(broker, &mut faults));
     faults.none()?;
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
@@ -161,11 +161,7 @@ fn named(name: Option<SubscriptionName>) -> SubscriptionName {
 /// The error, and on a line of its own what can be done.
 fn explained(error: Error) -> anyhow::Error {
     let hint = match &error {
-        Error::Invalid(faults) => {
-            let faults: Vec<String> =
-                faults.iter().map(|fault| format!("\n  {}: {}", fault.pointer, fault.detail)).collect();
-            return anyhow!("{error}:{}\nhint: `tidings subscription put --help`", faults.concat());
-        }
+        Error::Invalid(faults) => return wrong_settings(faults).into(),
         Error::Taken(_) => "give the same --owner, choose another name, or delete it first",
         Error::NameOfExchange | Error::Adopted => "choose another name",
         Error::NotFound => "`tidings subscription list` tells what there is",
@@ -188,6 +184,24 @@ fn explained(error: Error) -> anyhow::Error {
         error => with_causes(&error.into()),
     };
     anyhow!("{error}\nhint: {hint}")
+}
+
+/// What is wrong with a registration, by the flags that say it.
+fn wrong_settings(faults: &[Fault]) -> WrongSettings {
+    let mut settings = Faults::default();
+    for fault in faults {
+        let setting = match fault.pointer.split('/').nth(1).unwrap_or_default() {
+            "" => "--key or --field",
+            "routing_keys" => "--key",
+            "fields" => "--field",
+            "expires_after_s" => "--expires-after",
+            "owner" => "--owner",
+            "purpose" => "--purpose",
+            _ => "--client",
+        };
+        settings.note::<(), _>(setting, Err(&fault.detail));
+    }
+    settings.none().expect_err("an invalid registration has faults")
 }
 
 fn print_json(data: &impl Serialize) -> anyhow::Result<()> {

@@ -17,26 +17,26 @@ use super::{
     model::{Registered, State},
 };
 
-type ByName<G = Gauge> = Family<NameLabel, G>;
+type BySubscription<G = Gauge> = Family<OfSubscription, G>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct NameLabel {
-    name: String,
+struct OfSubscription {
+    subscription: String,
 }
 
 #[derive(Clone, Default)]
 pub struct Status {
     watching: Gauge,
-    ready: ByName,
-    consumers: ByName,
-    dead_letters: ByName,
-    waiting_seconds: ByName<Gauge<f64, AtomicU64>>,
-    idle: ByName,
-    expiring: ByName,
-    undeclared: ByName,
-    queue_lost: ByName,
+    ready: BySubscription,
+    consumers: BySubscription,
+    dead_letters: BySubscription,
+    waiting_seconds: BySubscription<Gauge<f64, AtomicU64>>,
+    idle: BySubscription,
+    expiring: BySubscription,
+    undeclared: BySubscription,
+    queue_lost: BySubscription,
     /// Who has figures.
-    shown: Arc<Mutex<Vec<NameLabel>>>,
+    shown: Arc<Mutex<Vec<OfSubscription>>>,
 }
 
 impl Status {
@@ -67,7 +67,8 @@ impl Status {
     /// Shows these subscriptions, and no others.
     pub(super) fn show(&self, rows: &[(Registered, Option<Look>)], idle_after: Duration) {
         self.watching.set(1);
-        let labels: Vec<NameLabel> = rows.iter().map(|(row, _)| NameLabel { name: row.name().to_string() }).collect();
+        let labels: Vec<OfSubscription> =
+            rows.iter().map(|(row, _)| OfSubscription { subscription: row.name().to_string() }).collect();
         let gone = std::mem::replace(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner), labels.clone());
         gone.iter().filter(|label| !labels.contains(label)).for_each(|label| self.forget(label));
         for (label, (row, look)) in labels.iter().zip(rows) {
@@ -75,7 +76,7 @@ impl Status {
         }
     }
 
-    fn set(&self, label: &NameLabel, row: &Registered, look: Option<Look>, idle_after: Duration) {
+    fn set(&self, label: &OfSubscription, row: &Registered, look: Option<Look>, idle_after: Duration) {
         let state = row.state(idle_after);
         let waits = row.seen.waiting_since.map_or(0.0, |since| seconds_between(since, row.as_of));
         if let Some(Look { work, dead }) = look {
@@ -95,7 +96,7 @@ impl Status {
         self.queue_lost.get_or_create(label).set(row.is_lost().into());
     }
 
-    fn forget(&self, label: &NameLabel) {
+    fn forget(&self, label: &OfSubscription) {
         for gauge in [
             &self.ready,
             &self.consumers,

@@ -145,6 +145,10 @@ async fn a_revoked_key_is_refused_by_every_instance_within_a_second(db: PgPool) 
     }
     assert!(revoked.elapsed() < AT_ONCE, "{:?}", revoked.elapsed());
     assert!(client(&house, "list").await.contains("revoked"));
+    let (code, _, stderr) = client_command(&house, "revoke orders").await;
+    assert_eq!((code, stderr.as_str()), (Some(0), "orders was revoked before\n"));
+    let (code, _, stderr) = client_command(&house, "revoke nobody").await;
+    assert!(code == Some(1) && stderr.contains("there is no client nobody"), "{stderr}");
 }
 
 /// When the database cannot say that a key was not revoked, the key opens nothing.

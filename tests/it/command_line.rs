@@ -126,6 +126,86 @@ async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
     assert!(!refused.stderr.contains("s3cret"), "{}", refused.stderr);
 }
 
+/// What the parser of the command line would refuse by itself, and then nothing else be told.
+#[tokio::test]
+async fn a_wrong_switch_or_an_empty_path_is_named_with_all_else_that_is_wrong() {
+    let wrong = [
+        ("TIDINGS_NO_RELAY", "maybe"),
+        ("TIDINGS_REQUIRE_IF_MATCH", "on"),
+        ("TIDINGS_NO_MIGRATE", ""),
+        ("TIDINGS_INSECURE_NO_AUTH", "TRUE"),
+        ("TIDINGS_LOG_FORMAT", "xml"),
+        ("TIDINGS_PROFILE_SCHEMA", ""),
+        ("DATABASE_URL_FILE", ""),
+    ];
+    let refused = run(&["serve"], &wrong).await;
+    assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""), "{refused:?}");
+    assert!(refused.stderr.contains("7 settings are wrong"), "{}", refused.stderr);
+    for (name, _) in &wrong[..4] {
+        assert!(refused.stderr.contains(&format!("{name}: expected true or false")), "{}", refused.stderr);
+    }
+    for named in [
+        "TIDINGS_LOG_FORMAT: expected text or json",
+        "TIDINGS_PROFILE_SCHEMA: is empty; name a file",
+        "DATABASE_URL_FILE: is empty; name a file",
+    ] {
+        assert!(refused.stderr.contains(named), "no {named:?} in {}", refused.stderr);
+    }
+    let relays = run(&["serve"], &[("TIDINGS_NO_RELAY", "false")]).await;
+    assert!(relays.stderr.contains("AMQP_URL: is not set"), "{}", relays.stderr);
+    let lone = run(&["serve", "--no-relay"], &[]).await;
+    assert!(lone.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", lone.stderr);
+}
+
+#[tokio::test]
+async fn no_setting_is_refused_before_the_others_are_looked_at() {
+    let commands: [&[&str]; 12] = [
+        &["serve"],
+        &["relay"],
+        &["migrate"],
+        &["tail"],
+        &["client", "create", "--scope", "admin", "orders"],
+        &["client", "list"],
+        &["subscription", "put", "--owner", "o", "--purpose", "p", "orders"],
+        &["subscription", "list"],
+        &["deletions", "overdue"],
+        &["audit-leaks"],
+        &["import", "/nowhere"],
+        &["openapi"],
+    ];
+    for command in commands {
+        let help = run(&[command, &["--help"]].concat(), &[]).await.stdout;
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let names: Vec<&str> =
+            help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap()).collect();
+        assert!(names.contains(&"TIDINGS_LOG_FORMAT"), "{help}");
+        let empty: Vec<_> = names.iter().map(|name| (*name, "")).collect();
+        let refused = run(command, &empty).await;
+        let all_at_once = ["settings are wrong", "setting is wrong"].iter().any(|words| refused.stderr.contains(words));
+        assert!(refused.code == Some(2) && all_at_once, "{command:?}: {refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_file_is_blamed_and_not_the_variable_beside_it() {
+    let file = file("s3cret");
+    let file = file.to_str().unwrap();
+    let commands: [(&[&str], _, _, _); 5] = [
+        (&["migrate"], "DATABASE_URL", "postgres://localhost/x", "expected postgres://"),
+        (&["tail"], "AMQP_URL", "amqp://localhost", "expected amqp://"),
+        (&["relay"], "AMQP_REGISTRY_URL", "amqp://localhost", "expected amqp://"),
+        (&["import", file], "TIDINGS_IMPORT_NAMESPACE", "0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a", "expected a UUID"),
+        (&["import", file], "TIDINGS_API_KEY", "key", "cannot read"),
+    ];
+    for (command, name, right, wrong) in commands {
+        let file = if wrong == "cannot read" { "/nowhere" } else { file };
+        let refused = run(command, &[(name, right), (&format!("{name}_FILE"), file)]).await;
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stderr.contains(&format!("  {name}_FILE: {wrong}")), "{}", refused.stderr);
+        assert!(!refused.stderr.contains(&format!("{name}: ")) && !refused.stderr.contains("s3cret"), "{refused:?}");
+    }
+}
+
 #[tokio::test]
 async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
     let empty = file(" \n");
@@ -133,13 +213,14 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
         (&["migrate"], ("DATABASE_URL", "postgres:s3cret"), "DATABASE_URL: expected postgres://"),
         (&["migrate"], ("DATABASE_URL", "mysql://ana:s3cret@host/db"), "DATABASE_URL: expected postgres://"),
         (&["migrate"], ("DATABASE_URL", " "), "DATABASE_URL: is empty"),
-        (&["migrate"], ("DATABASE_URL_FILE", "/nowhere/s3cret"), "DATABASE_URL: cannot read"),
-        (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL: is empty"),
+        (&["migrate"], ("DATABASE_URL_FILE", "/nowhere/s3cret"), "DATABASE_URL_FILE: cannot read"),
+        (&["migrate"], ("DATABASE_URL_FILE", empty.to_str().unwrap()), "DATABASE_URL_FILE: is empty"),
         (&["tail"], ("AMQP_URL", "http://ana:s3cret@host"), "AMQP_URL: expected amqp://"),
-        (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL: cannot read"),
+        (&["tail"], ("AMQP_URL_FILE", "/nowhere"), "AMQP_URL_FILE: cannot read"),
         (&["tail"], ("AMQP_REGISTRY_URL", "http://ana:s3cret@host"), "AMQP_REGISTRY_URL: expected amqp://"),
         (&["relay"], ("AMQP_CA_FILE", "/nowhere"), "AMQP_CA_FILE: /nowhere: No such file"),
         (&["tail", "--fields", "job title"], ("AMQP_URL", "amqp://localhost"), "--fields: a field name is"),
+        (&["tail", "user.delted"], ("AMQP_URL", "amqp://localhost"), "KEY: no notice has such a routing key"),
         (&["relay"], ("AMQP_URL", "amqp://localhost"), "DATABASE_URL: is not set"),
         (&["relay"], ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "soon"), "TIDINGS_SUBSCRIPTION_IDLE_AFTER: expected a number"),
         (&["relay"], ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "2m"), "TIDINGS_SUBSCRIPTION_CHECK_EVERY: expected at most"),
@@ -158,7 +239,8 @@ async fn each_wrong_setting_is_refused_by_every_command_that_reads_it() {
 #[sqlx::test(migrations = false)]
 async fn secrets_may_come_from_files_and_migrating_again_does_no_harm(db: PgPool) {
     let database = file(&format!("{}\n", database_url(&db)));
-    let files = [("DATABASE_URL_FILE", database.to_str().unwrap())];
+    // Where both are set, the file counts.
+    let files = [("DATABASE_URL_FILE", database.to_str().unwrap()), ("DATABASE_URL", "postgres://127.0.0.1:1/nowhere")];
     for _ in 0..2 {
         let migrated = run(&["migrate"], &files).await;
         assert_eq!((migrated.code, migrated.stderr.as_str()), (Some(0), "the schema is up to date\n"), "{migrated:?}");
@@ -218,6 +300,30 @@ async fn the_service_serves_its_documents(db: PgPool) {
     assert!(names.iter().all(|name| messages.contains(name)), "{messages}");
 }
 
+/// As `tidings openapi | head -1` does, once `head` has gone.
+#[sqlx::test]
+async fn a_command_ends_quietly_when_nobody_reads_any_more(db: PgPool) {
+    let settings = [("DATABASE_URL", database_url(&db)), ("AMQP_URL", env("AMQP_URL"))];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value));
+    let unread = async |command: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let child = tidings(command, &settings).stdout(writer).spawn().unwrap();
+        let ended = timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let quiet = (Some(0), String::new());
+    for command in [&["openapi"][..], &["subscription", "list"], &["subscription", "list", "--json"]] {
+        assert_eq!(unread(command).await, quiet, "{command:?}");
+    }
+    // A key that nobody has seen is no success.
+    let (code, said) = unread(&["client", "create", "orders", "--scope", "users:read"]).await;
+    assert!(code == Some(1) && said.contains("is lost") && said.contains("hint: `tidings client revoke"), "{said}");
+    for command in [&["client", "list"][..], &["client", "list", "--json"]] {
+        assert_eq!(unread(command).await, quiet, "{command:?}");
+    }
+}
+
 // How it comes up.
 
 #[sqlx::test]
@@ -261,6 +367,25 @@ async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
     let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
     assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
+/// It may be about to be made, or a password to be changed: a service waits. Who is at the terminal is told at once.
+#[sqlx::test]
+async fn a_database_that_lets_nobody_in_says_why(db: PgPool) {
+    let mut url = url::Url::parse(&database_url(&db)).unwrap();
+    let name = format!("nowhere_{}", Uuid::new_v4().simple());
+    url.set_path(&name);
+    let settings = [("DATABASE_URL", url.as_str()), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0")];
+    let why = format!("no connection to the database: database \"{name}\" does not exist (SQLSTATE 3D000)\n");
+    for command in [&["migrate"][..], &["subscription", "list"], &["client", "list"]] {
+        let refused = run(command, &settings).await;
+        assert!(refused.code == Some(1) && refused.stderr.contains(&why), "{command:?}: {}", refused.stderr);
+    }
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let mut starting = tidings(&["serve"], &settings).spawn().unwrap();
+    let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+    let first = timeout(PATIENCE, log.next_line()).await.unwrap().unwrap().unwrap();
+    assert!(first.contains(&format!("waiting for the database: {}", why.trim())), "{first}");
 }
 
 #[sqlx::test]

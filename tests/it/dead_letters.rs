@@ -100,6 +100,36 @@ async fn a_letter_is_kept_and_shown_with_its_reason_and_without_data(db: PgPool)
     orders.end().await;
 }
 
+/// Told of now and then only, but in the end of each.
+#[sqlx::test]
+async fn every_letter_is_told_of_in_the_log(db: PgPool) {
+    let mut house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let told = |log: &str| {
+        let lines = log.lines().filter(|line| line.contains("dead letters have come"));
+        lines
+            .filter_map(|line| line.rsplit_once("handler_failed: ")?.1.trim_matches('"').parse::<usize>().ok())
+            .sum::<usize>()
+    };
+    for count in 1..=3 {
+        bury(&orders, 1).await;
+        await_letters(&house, &orders, count).await;
+    }
+    eventually("the first letter in the log", async || match told(&house.service.log()) {
+        0 => Err(()),
+        _ => Ok(()),
+    })
+    .await;
+    house.service.signal("-TERM").await;
+    assert_eq!(house.service.left().await, Some(0));
+    eventually("three letters in the log", async || match house.service.log() {
+        log if told(&log) == 3 => Ok(()),
+        log => Err(log),
+    })
+    .await;
+    orders.end().await;
+}
+
 /// However many there are, and however large: few of them are in memory at once.
 #[sqlx::test]
 async fn letters_that_cannot_be_kept_yet_stay_at_the_broker(db: PgPool) {

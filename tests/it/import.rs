@@ -313,6 +313,17 @@ async fn an_outage_is_waited_out_and_told(db: PgPool) {
     says("the service answers again", 2).await;
     under_way.ends().await.well().says(&["0 refused"]);
     assert_eq!((living(&house).await, doubled(&house).await), (1_500, 0));
+    // Who leaves while nobody answers does not hear that somebody did.
+    let left = Import::start(&url, &[name(&lines), "--restart"]);
+    proxy.down();
+    eventually("an outage that is told", async || {
+        let said = left.said.lock().unwrap().clone();
+        if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
+    })
+    .await;
+    left.signal("-INT").await;
+    let left = left.ends().await;
+    assert!(left.code == Some(1) && !left.said.contains("answers again"), "{left:?}");
 }
 
 #[sqlx::test]
@@ -658,6 +669,9 @@ async fn without_the_right_key_it_ends_at_once_and_says_what_is_missing(db: PgPo
     with(Some(unknown.expose_secret())).await.says(&["does not know this key"]);
     with(Some(&readers)).await.says(&["may not do that (forbidden)", "users:write"]);
     with(Some("not a\nkey")).await.says(&["TIDINGS_API_KEY: holds characters that no key has"]);
+    let key_file = file(unknown.expose_secret());
+    let from_file = import(&house.service.url, &[name(&lines), "--api-key-file", name(&key_file)]).await;
+    from_file.says(&["TIDINGS_API_KEY_FILE: ", "does not know this key"]);
     assert_eq!(living(&house).await, 0);
     // Nothing was settled: with the right key it begins at the first line.
     import(&house.service.url, &[name(&lines)]).await.well().says(&["100 users created"]);
@@ -675,5 +689,6 @@ async fn wrong_settings_are_named_at_once() {
     let alone = import(&format!("http://{nobody}"), &[name(&file("{\"profile\":{}}"))]).await;
     assert_eq!(alone.code, Some(1));
     alone.says(&["nobody answers at http://127.0.0.1", "hint:", "TIDINGS_URL"]);
+    assert!(!alone.said.contains("answers again"), "{alone:?}");
     assert!(began.elapsed() < Duration::from_secs(35));
 }

@@ -475,7 +475,7 @@ async fn a_queue_that_an_admin_deleted_is_declared_again_and_said_to_be_lost(db:
     let (lost_at, missing_since) = (lost["lost_at"].as_str().unwrap(), lost["missing_since"].as_str().unwrap());
     assert!(missing_since <= lost_at && missing_since >= lost["created_at"].as_str().unwrap(), "{lost}");
     house.logs(&["WARN", &orders, "a part of it was deleted at the broker", "missing_since"]).await;
-    let metric = format!("tidings_subscription_queue_lost{{name=\"{orders}\"}}");
+    let metric = format!("tidings_subscription_queue_lost{{subscription=\"{orders}\"}}");
     let shows = async |value: f64| {
         eventually("the metric", async || match house.metric(&metric).await {
             seen if seen == value => Ok(()),
@@ -780,7 +780,7 @@ async fn one_watch_leads_and_another_takes_over(db: PgPool) {
     let metrics = async || reqwest::get(format!("{}/metrics", second.url)).await.unwrap().text().await.unwrap();
     eventually("the other to watch", async || {
         let metrics = metrics().await;
-        let sees_orders = metrics.contains(&format!("tidings_subscription_ready{{name=\"{orders}\"}} 0"));
+        let sees_orders = metrics.contains(&format!("tidings_subscription_ready{{subscription=\"{orders}\"}} 0"));
         if sees_orders { Ok(()) } else { Err(metrics) }
     })
     .await;
@@ -810,7 +810,7 @@ async fn what_waits_and_who_listens_is_told(db: PgPool) {
     assert_eq!((&seen["dead_letters"], &seen["consumer_seen_at"]), (&json!(0), &Value::Null));
     house.user(json!({})).await;
     house.user(json!({})).await;
-    let ready = format!("tidings_subscription_ready{{name=\"{orders}\"}}");
+    let ready = format!("tidings_subscription_ready{{subscription=\"{orders}\"}}");
     eventually("the watch to see what waits", async || {
         let log = house.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
         if log.contains(&format!("{ready} 2")) { Ok(()) } else { Err(log) }
@@ -831,7 +831,7 @@ async fn what_waits_and_who_listens_is_told(db: PgPool) {
     })
     .await;
     assert!(seen["queue"]["waiting_since"] == since || seen["queue"]["waiting_since"].is_string(), "{seen}");
-    let waiting = house.metric(&format!("tidings_subscription_waiting_seconds{{name=\"{orders}\"}}")).await;
+    let waiting = house.metric(&format!("tidings_subscription_waiting_seconds{{subscription=\"{orders}\"}}")).await;
     assert!(waiting >= 0.0, "{waiting}");
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
@@ -844,7 +844,7 @@ async fn one_that_nobody_attends_is_idle_until_somebody_does(db: PgPool) {
     assert_eq!(registered.body["state"], "active");
     house.comes_to_be(&orders, "idle").await;
     house.logs(&["WARN", &orders, "team-orders", "idle: nobody listens"]).await;
-    let idle = format!("tidings_subscription_idle{{name=\"{orders}\"}}");
+    let idle = format!("tidings_subscription_idle{{subscription=\"{orders}\"}}");
     assert_eq!(house.metric(&idle).await, 1.0);
     house.looks_again().await;
     let attendance = admin.attend(&orders).await;
@@ -1023,7 +1023,14 @@ async fn an_operator_can_do_all_of_it_without_a_service(db: PgPool) {
 
     for (words, code, hint) in [
         (put.replace("team-orders", "team-billing"), 1, "hint: give the same --owner"),
-        (put.replace("user.deleted", "user.renamed"), 1, "/routing_keys/0"),
+        (put.replace("user.deleted", "user.renamed"), 2, "  --key: no notice has such a routing key"),
+        (put.replace("address", "adress"), 2, "  --field: the profile schema has no such field"),
+        (put.replace(" --key user.deleted --field address", ""), 2, "  --key or --field: give at least one"),
+        (format!("{put} --client nobody"), 2, "  --client: there is no such client"),
+        (format!("backfill start {orders} --user x"), 2, "  --user: must be a UUID, not \"x\"\n"),
+        (format!("backfill start {orders} --changed-since x"), 2, "  --changed-since: is a time such as"),
+        (format!("backfill start {orders} --rate 0"), 2, "  --rate: is a number from"),
+        (format!("dead-letters redrive {orders} --message x"), 2, "expected a UUID, not \"x\"\n"),
         (format!("{put} --expires-after soon"), 2, "--expires-after: expected a number and a unit"),
         ("show Orders".to_owned(), 2, "NAME: a subscription's name"),
         (format!("show {}", unique("nobody")), 1, "hint: `tidings subscription list`"),
