@@ -10,8 +10,9 @@ use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
+    error::DatabaseError,
     migrate::Migrator,
-    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+    postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions, PgSeverity, PgSslMode},
 };
 use tokio::time::timeout;
 use url::Url;
@@ -77,9 +78,7 @@ impl From<sqlx::Error> for Trouble {
         match error {
             sqlx::Error::Database(refusal) => {
                 let code = refusal.code().unwrap_or_default().into_owned();
-                // The session ended with it: classes 57P (shutdown, crash, terminated) and 08 (connection) say nothing about a
-                // commit that was under way.
-                if code.starts_with("57P") || code.starts_with("08") {
+                if ends_in_doubt(&code, ends_the_session(&*refusal)) {
                     Self::Broken(anyhow::anyhow!("the database ended the session (SQLSTATE {code})"))
                 } else {
                     Self::Refused { code, constraint: refusal.constraint().map(str::to_owned) }
@@ -89,6 +88,21 @@ impl From<sqlx::Error> for Trouble {
             other => Self::Broken(other.into()),
         }
     }
+}
+
+fn ends_the_session(refusal: &dyn DatabaseError) -> bool {
+    let refusal = refusal.try_downcast_ref::<PgDatabaseError>();
+    refusal.is_some_and(|refusal| matches!(refusal.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// Whether a session ended with this refusal, and a commit that was under way may have been made: on a disk that fails (58030) or is full
+/// (53100) it is in the log already, and stands after the recovery. Poolers do not always say that the session is over: classes 57P
+/// (shutdown, crash, terminated) and 08 (connection) mean it.
+fn ends_in_doubt(code: &str, ends_the_session: bool) -> bool {
+    // Who said nothing for too long was not listened to any more, and who was not let in (class 28, 3D, 53300) said nothing.
+    let nothing_was_done = ["25P03", "57P05", "28", "3D", "53300"].iter().any(|class| code.starts_with(class));
+    let is_over = ends_the_session || code.starts_with("57P") || code.starts_with("08");
+    is_over && !nothing_was_done
 }
 
 impl Trouble {
@@ -367,7 +381,60 @@ async fn settles(connection: &mut PgConnection) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
+
+    /// What a statement comes to that a server answers with this severity and SQLSTATE.
+    async fn answered(severity: &str, code: &str) -> Trouble {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("postgres://x@{}/x?sslmode=disable", listener.local_addr().unwrap());
+        let error = format!("S{severity}\0V{severity}\0C{code}\0Mno\0\0");
+        let server = async {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut said = [0; 1024];
+            assert!(client.read(&mut said).await.unwrap() > 0, "the startup message");
+            // Let in without a password, and idle.
+            client.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await.unwrap();
+            assert!(client.read(&mut said).await.unwrap() > 0, "the statement");
+            client
+                .write_all(&[b"E", &(error.len() as u32 + 4).to_be_bytes()[..], error.as_bytes()].concat())
+                .await
+                .unwrap();
+            client.write_all(b"Z\0\0\0\x05I").await.unwrap();
+        };
+        let statement = async {
+            let mut connection = PgConnection::connect(&url).await.unwrap();
+            sqlx::raw_sql("commit").execute(&mut connection).await.unwrap_err().into()
+        };
+        tokio::join!(server, statement).1
+    }
+
+    #[tokio::test]
+    async fn a_commit_that_ended_the_session_may_have_been_made() {
+        for severity in ["FATAL", "PANIC"] {
+            let trouble = answered(severity, "58030").await;
+            assert!(matches!(trouble, Trouble::Broken(_)), "{severity}: {trouble:?}");
+        }
+        let trouble = answered("ERROR", "58030").await;
+        assert!(matches!(&trouble, Trouble::Refused { code, .. } if code == "58030"), "{trouble:?}");
+    }
+
+    #[test]
+    fn not_every_end_of_a_session_leaves_a_commit_in_doubt() {
+        // A disk that failed or was full in the middle of a commit, a shutdown, a pooler that lost its server.
+        for (code, is_fatal) in [("58030", true), ("53100", true), ("57P01", true), ("08006", false)] {
+            assert!(ends_in_doubt(code, is_fatal), "{code}");
+        }
+        // The same in a session that goes on; silence for too long, in a transaction or outside; not let in.
+        for (code, is_fatal) in [("58030", false), ("53100", false), ("25P03", true), ("57P05", true), ("28P01", true)]
+        {
+            assert!(!ends_in_doubt(code, is_fatal), "{code}");
+        }
+    }
 
     #[test]
     fn who_may_listen_is_told_by_the_address() {
