@@ -33,6 +33,19 @@ pub const ANSWER_DEADLINE: Duration = Duration::from_secs(8);
 /// has ended by then.
 const RETURN_DEADLINE: Duration = Duration::from_secs(1);
 
+/// The manners of every session, whatever role and database say.
+const MANNERS: [(&str, &str); 5] = [
+    ("statement_timeout", "5s"),
+    // Rows are locked for milliseconds, by another instance's batch. Longer is somebody's forgotten transaction, and only the
+    // changes of that one row should fail for it.
+    ("lock_timeout", "1s"),
+    ("idle_in_transaction_session_timeout", "10s"),
+    // Sessions rest for as long as nobody asks. A leader sets its own.
+    ("idle_session_timeout", "0"),
+    // Names mean our tables, never something put before them.
+    ("search_path", "public,pg_temp"),
+];
+
 /// The versions of the schema that were applied.
 pub const APPLIED: &str = "
 select version
@@ -144,20 +157,7 @@ impl Db {
         let options = options.context(
             "expected postgres://USER:PASSWORD@HOST/DATABASE, and for TLS ?sslmode=verify-full&sslrootcert=FILE behind it",
         )?;
-        Ok(Self {
-            options: options
-                .application_name("tidings")
-                .options([
-                    ("statement_timeout", "5s"),
-                    // Rows are locked for milliseconds, by another instance's batch. Longer is somebody's forgotten transaction,
-                    // and only the changes of that one row should fail for it.
-                    ("lock_timeout", "1s"),
-                    ("idle_in_transaction_session_timeout", "10s"),
-                    // Whatever role and database say: names mean our tables, never something put before them.
-                    ("search_path", "public,pg_temp"),
-                ])
-                .disable_statement_logging(),
-        })
+        Ok(Self { options: options.application_name("tidings").options(MANNERS).disable_statement_logging() })
     }
 
     /// Whether what is said travels in the clear, or to whoever claims to be the database, beyond this machine.

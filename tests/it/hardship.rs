@@ -10,7 +10,7 @@ use futures_util::{
 };
 use reqwest::Method;
 use serde_json::json;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tidings::clients::{NewClient, Scope};
 use tidings_sdk::envelope::Event;
 use tokio::{
@@ -124,6 +124,20 @@ async fn a_database_that_was_read_only_for_a_while_is_written_to_again(db: PgPoo
     sessions::are_read_only(&house.db, false).await;
     house.amend(&ana, json!({ "city": "Bern" })).await.ok();
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// As a database administrator sets it for sessions that somebody forgot.
+#[sqlx::test]
+async fn a_session_rests_for_as_long_as_nobody_asks(db: PgPool) {
+    let database = db.connect_options().get_database().unwrap().to_owned();
+    let alter = format!("alter database \"{database}\" set idle_session_timeout = '500ms'");
+    sqlx::raw_sql(AssertSqlSafe(alter)).execute(&db).await.unwrap();
+    let house = House::open(db).await;
+    house.user(json!({})).await;
+    for session in ["tidings writer", "tidings relay settler", "tidings listener"] {
+        sessions::silent(&house.db, session).await;
+    }
+    house.user(json!({})).await;
 }
 
 /// In a failover the address may still lead to the server that led before, which now follows another: what it answers is old.
