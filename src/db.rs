@@ -46,6 +46,17 @@ const MANNERS: [(&str, &str); 5] = [
     ("search_path", "public,pg_temp"),
 ];
 
+/// The server's side of a connection on which nothing is said, in seconds (and milliseconds, the last). A firewall or balancer forgets one
+/// after some minutes, the quickest in use after four, and swallows what is said on it then: a sign of life each minute keeps it. A peer
+/// that is gone without a word is let go within a minute and a half, with its locks. Linux goes by the last alone if it is shorter than
+/// the others together, and would then end a session for one lost packet. No part of this holds on a unix socket, or has to.
+const SIGNS_OF_LIFE: [(&str, &str); 4] = [
+    ("tcp_keepalives_idle", "60"),
+    ("tcp_keepalives_interval", "10"),
+    ("tcp_keepalives_count", "3"),
+    ("tcp_user_timeout", "90000"),
+];
+
 /// The versions of the schema that were applied.
 pub const APPLIED: &str = "
 select version
@@ -157,7 +168,13 @@ impl Db {
         let options = options.context(
             "expected postgres://USER:PASSWORD@HOST/DATABASE, and for TLS ?sslmode=verify-full&sslrootcert=FILE behind it",
         )?;
-        Ok(Self { options: options.application_name("tidings").options(MANNERS).disable_statement_logging() })
+        Ok(Self {
+            options: options
+                .application_name("tidings")
+                .options(MANNERS)
+                .options(SIGNS_OF_LIFE)
+                .disable_statement_logging(),
+        })
     }
 
     /// Whether what is said travels in the clear, or to whoever claims to be the database, beyond this machine.
