@@ -9,7 +9,7 @@ use std::{net::IpAddr, time::Duration};
 use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
-    ConnectOptions, Connection, PgConnection, PgPool,
+    ConnectOptions, Connection, PgConnection, PgPool, Row,
     error::DatabaseError,
     migrate::Migrator,
     postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions, PgSeverity, PgSslMode},
@@ -75,6 +75,9 @@ select name
 
 /// Whether the server only follows another one (a standby).
 pub const FOLLOWS: &str = "select pg_is_in_recovery()";
+
+/// Whether the session is in no transaction, which would have begun with an earlier statement.
+pub const IS_FREE: &str = "select now() = statement_timestamp()";
 
 /// Where the database is, and the manners of every session there.
 #[derive(Clone)]
@@ -200,8 +203,8 @@ impl Db {
             // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
             .after_release(|connection, _| {
                 Box::pin(async move {
-                    let alive = timeout(RETURN_DEADLINE, connection.ping()).await;
-                    alive.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                    let free = timeout(RETURN_DEADLINE, is_free(connection)).await;
+                    free.unwrap_or(Err(sqlx::Error::PoolTimedOut))
                 })
             })
             .connect_lazy_with(self.options.clone().application_name(&format!("tidings {purpose}")).options(settings))
@@ -334,6 +337,12 @@ async fn refuse_follower(connection: &mut PgConnection) -> sqlx::Result<()> {
         return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
     }
     Ok(())
+}
+
+/// Whether a session that comes back is in no transaction: sqlx (0.9) hands on what a BEGIN left that was given up at the deadline.
+async fn is_free(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    // As a plain query: one with parameters consists of several, and each has a time of its own.
+    sqlx::raw_sql(IS_FREE).fetch_one(connection).await?.try_get(0)
 }
 
 /// One connection that one task owns, dialled when it is first needed and again after it was lost.

@@ -10,8 +10,11 @@ use futures_util::{
 };
 use reqwest::Method;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
-use tidings::clients::{NewClient, Scope};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row};
+use tidings::{
+    clients::{NewClient, Scope},
+    db::Db,
+};
 use tidings_sdk::envelope::Event;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -21,7 +24,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, eventually, http_with, new_client},
+    house::{self, Answer, House, database_url, eventually, http_with, new_client},
     hurt::Standby,
     limits::under_way,
     sessions,
@@ -138,6 +141,24 @@ async fn a_session_rests_for_as_long_as_nobody_asks(db: PgPool) {
         sessions::silent(&house.db, session).await;
     }
     house.user(json!({})).await;
+}
+
+/// As a BEGIN leaves it that was given up: what the next one does would be undone with it, though it was answered.
+#[sqlx::test]
+async fn a_session_in_a_transaction_is_lent_to_nobody(db: PgPool) {
+    let pool = Db::new(&database_url(&db).into()).unwrap().pool("test", 1, []);
+    let session = "select pg_backend_pid(), now() = statement_timestamp(), current_setting('tcp_keepalives_idle')";
+    let look = async || {
+        let row = sqlx::raw_sql(session).fetch_one(&pool).await.unwrap();
+        (row.get::<i32, _>(0), row.get::<bool, _>(1), row.get::<&str, _>(2).to_owned())
+    };
+    let (first, is_free, alive) = look().await;
+    assert!(is_free);
+    assert_eq!(alive, "60", "no firewall forgets it meanwhile");
+    assert_eq!(look().await.0, first, "one in order is lent again");
+    sqlx::raw_sql("begin").execute(&pool).await.unwrap();
+    let (second, is_free, _) = look().await;
+    assert!(is_free && second != first);
 }
 
 /// In a failover the address may still lead to the server that led before, which now follows another: what it answers is old.
