@@ -57,6 +57,9 @@ const SIGNS_OF_LIFE: [(&str, &str); 4] = [
     ("tcp_user_timeout", "90000"),
 ];
 
+/// For sessions whose commits nobody has to find again after a failover: they wait for no synchronous standby.
+pub const LOCALLY: [(&str, &str); 1] = [("synchronous_commit", "local")];
+
 /// The versions of the schema that were applied.
 pub const APPLIED: &str = "
 select version
@@ -75,6 +78,17 @@ select name
 
 /// Whether the server only follows another one (a standby).
 pub const FOLLOWS: &str = "select pg_is_in_recovery()";
+
+/// How many sessions of this one's purpose have been waiting, for longer than a statement may take, for a standby to confirm a commit
+/// (`synchronous_standby_names`). The server waits for ever, and does not notice that nobody waits for it any more.
+pub const WAITING_FOR_A_STANDBY: &str = "
+select count(*)
+  from pg_stat_activity
+ where wait_event = 'SyncRep'
+   and query_start < clock_timestamp() - interval '5 s'
+   and application_name = current_setting('application_name')
+   and datname = current_database()
+";
 
 /// Whether the session is in no transaction, which would have begun with an earlier statement.
 pub const IS_FREE: &str = "select now() = statement_timestamp()";
@@ -198,7 +212,7 @@ impl Db {
             .max_connections(connections)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
-            .after_connect(|connection, _| Box::pin(refuse_follower(connection)))
+            .after_connect(move |connection, _| Box::pin(refuse_useless(connection, i64::from(connections))))
             // The pool asks whoever comes back whether it lives, and keeps its place for it however long it says nothing: on a network
             // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
             .after_release(|connection, _| {
@@ -320,7 +334,7 @@ pub fn is_overheard(url: &Url) -> bool {
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     let dial = async {
         let mut connection = options.connect().await?;
-        refuse_follower(&mut connection).await?;
+        refuse_useless(&mut connection, 1).await?;
         Ok::<_, sqlx::Error>(connection)
     };
     match timeout(CONNECT_DEADLINE, dial).await {
@@ -330,11 +344,19 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     }
 }
 
-/// While a failover goes on, the address may still lead to the server that led before: what that answers is old, and it keeps nothing.
-async fn refuse_follower(connection: &mut PgConnection) -> sqlx::Result<()> {
-    let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(connection).await?;
+/// Refuses a server whose answers are old, or that keeps nothing while so many of this purpose's sessions wait: ended by us they would be
+/// committed without the standby, and followed by more they would use up the server's connections.
+async fn refuse_useless(connection: &mut PgConnection, waiting: i64) -> sqlx::Result<()> {
+    // While a failover goes on, the address may still lead to the server that led before.
+    let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(&mut *connection).await?;
     if follows {
         return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
+    }
+    let now_waiting: i64 = sqlx::query_scalar(WAITING_FOR_A_STANDBY).persistent(false).fetch_one(connection).await?;
+    if now_waiting >= waiting {
+        return Err(sqlx::Error::Configuration(
+            "commits wait for a synchronous standby that does not confirm them".into(),
+        ));
     }
     Ok(())
 }

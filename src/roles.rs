@@ -87,7 +87,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let desk = registry.clone().map(Desk::new);
     let letters = DeadLetters::new(queries.clone(), registry);
     let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
-    telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
+    telling.spawn("hints", bell.clone().pass_on(db.line("hints", db::LOCALLY), telling_stop.clone()));
     let schema = Arc::new(schema);
     let clients = if asks_nobody {
         tracing::warn!("whoever reaches {address} may do everything: no key is asked for (--insecure-no-auth)");

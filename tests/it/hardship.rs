@@ -179,6 +179,27 @@ async fn a_standby_is_not_taken_for_the_database() {
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
 }
 
+/// The server waits for it for ever, whoever has given up, and the change would be kept if the session were ended.
+#[tokio::test]
+async fn commits_that_wait_for_a_lost_standby_do_not_pile_up() {
+    let server = Standby::borrow().await;
+    let house = House::open(server.database().await).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    server.await_standby(true).await;
+    assert_eq!(not_now(&house.create(json!({ "city": "Riga" })).await), "outcome_unknown");
+    for _ in 0..3 {
+        assert_eq!(not_now(&house.create(json!({ "city": "Oslo" })).await), "database_unavailable");
+    }
+    assert_eq!(sessions::processes(&house.db, "tidings writer").await.len(), 1, "the one that waits");
+    assert_eq!(house.get(&ana).await.version(), 1, "who only reads is served");
+    server.await_standby(false).await;
+    house.user(json!({ "city": "Bern" })).await;
+    let users = house.page("/v1/users").await.ok();
+    let cities: Vec<_> = users.body["users"].as_array().unwrap().iter().map(|user| &user["profile"]["city"]).collect();
+    assert_eq!(cities, [&json!(null), &json!("Riga"), &json!("Bern")]);
+}
+
 /// A session that lets nobody change a user, whichever, until it is closed.
 async fn hold_all(db: &PgPool) -> PgConnection {
     let mut session = PgConnection::connect_with(&db.connect_options()).await.unwrap();

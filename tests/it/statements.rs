@@ -49,6 +49,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (database::FORGETS, 1),
         (database::FOLLOWS, 1),
         (database::IS_FREE, 1),
+        (database::WAITING_FOR_A_STANDBY, 1),
         (database::SERVER_LOG_SETTINGS, 2),
         (lead::TRY_LEAD, 1),
         (subscriptions::FIND, 23),
