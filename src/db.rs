@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool, Row,
     error::DatabaseError,
-    migrate::Migrator,
+    migrate::{Migrate, MigrateError, Migrator},
     postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions, PgSeverity, PgSslMode},
 };
 use tokio::time::timeout;
@@ -59,6 +59,12 @@ const SIGNS_OF_LIFE: [(&str, &str); 4] = [
 
 /// For sessions whose commits nobody has to find again after a failover: they wait for no synchronous standby.
 pub const LOCALLY: [(&str, &str); 1] = [("synchronous_commit", "local")];
+
+/// Who waits for a lock on a table holds up every statement behind it.
+const TABLE_PATIENCE: &str = "5s";
+
+/// How long a session waits for locks from now on.
+pub const SET_LOCK_TIMEOUT: &str = "select set_config('lock_timeout', $1, false)";
 
 /// The versions of the schema that were applied.
 pub const APPLIED: &str = "
@@ -232,9 +238,10 @@ impl Db {
             .connect_lazy_with(self.options.clone().application_name("tidings listener"))
     }
 
-    /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
+    /// Brings the schema up to this binary's. Safe from several instances at once: one migrates, and the others wait for it.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         let mut connection = self.maintenance("migrate").await?;
+        wait_for_turn(&mut connection).await.context("the lock of the migrations cannot be had")?;
         migrations().run(&mut connection).await.context("the migrations did not complete")?;
         Ok(connection.close().await?)
     }
@@ -254,11 +261,11 @@ impl Db {
 
     /// A connection for work on the whole database, which takes as long as it takes.
     pub async fn maintenance(&self, purpose: &str) -> Result<PgConnection, Trouble> {
-        let options = self.options.clone().application_name(&format!("tidings {purpose}")).options([
-            ("statement_timeout", "0"),
-            // Who waits for a lock on a table holds up every statement behind it.
-            ("lock_timeout", "5s"),
-        ]);
+        let options = self
+            .options
+            .clone()
+            .application_name(&format!("tidings {purpose}"))
+            .options([("statement_timeout", "0"), ("lock_timeout", TABLE_PATIENCE)]);
         connect(&options).await
     }
 
@@ -295,6 +302,24 @@ fn migrations() -> Migrator {
     let mut migrations = sqlx::migrate!();
     migrations.set_ignore_missing(true);
     migrations
+}
+
+/// Takes the advisory lock that sqlx takes for migrations, which a session may hold twice, for as long as this session lives. Whoever has it
+/// may migrate for hours; the patience of a session is for tables.
+async fn wait_for_turn(connection: &mut PgConnection) -> Result<(), MigrateError> {
+    sqlx::query(SET_LOCK_TIMEOUT).bind("0").execute(&mut *connection).await?;
+    {
+        let mut turn = connection.lock();
+        match timeout(Duration::from_secs(1), &mut turn).await {
+            Ok(taken) => taken?,
+            Err(_) => {
+                tracing::warn!("another instance migrates the database: waiting for it");
+                turn.await?;
+            }
+        }
+    }
+    sqlx::query(SET_LOCK_TIMEOUT).bind(TABLE_PATIENCE).execute(connection).await?;
+    Ok(())
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";

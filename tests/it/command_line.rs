@@ -8,7 +8,7 @@ use std::{
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, migrate::Migrate};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
     net::TcpStream,
@@ -261,6 +261,31 @@ async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
     let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
     assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
+/// Instances that start together all want to migrate; who goes first may take hours.
+#[sqlx::test]
+async fn who_migrates_waits_for_who_migrates_already(db: PgPool) {
+    let mut first = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    first.lock().await.unwrap();
+    let url = database_url(&db);
+    let settings = [("DATABASE_URL", url.as_str())];
+    let second = run(&["migrate"], &settings);
+    let waits = "
+        select extract(epoch from clock_timestamp() - query_start)::float8 from pg_stat_activity
+         where datname = current_database() and application_name = 'tidings migrate' and wait_event_type = 'Lock'
+    ";
+    let waited = async {
+        // For longer than it would for a table.
+        eventually("who waits for his turn", async || {
+            let seen: Option<f64> = sqlx::query_scalar(waits).fetch_optional(&db).await.unwrap();
+            if seen.is_some_and(|seconds| seconds > 6.0) { Ok(()) } else { Err(seen) }
+        })
+        .await;
+        first.close().await.unwrap();
+    };
+    let (second, ()) = tokio::join!(second, waited);
+    assert_eq!(second.code, Some(0), "{second:?}");
 }
 
 #[sqlx::test]

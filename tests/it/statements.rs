@@ -51,6 +51,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (database::IS_FREE, 1),
         (database::WAITING_FOR_A_STANDBY, 1),
         (database::SERVER_LOG_SETTINGS, 2),
+        (database::SET_LOCK_TIMEOUT, 1),
         (lead::TRY_LEAD, 1),
         (subscriptions::FIND, 23),
         (subscriptions::PUT, 1),
