@@ -162,6 +162,11 @@ impl Trouble {
         }
     }
 
+    /// Whether the statement waited in vain for what somebody else holds: a table, or a row.
+    pub fn is_of_a_lock(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code == "55P03")
+    }
+
     /// Whether the statement broke this constraint.
     pub fn broke(&self, name: &str) -> bool {
         matches!(self, Self::Refused { constraint: Some(constraint), .. } if constraint == name)

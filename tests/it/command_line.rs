@@ -263,6 +263,29 @@ async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
 }
 
+/// As a change of a table does it, or a backup.
+#[sqlx::test]
+async fn a_service_waits_for_a_table_that_somebody_holds(db: PgPool) {
+    let house = House::open(db).await;
+    let mut holder = house.db.begin().await.unwrap();
+    sqlx::raw_sql("lock table clients in access exclusive mode").execute(&mut *holder).await.unwrap();
+    let start = async || {
+        let mut starting = tidings(&["serve"], house.settings()).spawn().unwrap();
+        let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+        let waits = async { while !log.next_line().await.unwrap().unwrap().contains("somebody holds a table") {} };
+        timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+        (starting, log)
+    };
+    let ((mut one, _log), (mut other, _other_log)) = tokio::join!(start(), start());
+    let pid = other.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    assert_eq!(timeout(PATIENCE, other.wait()).await.unwrap().unwrap().code(), Some(0), "told to leave meanwhile");
+    holder.rollback().await.unwrap();
+    let mut lines = BufReader::new(one.stdout.take().unwrap()).lines();
+    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
+    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
 /// Instances that start together all want to migrate; who goes first may take hours.
 #[sqlx::test]
 async fn who_migrates_waits_for_who_migrates_already(db: PgPool) {
