@@ -82,6 +82,14 @@ select name
  order by name
 ";
 
+/// Which of these settings a session has otherwise.
+pub const OTHERWISE: &str = "
+select name
+  from unnest($1::text[], $2::text[]) as wanted (name, value)
+ where current_setting(name) <> value
+ order by name
+";
+
 /// Whether the server only follows another one (a standby).
 pub const FOLLOWS: &str = "select pg_is_in_recovery()";
 
@@ -286,10 +294,12 @@ impl Db {
         look.await.unwrap_or_default()
     }
 
-    /// Refuses a database that forgets what it acknowledged.
+    /// Refuses a database that forgets what it acknowledged, or whose sessions have other manners than ours: on those no deadline holds, and
+    /// a leader that is frozen is never replaced.
     ///
     /// # Errors
-    /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, or the database cannot be reached.
+    /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, a setting of a session does not arrive, or the database cannot be
+    /// reached.
     pub async fn check_durability(&self) -> anyhow::Result<()> {
         let mut connection = connect(&self.options).await?;
         let off: Vec<String> = sqlx::query_scalar(FORGETS).fetch_all(&mut connection).await.map_err(Trouble::from)?;
@@ -297,6 +307,18 @@ impl Db {
             off.is_empty(),
             "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",
             off.join(" and ")
+        );
+        let (names, values) = MANNERS.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        let otherwise: Vec<String> = sqlx::query_scalar(OTHERWISE)
+            .bind(names)
+            .bind(values)
+            .fetch_all(&mut connection)
+            .await
+            .map_err(Trouble::from)?;
+        anyhow::ensure!(
+            otherwise.is_empty(),
+            "the sessions of the database do not take {}\nhint: a pooler before it ignores the startup parameter `options`; connect directly",
+            otherwise.join(", ")
         );
         Ok(connection.close().await?)
     }

@@ -1,7 +1,7 @@
 //! The command line: what it teaches, what it refuses, what it prints, and how it leaves.
 
 use std::{
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -246,6 +246,46 @@ async fn a_database_that_forgets_what_it_acknowledged_is_refused(db: PgPool) {
         let refused = run(&[role], &settings).await;
         assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
         assert!(refused.stderr.contains("the database has synchronous_commit off"), "{}", refused.stderr);
+    }
+}
+
+/// The address of something before the server that passes on everything but `options`, in which a session's settings are.
+async fn pooler(server: &str) -> SocketAddr {
+    let (listener, server) = (tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(), server.to_owned());
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut server = TcpStream::connect(&server).await.unwrap();
+            tokio::spawn(async move {
+                let mut startup = vec![0; client.read_i32().await? as usize - 4];
+                client.read_exact(&mut startup).await?;
+                let (version, parameters) = startup.split_at(4);
+                let parameters: Vec<&[u8]> = parameters.split_inclusive(|byte| *byte == 0).collect();
+                let kept = parameters.chunks(2).filter(|pair| pair[0] != b"options\0").flatten();
+                let kept = [version, &kept.copied().collect::<Vec<_>>().concat()].concat();
+                server.write_i32(kept.len() as i32 + 4).await?;
+                server.write_all(&kept).await?;
+                tokio::io::copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    address
+}
+
+#[sqlx::test]
+async fn a_pooler_that_ignores_the_settings_of_sessions_is_refused(db: PgPool) {
+    let options = db.connect_options();
+    let pooler = pooler(&format!("{}:{}", options.get_host(), options.get_port())).await;
+    let mut url: url::Url = database_url(&db).parse().unwrap();
+    url.set_port(Some(pooler.port())).unwrap();
+    url.set_query(Some("sslmode=disable"));
+    let settings = [("DATABASE_URL", url.as_str()), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0")];
+    for role in ["serve", "relay"] {
+        let refused = run(&[role], &settings).await;
+        assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        for word in ["statement_timeout", "search_path", "a pooler before it"] {
+            assert!(refused.stderr.contains(word), "{}", refused.stderr);
+        }
     }
 }
 

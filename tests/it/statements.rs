@@ -50,6 +50,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (database::FOLLOWS, 1),
         (database::IS_FREE, 1),
         (database::WAITING_FOR_A_STANDBY, 1),
+        (database::OTHERWISE, 1),
         (database::SERVER_LOG_SETTINGS, 2),
         (database::SET_LOCK_TIMEOUT, 1),
         (lead::TRY_LEAD, 1),
