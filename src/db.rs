@@ -9,10 +9,10 @@ use std::{net::IpAddr, time::Duration};
 use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
-    ConnectOptions, Connection, PgConnection, PgPool,
+    ConnectOptions, Connection, PgConnection, PgPool, Row,
     error::DatabaseError,
-    migrate::Migrator,
-    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+    migrate::{Migrate, MigrateError, Migrator},
+    postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions, PgSeverity, PgSslMode},
 };
 use tokio::time::timeout;
 use url::Url;
@@ -33,6 +33,39 @@ pub const ANSWER_DEADLINE: Duration = Duration::from_secs(8);
 /// has ended by then.
 const RETURN_DEADLINE: Duration = Duration::from_secs(1);
 
+/// The manners of every session, whatever role and database say.
+const MANNERS: [(&str, &str); 5] = [
+    ("statement_timeout", "5s"),
+    // Rows are locked for milliseconds, by another instance's batch. Longer is somebody's forgotten transaction, and only the
+    // changes of that one row should fail for it.
+    ("lock_timeout", "1s"),
+    ("idle_in_transaction_session_timeout", "10s"),
+    // Sessions rest for as long as nobody asks. A leader sets its own.
+    ("idle_session_timeout", "0"),
+    // Names mean our tables, never something put before them.
+    ("search_path", "public,pg_temp"),
+];
+
+/// The server's side of a connection on which nothing is said, in seconds (and milliseconds, the last). A firewall or balancer forgets one
+/// after some minutes, the quickest in use after four, and swallows what is said on it then: a sign of life each minute keeps it. A peer
+/// that is gone without a word is let go within a minute and a half, with its locks. Linux goes by the last alone if it is shorter than
+/// the others together, and would then end a session for one lost packet. No part of this holds on a unix socket, or has to.
+const SIGNS_OF_LIFE: [(&str, &str); 4] = [
+    ("tcp_keepalives_idle", "60"),
+    ("tcp_keepalives_interval", "10"),
+    ("tcp_keepalives_count", "3"),
+    ("tcp_user_timeout", "90000"),
+];
+
+/// For sessions whose commits nobody has to find again after a failover: they wait for no synchronous standby.
+pub const LOCALLY: [(&str, &str); 1] = [("synchronous_commit", "local")];
+
+/// Who waits for a lock on a table holds up every statement behind it.
+const TABLE_PATIENCE: &str = "5s";
+
+/// How long a session waits for locks from now on.
+pub const SET_LOCK_TIMEOUT: &str = "select set_config('lock_timeout', $1, false)";
+
 /// The versions of the schema that were applied.
 pub const APPLIED: &str = "
 select version
@@ -49,8 +82,30 @@ select name
  order by name
 ";
 
+/// Which of these settings a session has otherwise.
+pub const OTHERWISE: &str = "
+select name
+  from unnest($1::text[], $2::text[]) as wanted (name, value)
+ where current_setting(name) <> value
+ order by name
+";
+
 /// Whether the server only follows another one (a standby).
 pub const FOLLOWS: &str = "select pg_is_in_recovery()";
+
+/// How many sessions of this one's purpose have been waiting, for longer than a statement may take, for a standby to confirm a commit
+/// (`synchronous_standby_names`). The server waits for ever, and does not notice that nobody waits for it any more.
+pub const WAITING_FOR_A_STANDBY: &str = "
+select count(*)
+  from pg_stat_activity
+ where wait_event = 'SyncRep'
+   and query_start < clock_timestamp() - interval '5 s'
+   and application_name = current_setting('application_name')
+   and datname = current_database()
+";
+
+/// Whether the session is in no transaction, which would have begun with an earlier statement.
+pub const IS_FREE: &str = "select now() = statement_timestamp()";
 
 /// Where the database is, and the manners of every session there.
 #[derive(Clone)]
@@ -78,9 +133,7 @@ impl From<sqlx::Error> for Trouble {
         match error {
             sqlx::Error::Database(refusal) => {
                 let code = refusal.code().unwrap_or_default().into_owned();
-                // The session ended with it: classes 57P (shutdown, crash, terminated) and 08 (connection) say nothing about a
-                // commit that was under way.
-                if code.starts_with("57P") || code.starts_with("08") {
+                if ends_in_doubt(&code, ends_the_session(&*refusal)) {
                     Self::Broken(anyhow::anyhow!("the database ended the session (SQLSTATE {code})"))
                 } else if is_about_connecting(&code) {
                     Self::Unreachable(turned_away(&*refusal))
@@ -104,6 +157,21 @@ fn turned_away(refusal: &dyn DatabaseError) -> anyhow::Error {
     anyhow::anyhow!("{} (SQLSTATE {})", refusal.message(), refusal.code().unwrap_or_default())
 }
 
+fn ends_the_session(refusal: &dyn DatabaseError) -> bool {
+    let refusal = refusal.try_downcast_ref::<PgDatabaseError>();
+    refusal.is_some_and(|refusal| matches!(refusal.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// Whether a session ended with this refusal, and a commit that was under way may have been made: on a disk that fails (58030) or is full
+/// (53100) it is in the log already, and stands after the recovery. Poolers do not always say that the session is over: classes 57P
+/// (shutdown, crash, terminated) and 08 (connection) mean it.
+fn ends_in_doubt(code: &str, ends_the_session: bool) -> bool {
+    // Who said nothing for too long was not listened to any more, and who was not let in (class 28, 3D, 53300) said nothing.
+    let nothing_was_done = ["25P03", "57P05", "28", "3D", "53300"].iter().any(|class| code.starts_with(class));
+    let is_over = ends_the_session || code.starts_with("57P") || code.starts_with("08");
+    is_over && !nothing_was_done
+}
+
 impl Trouble {
     /// What is wrong, with its causes, for the log. Holds no user's value.
     pub fn report(&self) -> String {
@@ -112,6 +180,11 @@ impl Trouble {
             Self::Refused { constraint: Some(constraint), .. } => format!("{self}: {constraint}"),
             Self::Refused { constraint: None, .. } => self.to_string(),
         }
+    }
+
+    /// Whether the statement waited in vain for what somebody else holds: a table, or a row.
+    pub fn is_of_a_lock(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code == "55P03")
     }
 
     /// Whether the statement broke this constraint.
@@ -146,15 +219,8 @@ impl Db {
         Ok(Self {
             options: options
                 .application_name("tidings")
-                .options([
-                    ("statement_timeout", "5s"),
-                    // Rows are locked for milliseconds, by another instance's batch. Longer is somebody's forgotten transaction,
-                    // and only the changes of that one row should fail for it.
-                    ("lock_timeout", "1s"),
-                    ("idle_in_transaction_session_timeout", "10s"),
-                    // Whatever role and database say: names mean our tables, never something put before them.
-                    ("search_path", "public,pg_temp"),
-                ])
+                .options(MANNERS)
+                .options(SIGNS_OF_LIFE)
                 .disable_statement_logging(),
         })
     }
@@ -177,13 +243,13 @@ impl Db {
             .max_connections(connections)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
-            .after_connect(|connection, _| Box::pin(refuse_follower(connection)))
+            .after_connect(move |connection, _| Box::pin(refuse_useless(connection, i64::from(connections))))
             // The pool asks whoever comes back whether it lives, and keeps its place for it however long it says nothing: on a network
             // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
             .after_release(|connection, _| {
                 Box::pin(async move {
-                    let alive = timeout(RETURN_DEADLINE, connection.ping()).await;
-                    alive.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                    let free = timeout(RETURN_DEADLINE, is_free(connection)).await;
+                    free.unwrap_or(Err(sqlx::Error::PoolTimedOut))
                 })
             })
             .connect_lazy_with(self.options.clone().application_name(&format!("tidings {purpose}")).options(settings))
@@ -197,9 +263,10 @@ impl Db {
             .connect_lazy_with(self.options.clone().application_name("tidings listener"))
     }
 
-    /// Brings the schema up to this binary's. Safe from several instances at once: sqlx holds an advisory lock.
+    /// Brings the schema up to this binary's. Safe from several instances at once: one migrates, and the others wait for it.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         let mut connection = self.maintenance("migrate").await?;
+        wait_for_turn(&mut connection).await.context("the lock of the migrations cannot be had")?;
         migrations().run(&mut connection).await.context("the migrations did not complete")?;
         Ok(connection.close().await?)
     }
@@ -219,11 +286,11 @@ impl Db {
 
     /// A connection for work on the whole database, which takes as long as it takes.
     pub async fn maintenance(&self, purpose: &str) -> Result<PgConnection, Trouble> {
-        let options = self.options.clone().application_name(&format!("tidings {purpose}")).options([
-            ("statement_timeout", "0"),
-            // Who waits for a lock on a table holds up every statement behind it.
-            ("lock_timeout", "5s"),
-        ]);
+        let options = self
+            .options
+            .clone()
+            .application_name(&format!("tidings {purpose}"))
+            .options([("statement_timeout", "0"), ("lock_timeout", TABLE_PATIENCE)]);
         connect(&options).await
     }
 
@@ -239,10 +306,12 @@ impl Db {
         look.await.unwrap_or_default()
     }
 
-    /// Refuses a database that forgets what it acknowledged.
+    /// Refuses a database that forgets what it acknowledged, or whose sessions have other manners than ours: on those no deadline holds, and
+    /// a leader that is frozen is never replaced.
     ///
     /// # Errors
-    /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, or the database cannot be reached.
+    /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, a setting of a session does not arrive, or the database cannot be
+    /// reached.
     pub async fn check_durability(&self) -> anyhow::Result<()> {
         let mut connection = connect(&self.options).await?;
         let off: Vec<String> = sqlx::query_scalar(FORGETS).fetch_all(&mut connection).await.map_err(Trouble::from)?;
@@ -250,6 +319,18 @@ impl Db {
             off.is_empty(),
             "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",
             off.join(" and ")
+        );
+        let (names, values) = MANNERS.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        let otherwise: Vec<String> = sqlx::query_scalar(OTHERWISE)
+            .bind(names)
+            .bind(values)
+            .fetch_all(&mut connection)
+            .await
+            .map_err(Trouble::from)?;
+        anyhow::ensure!(
+            otherwise.is_empty(),
+            "the sessions of the database do not take {}\nhint: a pooler before it ignores the startup parameter `options`; connect directly",
+            otherwise.join(", ")
         );
         Ok(connection.close().await?)
     }
@@ -260,6 +341,24 @@ fn migrations() -> Migrator {
     let mut migrations = sqlx::migrate!();
     migrations.set_ignore_missing(true);
     migrations
+}
+
+/// Takes the advisory lock that sqlx takes for migrations, which a session may hold twice, for as long as this session lives. Whoever has it
+/// may migrate for hours; the patience of a session is for tables.
+async fn wait_for_turn(connection: &mut PgConnection) -> Result<(), MigrateError> {
+    sqlx::query(SET_LOCK_TIMEOUT).bind("0").execute(&mut *connection).await?;
+    {
+        let mut turn = connection.lock();
+        match timeout(Duration::from_secs(1), &mut turn).await {
+            Ok(taken) => taken?,
+            Err(_) => {
+                tracing::warn!("another instance migrates the database: waiting for it");
+                turn.await?;
+            }
+        }
+    }
+    sqlx::query(SET_LOCK_TIMEOUT).bind(TABLE_PATIENCE).execute(connection).await?;
+    Ok(())
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";
@@ -299,7 +398,7 @@ pub fn is_overheard(url: &Url) -> bool {
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     let dial = async {
         let mut connection = options.connect().await?;
-        refuse_follower(&mut connection).await?;
+        refuse_useless(&mut connection, 1).await?;
         Ok::<_, sqlx::Error>(connection)
     };
     match timeout(CONNECT_DEADLINE, dial).await {
@@ -310,13 +409,27 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     }
 }
 
-/// While a failover goes on, the address may still lead to the server that led before: what that answers is old, and it keeps nothing.
-async fn refuse_follower(connection: &mut PgConnection) -> sqlx::Result<()> {
-    let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(connection).await?;
+/// Refuses a server whose answers are old, or that keeps nothing while so many of this purpose's sessions wait: ended by us they would be
+/// committed without the standby, and followed by more they would use up the server's connections.
+async fn refuse_useless(connection: &mut PgConnection, waiting: i64) -> sqlx::Result<()> {
+    // While a failover goes on, the address may still lead to the server that led before.
+    let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(&mut *connection).await?;
     if follows {
         return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
     }
+    let now_waiting: i64 = sqlx::query_scalar(WAITING_FOR_A_STANDBY).persistent(false).fetch_one(connection).await?;
+    if now_waiting >= waiting {
+        return Err(sqlx::Error::Configuration(
+            "commits wait for a synchronous standby that does not confirm them".into(),
+        ));
+    }
     Ok(())
+}
+
+/// Whether a session that comes back is in no transaction: sqlx (0.9) hands on what a BEGIN left that was given up at the deadline.
+async fn is_free(connection: &mut PgConnection) -> sqlx::Result<bool> {
+    // As a plain query: one with parameters consists of several, and each has a time of its own.
+    sqlx::raw_sql(IS_FREE).fetch_one(connection).await?.try_get(0)
 }
 
 /// One connection that one task owns, dialled when it is first needed and again after it was lost.
@@ -381,7 +494,60 @@ async fn settles(connection: &mut PgConnection) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
+
+    /// What a statement comes to that a server answers with this severity and SQLSTATE.
+    async fn answered(severity: &str, code: &str) -> Trouble {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("postgres://x@{}/x?sslmode=disable", listener.local_addr().unwrap());
+        let error = format!("S{severity}\0V{severity}\0C{code}\0Mno\0\0");
+        let server = async {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut said = [0; 1024];
+            assert!(client.read(&mut said).await.unwrap() > 0, "the startup message");
+            // Let in without a password, and idle.
+            client.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await.unwrap();
+            assert!(client.read(&mut said).await.unwrap() > 0, "the statement");
+            client
+                .write_all(&[b"E", &(error.len() as u32 + 4).to_be_bytes()[..], error.as_bytes()].concat())
+                .await
+                .unwrap();
+            client.write_all(b"Z\0\0\0\x05I").await.unwrap();
+        };
+        let statement = async {
+            let mut connection = PgConnection::connect(&url).await.unwrap();
+            sqlx::raw_sql("commit").execute(&mut connection).await.unwrap_err().into()
+        };
+        tokio::join!(server, statement).1
+    }
+
+    #[tokio::test]
+    async fn a_commit_that_ended_the_session_may_have_been_made() {
+        for severity in ["FATAL", "PANIC"] {
+            let trouble = answered(severity, "58030").await;
+            assert!(matches!(trouble, Trouble::Broken(_)), "{severity}: {trouble:?}");
+        }
+        let trouble = answered("ERROR", "58030").await;
+        assert!(matches!(&trouble, Trouble::Refused { code, .. } if code == "58030"), "{trouble:?}");
+    }
+
+    #[test]
+    fn not_every_end_of_a_session_leaves_a_commit_in_doubt() {
+        // A disk that failed or was full in the middle of a commit, a shutdown, a pooler that lost its server.
+        for (code, is_fatal) in [("58030", true), ("53100", true), ("57P01", true), ("08006", false)] {
+            assert!(ends_in_doubt(code, is_fatal), "{code}");
+        }
+        // The same in a session that goes on; silence for too long, in a transaction or outside; not let in.
+        for (code, is_fatal) in [("58030", false), ("53100", false), ("25P03", true), ("57P05", true), ("28P01", true)]
+        {
+            assert!(!ends_in_doubt(code, is_fatal), "{code}");
+        }
+    }
 
     #[test]
     fn who_may_listen_is_told_by_the_address() {

@@ -40,6 +40,9 @@ use crate::{
 /// How long a starting instance waits for its database.
 const PATIENCE: u32 = 30;
 
+const HELD: &str =
+    "\nhint: somebody holds a table; pg_stat_activity and pg_blocking_pids(pid) tell who, while an instance waits";
+
 /// The API and, unless told otherwise, the relay.
 pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyhow::Result<()> {
     warn_of_unknown_settings();
@@ -71,15 +74,18 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     leave_on_signal(stop.clone())?;
     warn_of_listeners(&db, broker.as_ref(), management.as_ref());
     let listener = listen(address)?;
-    let Some(found) = stop.run_until_cancelled(await_database(&db, migrates)).await else { return Ok(()) };
+    let looks = async {
+        await_database(&db, migrates).await?;
+        if !migrates {
+            patiently(async || db.check_migrated().await).await?;
+        }
+        if !asks_nobody {
+            patiently(async || clients::check(&db).await).await?;
+        }
+        patiently(async || refuse_schema_without_declared_fields(&db, &schema).await).await
+    };
+    let Some(found) = stop.run_until_cancelled(looks).await else { return Ok(()) };
     found?;
-    if !migrates {
-        db.check_migrated().await?;
-    }
-    if !asks_nobody {
-        clients::check(&db).await?;
-    }
-    refuse_schema_without_declared_fields(&db, &schema).await?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
     let broker = broker.map(|broker| broker.noting_missing(subscriptions::note_missing_exchange(&db)));
@@ -89,7 +95,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let desk = registry.clone().map(Desk::new);
     let letters = DeadLetters::new(queries.clone(), registry);
     let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
-    telling.spawn("hints", bell.clone().pass_on(db.line("hints", []), telling_stop.clone()));
+    telling.spawn("hints", bell.clone().pass_on(db.line("hints", db::LOCALLY), telling_stop.clone()));
     let schema = Arc::new(schema);
     let clients = if asks_nobody {
         tracing::warn!("whoever reaches {address} may do everything: no key is asked for (--insecure-no-auth)");
@@ -159,7 +165,7 @@ fn warn_of_listeners(db: &Db, broker: Option<&Broker>, management: Option<&Manag
 /// Who reads a field has to hear of it before it goes: a schema without one that somebody declared is refused.
 async fn refuse_schema_without_declared_fields(db: &Db, schema: &Schema) -> anyhow::Result<()> {
     let mut connection = db.maintenance("schema check").await?;
-    let declared = clients::declared_fields(&mut connection).await.map_err(Trouble::from)?;
+    let declared = clients::declared_fields(&mut connection).await.map_err(Trouble::from).map_err(db::explained)?;
     connection.close().await?;
     let gone = declared.iter().filter(|(field, _)| field.parse().is_ok_and(|field| !schema.has(&field)));
     let gone: Vec<String> = gone.map(|(field, who)| format!("\n  {field}: {who}")).collect();
@@ -256,19 +262,30 @@ fn within_descriptors(mut settings: LimitSettings) -> Limits {
     Limits::new(settings)
 }
 
-/// Servers that start together find their database not yet up: wait for it, and say so.
+/// A database that is up, keeps what it is given, and has our tables, if that is ours to see to.
 async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
-    for tries_left in (0..PATIENCE).rev() {
-        let Err(error) = db.check_durability().await else { break };
-        let Some(trouble) = error.downcast_ref::<Trouble>().map(Trouble::report) else { return Err(error) };
-        ensure!(tries_left > 0, trouble);
-        tracing::warn!(tries_left, "waiting for the database: {trouble}");
-        sleep(Duration::from_secs(1)).await;
-    }
+    patiently(async || db.check_durability().await).await?;
     for line in db.told_to_the_log().await {
         tracing::warn!("{line}");
     }
-    if migrate { bring_up_to_date(db).await } else { Ok(()) }
+    if migrate { patiently(async || bring_up_to_date(db).await).await } else { Ok(()) }
+}
+
+/// Servers that start together find their database not yet up, and somebody may hold a table for a while: wait for it, and say so.
+async fn patiently(mut look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    for tries_left in (0..PATIENCE).rev() {
+        let Err(error) = look().await else { break };
+        let Some(trouble) = error.downcast_ref::<Trouble>() else { return Err(error) };
+        let (why, is_held) = (trouble.report(), trouble.is_of_a_lock());
+        ensure!(tries_left > 0, "{why}{}", if is_held { HELD } else { "" });
+        tracing::warn!(
+            tries_left,
+            "waiting for the database: {why}{}",
+            if is_held { ", somebody holds a table" } else { "" }
+        );
+        sleep(Duration::from_secs(1)).await;
+    }
+    Ok(())
 }
 
 /// The schema as this binary wants it, and the data as its database wants it.

@@ -86,7 +86,7 @@ impl Clients {
         let nothing = Look { began: Instant::now(), seen: Err(Unknowable("it was not asked yet".into())) };
         let (sender, looks) = watch::channel(nothing);
         let (wanted, used) = <(Arc<Notify>, Used)>::default();
-        roles.spawn("clients", look_on(db.line("clients", []), sender, wanted.clone(), used.clone()));
+        roles.spawn("clients", look_on(db.line("clients", db::LOCALLY), sender, wanted.clone(), used.clone()));
         Self { roster: Some(Roster { tokens: tokens.map(Arc::new), looks, wanted, used }), queries }
     }
 

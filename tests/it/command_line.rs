@@ -1,14 +1,14 @@
 //! The command line: what it teaches, what it refuses, what it prints, and how it leaves.
 
 use std::{
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, migrate::Migrate};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
     net::TcpStream,
@@ -355,6 +355,46 @@ async fn a_database_that_forgets_what_it_acknowledged_is_refused(db: PgPool) {
     }
 }
 
+/// The address of something before the server that passes on everything but `options`, in which a session's settings are.
+async fn pooler(server: &str) -> SocketAddr {
+    let (listener, server) = (tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(), server.to_owned());
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut server = TcpStream::connect(&server).await.unwrap();
+            tokio::spawn(async move {
+                let mut startup = vec![0; client.read_i32().await? as usize - 4];
+                client.read_exact(&mut startup).await?;
+                let (version, parameters) = startup.split_at(4);
+                let parameters: Vec<&[u8]> = parameters.split_inclusive(|byte| *byte == 0).collect();
+                let kept = parameters.chunks(2).filter(|pair| pair[0] != b"options\0").flatten();
+                let kept = [version, &kept.copied().collect::<Vec<_>>().concat()].concat();
+                server.write_i32(kept.len() as i32 + 4).await?;
+                server.write_all(&kept).await?;
+                tokio::io::copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    address
+}
+
+#[sqlx::test]
+async fn a_pooler_that_ignores_the_settings_of_sessions_is_refused(db: PgPool) {
+    let options = db.connect_options();
+    let pooler = pooler(&format!("{}:{}", options.get_host(), options.get_port())).await;
+    let mut url: url::Url = database_url(&db).parse().unwrap();
+    url.set_port(Some(pooler.port())).unwrap();
+    url.set_query(Some("sslmode=disable"));
+    let settings = [("DATABASE_URL", url.as_str()), ("AMQP_URL", &env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0")];
+    for role in ["serve", "relay"] {
+        let refused = run(&[role], &settings).await;
+        assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        for word in ["statement_timeout", "search_path", "a pooler before it"] {
+            assert!(refused.stderr.contains(word), "{}", refused.stderr);
+        }
+    }
+}
+
 #[sqlx::test]
 async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let house = House::open(db).await;
@@ -386,6 +426,54 @@ async fn a_database_that_lets_nobody_in_says_why(db: PgPool) {
     let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
     let first = timeout(PATIENCE, log.next_line()).await.unwrap().unwrap().unwrap();
     assert!(first.contains(&format!("waiting for the database: {}", why.trim())), "{first}");
+}
+
+/// As a change of a table does it, or a backup.
+#[sqlx::test]
+async fn a_service_waits_for_a_table_that_somebody_holds(db: PgPool) {
+    let house = House::open(db).await;
+    let mut holder = house.db.begin().await.unwrap();
+    sqlx::raw_sql("lock table clients in access exclusive mode").execute(&mut *holder).await.unwrap();
+    let start = async || {
+        let mut starting = tidings(&["serve"], house.settings()).spawn().unwrap();
+        let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+        let waits = async { while !log.next_line().await.unwrap().unwrap().contains("somebody holds a table") {} };
+        timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+        (starting, log)
+    };
+    let ((mut one, _log), (mut other, _other_log)) = tokio::join!(start(), start());
+    let pid = other.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    assert_eq!(timeout(PATIENCE, other.wait()).await.unwrap().unwrap().code(), Some(0), "told to leave meanwhile");
+    holder.rollback().await.unwrap();
+    let mut lines = BufReader::new(one.stdout.take().unwrap()).lines();
+    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
+    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
+/// Instances that start together all want to migrate; who goes first may take hours.
+#[sqlx::test]
+async fn who_migrates_waits_for_who_migrates_already(db: PgPool) {
+    let mut first = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    first.lock().await.unwrap();
+    let url = database_url(&db);
+    let settings = [("DATABASE_URL", url.as_str())];
+    let second = run(&["migrate"], &settings);
+    let waits = "
+        select extract(epoch from clock_timestamp() - query_start)::float8 from pg_stat_activity
+         where datname = current_database() and application_name = 'tidings migrate' and wait_event_type = 'Lock'
+    ";
+    let waited = async {
+        // For longer than it would for a table.
+        eventually("who waits for his turn", async || {
+            let seen: Option<f64> = sqlx::query_scalar(waits).fetch_optional(&db).await.unwrap();
+            if seen.is_some_and(|seconds| seconds > 6.0) { Ok(()) } else { Err(seen) }
+        })
+        .await;
+        first.close().await.unwrap();
+    };
+    let (second, ()) = tokio::join!(second, waited);
+    assert_eq!(second.code, Some(0), "{second:?}");
 }
 
 #[sqlx::test]

@@ -10,8 +10,11 @@ use futures_util::{
 };
 use reqwest::Method;
 use serde_json::json;
-use sqlx::{Connection, PgConnection, PgPool};
-use tidings::clients::{NewClient, Scope};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row};
+use tidings::{
+    clients::{NewClient, Scope},
+    db::Db,
+};
 use tidings_sdk::envelope::Event;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -21,7 +24,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, eventually, http_with, new_client},
+    house::{self, Answer, House, database_url, eventually, http_with, new_client},
     hurt::Standby,
     limits::under_way,
     sessions,
@@ -126,6 +129,38 @@ async fn a_database_that_was_read_only_for_a_while_is_written_to_again(db: PgPoo
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
 }
 
+/// As a database administrator sets it for sessions that somebody forgot.
+#[sqlx::test]
+async fn a_session_rests_for_as_long_as_nobody_asks(db: PgPool) {
+    let database = db.connect_options().get_database().unwrap().to_owned();
+    let alter = format!("alter database \"{database}\" set idle_session_timeout = '500ms'");
+    sqlx::raw_sql(AssertSqlSafe(alter)).execute(&db).await.unwrap();
+    let house = House::open(db).await;
+    house.user(json!({})).await;
+    for session in ["tidings writer", "tidings relay settler", "tidings listener"] {
+        sessions::silent(&house.db, session).await;
+    }
+    house.user(json!({})).await;
+}
+
+/// As a BEGIN leaves it that was given up: what the next one does would be undone with it, though it was answered.
+#[sqlx::test]
+async fn a_session_in_a_transaction_is_lent_to_nobody(db: PgPool) {
+    let pool = Db::new(&database_url(&db).into()).unwrap().pool("test", 1, []);
+    let session = "select pg_backend_pid(), now() = statement_timestamp(), current_setting('tcp_keepalives_idle')";
+    let look = async || {
+        let row = sqlx::raw_sql(session).fetch_one(&pool).await.unwrap();
+        (row.get::<i32, _>(0), row.get::<bool, _>(1), row.get::<&str, _>(2).to_owned())
+    };
+    let (first, is_free, alive) = look().await;
+    assert!(is_free);
+    assert_eq!(alive, "60", "no firewall forgets it meanwhile");
+    assert_eq!(look().await.0, first, "one in order is lent again");
+    sqlx::raw_sql("begin").execute(&pool).await.unwrap();
+    let (second, is_free, _) = look().await;
+    assert!(is_free && second != first);
+}
+
 /// In a failover the address may still lead to the server that led before, which now follows another: what it answers is old.
 #[tokio::test]
 async fn a_standby_is_not_taken_for_the_database() {
@@ -142,6 +177,27 @@ async fn a_standby_is_not_taken_for_the_database() {
     house.amend(&ana, json!({ "city": "Bern" })).await.ok();
     assert_eq!(house.get(&ana).await.version(), 2);
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
+}
+
+/// The server waits for it for ever, whoever has given up, and the change would be kept if the session were ended.
+#[tokio::test]
+async fn commits_that_wait_for_a_lost_standby_do_not_pile_up() {
+    let server = Standby::borrow().await;
+    let house = House::open(server.database().await).await;
+    let ana = house.user(json!({})).await;
+    house.settle().await;
+    server.await_standby(true).await;
+    assert_eq!(not_now(&house.create(json!({ "city": "Riga" })).await), "outcome_unknown");
+    for _ in 0..3 {
+        assert_eq!(not_now(&house.create(json!({ "city": "Oslo" })).await), "database_unavailable");
+    }
+    assert_eq!(sessions::processes(&house.db, "tidings writer").await.len(), 1, "the one that waits");
+    assert_eq!(house.get(&ana).await.version(), 1, "who only reads is served");
+    server.await_standby(false).await;
+    house.user(json!({ "city": "Bern" })).await;
+    let users = house.page("/v1/users").await.ok();
+    let cities: Vec<_> = users.body["users"].as_array().unwrap().iter().map(|user| &user["profile"]["city"]).collect();
+    assert_eq!(cities, [&json!(null), &json!("Riga"), &json!("Bern")]);
 }
 
 /// A session that lets nobody change a user, whichever, until it is closed.

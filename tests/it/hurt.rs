@@ -1,4 +1,4 @@
-//! Servers to be hurt, beside those of all tests: a broker that tests borrow one at a time, a cluster, and a Postgres that becomes a standby.
+//! Servers to be hurt, beside those of all tests: a broker that tests borrow one at a time, a cluster, and a Postgres that becomes a standby, or waits for one.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::rights;
+use crate::{house::eventually, rights};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 static HURT_HAS_USERS: OnceCell<()> = OnceCell::const_new();
@@ -130,7 +130,7 @@ impl Cluster {
     }
 }
 
-/// A Postgres for one test at a time, which can be made a standby, of nobody in particular.
+/// A Postgres for one test at a time, which can be made a standby, of nobody in particular, or to wait for one.
 pub struct Standby {
     admin: PgPool,
     _turn: MutexGuard<'static, ()>,
@@ -147,6 +147,7 @@ impl Standby {
             // A test that failed has left it so.
             server.lead().await;
         }
+        server.await_standby(false).await;
         server
     }
 
@@ -179,6 +180,19 @@ impl Standby {
     /// Makes it lead.
     pub async fn lead(&self) {
         self.run("select pg_promote()").await;
+    }
+
+    /// Whether commits wait for a synchronous standby, which there is not.
+    pub async fn await_standby(&self, on: bool) {
+        let standbys = if on { "lost" } else { "" };
+        self.run(&format!("alter system set synchronous_standby_names = '{standbys}'")).await;
+        self.run("select pg_reload_conf()").await;
+        let setting = "select current_setting('synchronous_standby_names')";
+        eventually("the setting to be read", async || {
+            let seen: String = sqlx::query_scalar(setting).fetch_one(&self.admin).await.unwrap();
+            if seen == standbys { Ok(()) } else { Err(seen) }
+        })
+        .await;
     }
 
     async fn run(&self, sql: &str) {
