@@ -14,7 +14,7 @@ use tidings::{
     config::{self, Cli, Command, Faults, WrongSettings},
     deletions, docs, import, lifecycle, roles, subscriptions,
     tail::{self, Wanted},
-    telemetry,
+    telemetry::{self, Writing},
 };
 use tidings_sdk::topology::Source;
 use tokio_util::sync::CancellationToken;
@@ -25,22 +25,29 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Cli::parse()).await {
+    let code = match run(Cli::parse()).await {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", telemetry::with_causes(&error));
+            telemetry::say(&format!("error: {}", telemetry::with_causes(&error)));
             if error.is::<WrongSettings>() {
-                eprintln!("hint: `tidings help` and `tidings COMMAND --help` tell what each setting is for");
-                return ExitCode::from(2);
+                telemetry::say("hint: `tidings help` and `tidings COMMAND --help` tell what each setting is for");
+                ExitCode::from(2)
+            } else {
+                ExitCode::FAILURE
             }
-            ExitCode::FAILURE
         }
-    }
+    };
+    telemetry::flush();
+    code
 }
 
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut faults = Faults::default();
-    faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format));
+    let writing = match cli.command {
+        Command::Serve(_) | Command::Relay(_) => Writing::Queued,
+        _ => Writing::AtOnce,
+    };
+    faults.note("TIDINGS_LOG", telemetry::start(&cli.log.log, cli.log.log_format, writing));
     match cli.command {
         Command::Serve(settings) => roles::serve(settings, faults).await,
         Command::Relay(settings) => roles::relay(settings, faults).await,

@@ -33,7 +33,7 @@ use crate::{
     db::{self, Db},
     dead_letters,
     deletions::{Deletions, Ledger},
-    outbox, relay, subscriptions,
+    outbox, relay, subscriptions, telemetry,
     web::{Code, Problem, Refusals, Traffic},
 };
 
@@ -140,6 +140,7 @@ impl Ops {
         });
         let (clients, ledger) = serving.unzip();
         traffic.register(&mut registry);
+        telemetry::register(&mut registry);
         let relay = telling.map(|(relay, watch)| {
             relay.register(&mut registry);
             watch.register(&mut registry);
