@@ -359,6 +359,15 @@ async fn a_full_queue_is_tried_again_ever_more_rarely_and_the_others_hear_nevert
     admin.delete_queue(&full).await;
 }
 
+/// The headers of a wide event travel in one frame: one that is too small would end each session at its first such event.
+#[sqlx::test]
+async fn a_connection_with_frames_too_small_for_an_event_is_refused(db: PgPool) {
+    let url = format!("{}?frame_max=8192", env("AMQP_URL"));
+    let house = House::with(db, &[("AMQP_URL", &url)]).await;
+    let reason = load::degraded(&house).await;
+    assert!(reason.contains("frame_max"), "{reason}");
+}
+
 /// A channel keeps what it knows of a queue: that it has no leader, say. docs/scaling.md has such a case.
 #[sqlx::test]
 async fn what_one_channel_was_refused_is_tried_on_another(db: PgPool) {
