@@ -363,3 +363,19 @@ async fn a_frozen_network_to_the_database_delays_the_telling_and_no_more(db: PgP
     load::users(&house, 2).await;
     assert_eq!(load::all_told(&house, &[]).await, 0, "duplicates");
 }
+
+#[sqlx::test]
+async fn an_outbox_that_cannot_be_read_is_no_fault_of_the_broker(db: PgPool) {
+    let house = House::open(db).await;
+    load::ready(&house).await;
+    let mut held = house.db.begin().await.unwrap();
+    sqlx::raw_sql("lock table outbox in access exclusive mode").execute(&mut *held).await.unwrap();
+    eventually("the database to be named", async || {
+        let ready = house.page("/readyz").await;
+        let is_named = ready.body["database"].as_str().unwrap().contains("the outbox cannot be reached");
+        if is_named && ready.body["status"] == "degraded" { Ok(()) } else { Err(ready) }
+    })
+    .await;
+    held.rollback().await.unwrap();
+    load::ready(&house).await;
+}
