@@ -168,8 +168,7 @@ async fn a_broker_that_cannot_be_reached_is_caught_up_with(db: PgPool) {
         load.goes_on(50).await;
     }
     let answered = load.end_well().await;
-    let duplicates = load::all_told(&house, &answered).await;
-    assert!(duplicates <= 5 * 2_000, "{duplicates}");
+    load::all_told(&house, &answered).await;
 }
 
 #[sqlx::test]

@@ -70,18 +70,15 @@ async fn another_relay_takes_over_from_one_that_was_killed(db: PgPool) {
     load::watch(&house.db).await;
     let users = load::users(&house, 8).await;
     let load = Load::on(&house, &users, 4);
-    let mut killed = 0;
     while relays.len() > 1 {
         load.goes_on(50).await;
         let leading = leader(&relays).await;
         relays.remove(leading).kill().await;
-        killed += 1;
     }
     leader(&relays).await;
     load.goes_on(50).await;
     let answered = load.end().await;
-    let duplicates = load::all_told(&house, &answered).await;
-    assert!(duplicates <= killed * 2_000, "{duplicates}");
+    load::all_told(&house, &answered).await;
 }
 
 #[sqlx::test]
@@ -102,8 +99,7 @@ async fn another_relay_takes_over_from_one_that_is_frozen_and_the_late_one_does_
     eventually("the late one to notice", async || if leads(&late).await { Err(()) } else { Ok(()) }).await;
     load.goes_on(50).await;
     let answered = load.end().await;
-    let duplicates = load::all_told(&house, &answered).await;
-    assert!(duplicates <= 2_000, "{duplicates}");
+    load::all_told(&house, &answered).await;
     relays.push(late);
     leader(&relays).await;
 }
