@@ -324,6 +324,16 @@ async fn no_transaction_is_open_while_the_broker_is_waited_for(db: PgPool) {
 }
 
 #[sqlx::test]
+async fn a_leader_says_that_it_lives_while_the_broker_is_waited_for(db: PgPool) {
+    const LEADER: &str = "tidings relay leader";
+    let house = House::open(db).await;
+    sessions::asked(&house.db, LEADER, "from outbox").await;
+    house.broker.hold_answers();
+    // Nothing is to be told: what it waits for is whether the exchange is still there.
+    sessions::asked(&house.db, LEADER, "pg_sequence_last_value").await;
+}
+
+#[sqlx::test]
 async fn a_database_that_comes_back_is_read_on(db: PgPool) {
     let house = House::open(db).await;
     load::watch(&house.db).await;
