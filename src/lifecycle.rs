@@ -15,6 +15,8 @@ use std::{
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use crate::telemetry;
+
 /// A supervisor (systemd, Docker, Kubernetes) kills after 10 to 90 s; stay below the usual 30.
 pub const DRAIN_BOUND: Duration = Duration::from_secs(20);
 
@@ -33,6 +35,7 @@ pub fn leave_on_signal(stop: CancellationToken) -> anyhow::Result<()> {
             () = either(&mut terminate, &mut interrupt) => tracing::warn!("a second signal: leaving at once"),
             () = tokio::time::sleep(DRAIN_BOUND) => tracing::warn!("the drain overran its bound: leaving at once"),
         }
+        telemetry::flush();
         std::process::exit(1);
     });
     Ok(())

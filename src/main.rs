@@ -14,7 +14,7 @@ use tidings::{
     config::{self, Cli, Command, Faults, WrongSettings},
     deletions, docs, import, lifecycle, roles, subscriptions,
     tail::{self, Wanted},
-    telemetry,
+    telemetry::{self, Writing},
 };
 use tidings_sdk::topology::Source;
 use tokio_util::sync::CancellationToken;
@@ -25,18 +25,21 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Cli::parse()).await {
+    let code = match run(Cli::parse()).await {
         Ok(code) => code,
         Err(error) if nobody_reads(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", telemetry::with_causes(&error));
+            telemetry::say(&format!("error: {}", telemetry::with_causes(&error)));
             if error.is::<WrongSettings>() {
-                eprintln!("hint: `tidings help` and `tidings COMMAND --help` tell what each setting is for");
-                return ExitCode::from(2);
+                telemetry::say("hint: `tidings help` and `tidings COMMAND --help` tell what each setting is for");
+                ExitCode::from(2)
+            } else {
+                ExitCode::FAILURE
             }
-            ExitCode::FAILURE
         }
-    }
+    };
+    telemetry::flush();
+    code
 }
 
 /// Whether what is printed is read no more, as in `tidings openapi | head -1`. All else that writes has an error of its own.
@@ -48,7 +51,11 @@ fn nobody_reads(error: &anyhow::Error) -> bool {
 
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut faults = Faults::default();
-    cli.log.start(&mut faults);
+    let writing = match cli.command {
+        Command::Serve(_) | Command::Relay(_) => Writing::Queued,
+        _ => Writing::AtOnce,
+    };
+    cli.log.start(writing, &mut faults);
     match cli.command {
         Command::Serve(settings) => roles::serve(*settings, faults).await,
         Command::Relay(settings) => roles::relay(settings, faults).await,

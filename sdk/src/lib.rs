@@ -13,6 +13,7 @@ pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60
 
 pub mod cache;
 pub mod consumer;
+mod dial;
 pub mod digest;
 pub mod envelope;
 pub mod letter;

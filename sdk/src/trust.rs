@@ -10,7 +10,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use lapin::{
     Connection, ConnectionProperties,
-    tcp::OwnedTLSConfig,
+    tcp::{AsyncTcpStream, OwnedTLSConfig},
     uri::{AMQPScheme, AMQPUri},
 };
 use rustls::{
@@ -18,6 +18,8 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, pem::PemObject},
 };
+
+use crate::dial::dial;
 
 /// What connects by HTTP and HTTPS.
 pub type Connector = HttpsConnector<HttpConnector>;
@@ -62,7 +64,17 @@ impl Trust {
         }
         let cert_chain = self.pem().map_err(io::Error::other)?;
         let tls = OwnedTLSConfig { identity: None, cert_chain };
-        Connection::connect_uri_with_config(uri.clone(), properties, tls, lapin::runtime::default_runtime()?).await
+        let connect = async move |uri: AMQPUri, runtime| {
+            let (host, port) = (&uri.authority.host, uri.authority.port);
+            let stream = dial(host, port, async |address| AsyncTcpStream::connect(&runtime, address).await).await?;
+            match uri.scheme {
+                AMQPScheme::AMQP => Ok(stream),
+                AMQPScheme::AMQPS => Ok(stream.into_tls(host, tls.as_ref()).await?),
+            }
+        };
+        let runtime = lapin::runtime::default_runtime()?;
+        // It is large, and everybody who connects would be.
+        Box::pin(Connection::connector(uri.clone(), runtime, connect, properties)).await
     }
 
     /// For HTTP and HTTPS. The file is read now, once.

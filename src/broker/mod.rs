@@ -47,6 +47,8 @@ const HEARTBEAT_S: u16 = 10;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// For saying goodbye. A broker in a memory alarm does not read, and must not hold up our leaving.
 pub const FAREWELL: Duration = Duration::from_secs(2);
+/// For the headers of the widest event, which travel in one frame: 256 field names of 64 bytes, and what else is said of it.
+const FRAME_BYTES: u32 = 32 * 1024;
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
 
@@ -204,10 +206,19 @@ impl Broker {
     pub async fn connect(&self, purpose: &str) -> anyhow::Result<Connection> {
         let properties = ConnectionProperties::default().with_connection_name(format!("tidings {purpose}").into());
         let connected = within(CONNECT_DEADLINE, self.trust.connect(&self.uri, properties)).await;
-        connected.context(match self.uri.scheme {
+        let connection = connected.context(match self.uri.scheme {
             AMQPScheme::AMQP => "the broker cannot be reached",
             AMQPScheme::AMQPS => "the broker cannot be reached over TLS",
-        })
+        })?;
+        let frame_bytes = connection.configuration().frame_max();
+        if frame_bytes < FRAME_BYTES {
+            let _ = timeout(FAREWELL, connection.close(200, "bye".into())).await;
+            bail!(
+                "frames of {frame_bytes} bytes may not hold an event with many fields: frame_max, of the broker and of its URL, has to be \
+                 at least {FRAME_BYTES}"
+            );
+        }
+        Ok(connection)
     }
 
     /// A new connection on which [`Self::channel_with_exchange`] may be asked for.
@@ -357,6 +368,11 @@ async fn within<T>(deadline: Duration, request: impl Future<Output = lapin::Resu
 
 #[cfg(test)]
 mod tests {
+    use lapin::protocol::basic::gen_properties;
+    use tidings_sdk::envelope::{FieldName, Notice};
+    use time::OffsetDateTime;
+    use uuid::Uuid;
+
     use super::*;
 
     #[test]
@@ -387,6 +403,22 @@ mod tests {
             !is_overheard("amqp://localhost") && !is_overheard("amqp://[::1]:1/%2f") && !is_overheard("amqps://broker")
         );
         assert!(is_overheard("amqp://broker") && is_overheard("amqp://10.0.0.1"));
+    }
+
+    #[test]
+    fn a_frame_holds_the_headers_of_the_widest_event() {
+        let name = |n: u32| format!("{}{n:03}", "x".repeat(FieldName::MAX_BYTES - 3)).parse().unwrap();
+        let widest = Notice {
+            message_id: Uuid::nil(),
+            user_id: Uuid::nil(),
+            version: i64::MAX,
+            event: Event::Updated { changed_fields: (0..256).map(name).collect() },
+            occurred_at: OffsetDateTime::UNIX_EPOCH,
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().ok(),
+        };
+        let (properties, _) = widest.to_message(&cloudevents_source(&"x".repeat(NAME_LIMIT_BYTES)));
+        let bytes = gen_properties(&properties)(Vec::new().into()).unwrap().position;
+        assert!((16 * 1024..u64::from(FRAME_BYTES) / 4 * 3).contains(&bytes), "{bytes}");
     }
 
     #[test]

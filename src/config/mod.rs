@@ -36,7 +36,7 @@ use tidings_sdk::{envelope::FieldName, subscription::BindingKey};
 
 use crate::{
     profile::Schema,
-    telemetry::{self, LogFormat},
+    telemetry::{self, LogFormat, Writing},
 };
 use deletions::DELETIONS_HELP;
 use faults::{named, path, switch};
@@ -141,9 +141,9 @@ pub struct LogSettings {
 
 impl LogSettings {
     /// Starts the log; in text, where it is not known how.
-    pub fn start(&self, faults: &mut Faults) {
+    pub fn start(&self, writing: Writing, faults: &mut Faults) {
         let format = faults.note("TIDINGS_LOG_FORMAT", LogFormat::from_str(&self.log_format));
-        faults.note("TIDINGS_LOG", telemetry::start(&self.log, format.unwrap_or(LogFormat::Text)));
+        faults.note("TIDINGS_LOG", telemetry::start(&self.log, format.unwrap_or(LogFormat::Text), writing));
     }
 }
 

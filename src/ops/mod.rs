@@ -33,7 +33,9 @@ use crate::{
     db::{self, Db},
     dead_letters,
     deletions::{Deletions, Ledger},
-    outbox, relay, subscriptions,
+    outbox,
+    relay::{self, Complaints},
+    subscriptions, telemetry,
     web::{Code, Problem, Refusals, Traffic},
 };
 
@@ -140,6 +142,7 @@ impl Ops {
         });
         let (clients, ledger) = serving.unzip();
         traffic.register(&mut registry);
+        telemetry::register(&mut registry);
         let relay = telling.map(|(relay, watch)| {
             relay.register(&mut registry);
             watch.register(&mut registry);
@@ -257,18 +260,20 @@ enum Readily {
         (status = 503, description = "Send none: the database does not answer, or does not say who may ask", body = Readiness),
     ))]
 async fn readyz(State(ops): State<Ops>) -> Response {
-    let database = ops.database().await.err();
-    let broker = ops.relay.as_ref().map(relay::Status::complaint);
-    let status = match (&database, &broker) {
+    let unready = ops.database().await.err();
+    let complaints = ops.relay.as_ref().map(relay::Status::complaints);
+    let is_degraded = |complaints: &Complaints| complaints.database.is_some() || complaints.broker.is_some();
+    let status = match (&unready, &complaints) {
         (Some(_), _) => Readily::Unready,
-        (None, Some(Some(_))) => Readily::Degraded,
+        (None, Some(complaints)) if is_degraded(complaints) => Readily::Degraded,
         (None, _) => Readily::Ready,
     };
     let code = if status == Readily::Unready { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
     let well = || "ok".to_owned();
-    let broker =
-        broker.map_or_else(|| "no relay in this instance".to_owned(), |complaint| complaint.unwrap_or_else(well));
-    (code, Json(Readiness { status, database: database.unwrap_or_else(well), broker })).into_response()
+    let Complaints { database, broker } = complaints
+        .unwrap_or_else(|| Complaints { database: None, broker: Some("no relay in this instance".to_owned()) });
+    let (database, broker) = (unready.or(database).unwrap_or_else(well), broker.unwrap_or_else(well));
+    (code, Json(Readiness { status, database, broker })).into_response()
 }
 
 /// Metrics in the OpenMetrics text format.

@@ -25,7 +25,7 @@ const SWEEP_REST: u32 = 50;
 /// Before a refused message is sent again; doubles with each refusal, since every resend is a duplicate to the healthy queues.
 const RESEND_AFTER: Duration = Duration::from_secs(1);
 /// Refused messages that are remembered before reading on stops.
-const REFUSED_LIMIT: usize = 10_000;
+pub(super) const REFUSED_LIMIT: usize = 10_000;
 const RESEND_AFTER_AT_MOST: Duration = Duration::from_secs(60);
 
 pub struct Cursor {

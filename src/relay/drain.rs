@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashSet,
+    pin::pin,
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,8 @@ const _: () = assert!(outbox::AT_HAND <= BATCH, "what is handed over at once fin
 /// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice; but for skipped and
 /// refused ones that one claim brings beyond its batch.
 const WINDOW: usize = 2000;
+/// Between two signs of life to the outbox while the broker is waited for.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Between two looks at the table when nobody rings.
 const POLL: Duration = Duration::from_millis(500);
 /// Without a single confirm for this long, and not held back by the broker, a session is given up.
@@ -148,12 +151,14 @@ impl Drain<'_> {
         if question.resends && self.ledger.opened.elapsed() >= CHANGE_INTERVAL && !self.change_channel().await? {
             return Ok(true);
         }
+        self.status.stalled(!question.read_on);
         let limit = if question.read_on { BATCH } else { 0 };
         let claimed = self
             .lead
             .run_in_session(async |connection| outbox::claim(connection, question.past, limit, &question.again).await)
             .await;
-        let entries = claimed.map_err(|trouble| database_lost(&trouble))?;
+        let entries = claimed.map_err(database_lost)?;
+        self.status.outbox_is_up();
         let found = ids(&entries);
         for gone in self.cursor.gone(&question.again, &found) {
             self.ledger.under_way.remove(&gone);
@@ -251,7 +256,7 @@ impl Drain<'_> {
     /// What one channel was refused is tried on another, in case it is the channel that is at fault. False when the broker holds us
     /// back.
     async fn change_channel(&mut self) -> anyhow::Result<bool> {
-        let is_changed = self.publisher.change_channel().await?;
+        let is_changed = while_alive(self.lead, self.publisher.change_channel()).await?;
         if is_changed {
             let now = Instant::now();
             (self.ledger.opened, self.ledger.vouched) = (now, now);
@@ -261,7 +266,7 @@ impl Drain<'_> {
 
     /// False when the broker holds us back.
     async fn vouch(&mut self) -> anyhow::Result<bool> {
-        let is_vouched = self.publisher.vouch().await?;
+        let is_vouched = while_alive(self.lead, self.publisher.vouch()).await?;
         if is_vouched {
             self.ledger.vouched = Instant::now();
         }
@@ -300,7 +305,7 @@ impl Drain<'_> {
             }
             Err(trouble) => {
                 self.unsettled.extend(settled.events);
-                Err(database_lost(&trouble))
+                Err(database_lost(trouble))
             }
         }
     }
@@ -347,9 +352,24 @@ impl Drain<'_> {
     }
 
     async fn make_sure_of_lead(&mut self) -> anyhow::Result<()> {
-        let alive = self.lead.run_in_session(async |connection| outbox::last_id(connection).await).await;
-        alive.map(drop).map_err(|trouble| database_lost(&trouble))
+        give_sign_of_life(self.lead).await
     }
+}
+
+/// Waits for the broker, and says meanwhile that this leader lives: one that says nothing loses its lead.
+async fn while_alive<T>(lead: &mut Line, asked: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let mut asked = pin!(asked);
+    loop {
+        match timeout(SIGN_OF_LIFE, &mut asked).await {
+            Ok(answer) => return answer,
+            Err(_) => give_sign_of_life(lead).await?,
+        }
+    }
+}
+
+async fn give_sign_of_life(lead: &mut Line) -> anyhow::Result<()> {
+    let alive = lead.run_in_session(async |connection| outbox::last_id(connection).await).await;
+    alive.map(drop).map_err(database_lost)
 }
 
 fn ids(entries: &[Entry]) -> Vec<OutboxId> {
@@ -364,6 +384,6 @@ async fn sweep(mut line: Box<Line>, up_to: OutboxId, under_way: Vec<OutboxId>) -
 
 const CHANNEL_LOST: &str = "the channel to the broker is lost";
 
-fn database_lost(trouble: &Trouble) -> anyhow::Error {
-    anyhow::anyhow!("the outbox cannot be reached: {}", trouble.report())
+fn database_lost(trouble: Trouble) -> anyhow::Error {
+    anyhow::Error::new(trouble).context("the outbox cannot be reached")
 }

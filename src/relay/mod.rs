@@ -10,7 +10,7 @@ mod errand;
 mod settler;
 mod status;
 
-pub use status::Status;
+pub use status::{Complaints, Status};
 
 use std::time::{Duration, Instant};
 
@@ -99,7 +99,7 @@ impl Relay {
         lead: &mut Line,
         stop: &CancellationToken,
     ) -> anyhow::Result<()> {
-        if !wait_for_lead(publisher, lead, stop).await? {
+        if !wait_for_lead(publisher, lead, &self.status, stop).await? {
             return Ok(());
         }
         tracing::info!("this relay leads");
@@ -122,7 +122,12 @@ impl Relay {
 }
 
 /// Waits until no other relay leads. False when `stop` came first.
-async fn wait_for_lead(publisher: &mut Publisher, lead: &mut Line, stop: &CancellationToken) -> anyhow::Result<bool> {
+async fn wait_for_lead(
+    publisher: &mut Publisher,
+    lead: &mut Line,
+    status: &Status,
+    stop: &CancellationToken,
+) -> anyhow::Result<bool> {
     loop {
         let leads: bool = lead
             .run(async |connection| sqlx::query_scalar(TRY_LEAD).bind(LEAD).fetch_one(connection).await)
@@ -131,6 +136,7 @@ async fn wait_for_lead(publisher: &mut Publisher, lead: &mut Line, stop: &Cancel
         if leads {
             return Ok(true);
         }
+        status.outbox_is_up();
         anyhow::ensure!(publisher.is_connected(), "the connection to the broker is lost");
         if stop.run_until_cancelled(sleep(STAND_BY)).await.is_none() {
             return Ok(false);

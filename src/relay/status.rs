@@ -8,16 +8,30 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{broker::Outcome, telemetry::with_causes};
+use super::cursor::REFUSED_LIMIT;
+use crate::{broker::Outcome, db, telemetry::with_causes};
+
+/// Of the cursor, which remembers no more that were refused.
+const STALLED: &str =
+    "10,000 events are refused, by a full queue mostly: nothing new is told until some of them are taken";
+const _: () = assert!(REFUSED_LIMIT == 10_000);
 
 #[derive(Clone, Default)]
 pub struct Status {
     connected: Gauge,
     blocked: Gauge,
     leading: Gauge,
+    stalled: Gauge,
     results: Family<ResultLabel, Counter>,
-    /// Why the last session ended, while there is no new one.
-    trouble: Arc<Mutex<Option<String>>>,
+    /// Why the last session ended, until that is known to be over.
+    trouble: Arc<Mutex<Complaints>>,
+}
+
+/// What is not well, for people, by where it is.
+#[derive(Debug, Clone, Default)]
+pub struct Complaints {
+    pub database: Option<String>,
+    pub broker: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -56,6 +70,11 @@ impl Status {
             self.leading.clone(),
         );
         registry.register(
+            "relay_stalled",
+            "Whether so many events are refused that this instance's relay tells nothing new",
+            self.stalled.clone(),
+        );
+        registry.register(
             "publish_results",
             "Messages by what the broker made of them: routed, unroutable (confirmed, nobody is bound), refused (sent again)",
             self.results.clone(),
@@ -68,13 +87,23 @@ impl Status {
 
     pub fn broker_is_up(&self) {
         self.connected.set(1);
-        *self.trouble() = None;
+        self.trouble().broker = None;
+    }
+
+    pub fn outbox_is_up(&self) {
+        self.trouble().database = None;
     }
 
     pub fn session_over(&self, error: &anyhow::Error) {
         self.connected.set(0);
         self.blocked.set(0);
-        *self.trouble() = Some(with_causes(error));
+        self.stalled.set(0);
+        let (text, mut trouble) = (Some(with_causes(error)), self.trouble());
+        *trouble = if error.is::<db::Trouble>() {
+            Complaints { database: text, broker: None }
+        } else {
+            Complaints { database: None, broker: text }
+        };
     }
 
     pub fn leads(&self, leads: bool) {
@@ -85,18 +114,33 @@ impl Status {
         self.blocked.set(blocked.into());
     }
 
-    /// `None` when all is well; else what is not, for people.
-    pub fn complaint(&self) -> Option<String> {
-        if let Some(trouble) = self.trouble().clone() {
-            return Some(trouble);
+    /// Whether so much is refused that nothing new is told. The log says when that begins, and when it ends.
+    pub fn stalled(&self, stalled: bool) {
+        match (self.stalled.set(stalled.into()) == 1, stalled) {
+            (false, true) => tracing::warn!("{STALLED}"),
+            (true, false) => tracing::warn!("some of what was refused is taken: news is told again"),
+            _ => {}
         }
+    }
+
+    /// Nothing when all is well.
+    pub fn complaints(&self) -> Complaints {
+        let mut complaints = self.trouble().clone();
+        complaints.broker = complaints.broker.or_else(|| self.standstill());
+        complaints
+    }
+
+    fn standstill(&self) -> Option<String> {
         if self.connected.get() == 0 {
             return Some("connecting".to_owned());
         }
-        (self.blocked.get() == 1).then(|| "the broker asks publishers to hold back (memory or disk alarm)".to_owned())
+        if self.blocked.get() == 1 {
+            return Some("the broker asks publishers to hold back (memory or disk alarm)".to_owned());
+        }
+        (self.stalled.get() == 1).then(|| STALLED.to_owned())
     }
 
-    fn trouble(&self) -> MutexGuard<'_, Option<String>> {
+    fn trouble(&self) -> MutexGuard<'_, Complaints> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

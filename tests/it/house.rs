@@ -5,6 +5,7 @@
 
 use std::{
     fmt::Debug,
+    io::PipeWriter,
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, LazyLock, Mutex},
@@ -389,9 +390,22 @@ pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
 impl Service {
     /// Starts a process that serves HTTP, and waits for its ready line.
     pub async fn start(command: &[&str], settings: &[(String, String)]) -> Self {
-        let mut child = tidings(command, settings).spawn().unwrap();
+        Self::started(tidings(command, settings)).await
+    }
+
+    /// The same, and its log goes into this pipe.
+    pub async fn logging_to(log: PipeWriter, command: &[&str], settings: &[(String, String)]) -> Self {
+        let mut tidings = tidings(command, settings);
+        tidings.stderr(log);
+        Self::started(tidings).await
+    }
+
+    async fn started(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = Arc::<Mutex<String>>::default();
-        collect(child.stderr.take().unwrap(), log.clone());
+        if let Some(stderr) = child.stderr.take() {
+            collect(stderr, log.clone());
+        }
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready = timeout(PATIENCE, lines.next_line()).await.ok().and_then(Result::unwrap);
         let ready = ready.unwrap_or_else(|| panic!("no ready line; the log: {}", log.lock().unwrap()));

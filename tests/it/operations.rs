@@ -2,7 +2,9 @@
 //! told is true, and an instance that can serve is not taken for one that cannot.
 
 use std::{
+    io::{PipeReader, PipeWriter, Read, Write, pipe},
     sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -14,7 +16,7 @@ use tidings::{db, outbox};
 use tokio::time::timeout;
 
 use crate::{
-    house::{Answer, House, PATIENCE, eventually, tidings},
+    house::{Answer, House, PATIENCE, Service, eventually, http, tidings},
     sessions,
     subscribed::Subscribed,
 };
@@ -239,4 +241,45 @@ async fn each_setting_that_lets_a_crash_take_changes_is_found(db: PgPool) {
     let found: Vec<String> =
         sqlx::query_scalar(AssertSqlSafe(format!("{off} {}", db::FORGETS))).fetch_all(&db).await.unwrap();
     assert_eq!(found, ["fsync", "full_page_writes", "synchronous_commit"]);
+}
+
+/// A pipe with no room for another byte.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    const HOLDS_BYTES: usize = 64 * 1024;
+    let (reader, mut writer) = pipe().unwrap();
+    writer.write_all(&[b'\n'; HOLDS_BYTES]).unwrap();
+    (reader, writer)
+}
+
+/// A service whose log nobody reads, after a request.
+async fn unread(house: &House, log: PipeWriter) -> Service {
+    let talkative = [house.settings(), &[("TIDINGS_LOG".to_owned(), "debug,lapin=off".to_owned())]].concat();
+    let service = Service::logging_to(log, &["serve"], &talkative).await;
+    assert_eq!(http().get(format!("{}/v1/users", service.url)).send().await.unwrap().status(), 200);
+    service
+}
+
+#[sqlx::test]
+async fn a_log_that_nobody_reads_stops_nothing(db: PgPool) {
+    let house = House::open(db).await;
+    let (_reader, log) = full_pipe();
+    let mut service = unread(&house, log).await;
+    service.signal("-TERM").await;
+    assert_eq!(service.left().await, Some(0));
+}
+
+#[sqlx::test]
+async fn what_was_logged_while_nobody_read_is_there_for_who_reads_later(db: PgPool) {
+    let house = House::open(db).await;
+    let (mut reader, log) = full_pipe();
+    let mut service = unread(&house, log).await;
+    let text = thread::spawn(move || {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).map(|_| text)
+    });
+    service.signal("-TERM").await;
+    assert_eq!(service.left().await, Some(0));
+    let text = text.join().unwrap().unwrap();
+    assert!(text.contains("/v1/users") && text.contains("leaving: finishing"), "{text}");
+    assert!(!text.contains("lines were dropped"), "{text}");
 }

@@ -262,9 +262,8 @@ async fn killed_at_any_moment_under_load_it_forgets_nothing_and_makes_nothing_up
         answered.extend(load.end().await);
         house.restart().await;
     }
-    let duplicates = load::all_told(&house, &answered).await;
+    load::all_told(&house, &answered).await;
     assert!(answered.len() >= ROUNDS);
-    assert!(duplicates <= ROUNDS * 2_000, "{duplicates}");
 }
 
 #[sqlx::test]
