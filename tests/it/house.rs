@@ -270,6 +270,23 @@ impl House {
         line.unwrap_or_else(|| panic!("no {sample} in {text}")).parse().unwrap()
     }
 
+    /// Waits until the log says this: a line is on its way for a moment after what it tells of.
+    pub async fn says(&self, words: &str) {
+        eventually("a line in the log", async || {
+            let log = self.service.log();
+            if log.contains(words) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+
+    /// All that was logged up to now, by a service that logs each answer (`tidings::web=debug`).
+    pub async fn log_so_far(&self) -> String {
+        let mark = Uuid::new_v4().to_string();
+        Answer::to(self.request(Method::GET, "/healthz").header("x-request-id", &mark)).await;
+        self.says(&mark).await;
+        self.service.log()
+    }
+
     /// Rows in the outbox.
     pub async fn pending(&self) -> i64 {
         sqlx::query_scalar("select count(*) from outbox").fetch_one(&self.db).await.unwrap()

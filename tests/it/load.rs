@@ -262,7 +262,7 @@ pub async fn degraded(house: &House) -> String {
     eventually("a degraded instance", async || {
         let ready = house.page("/readyz").await;
         if ready.status == 200 && ready.body["status"] == "degraded" {
-            Ok(ready.body["broker"].as_str().unwrap().to_owned())
+            Ok(["database", "broker"].map(|of| ready.body[of].as_str().unwrap()).join(" "))
         } else {
             Err(ready)
         }

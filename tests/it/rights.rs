@@ -297,9 +297,12 @@ async fn a_server_that_would_log_values_is_told_of_at_start(db: PgPool) {
         ("TIDINGS_LISTEN", "127.0.0.1:0".to_owned()),
     ];
     let service = Service::start(&["serve"], &settings.map(|(name, value)| (name.to_owned(), value))).await;
-    let log = service.log();
     for line in ["the database has log_statement = all", "the database has log_parameter_max_length_on_error = -1"] {
-        assert_eq!(log.lines().filter(|told| told.contains(line)).count(), 1, "{log}");
+        eventually("a line in the log", async || {
+            let log = service.log();
+            if log.lines().filter(|told| told.contains(line)).count() == 1 { Ok(()) } else { Err(log) }
+        })
+        .await;
     }
 }
 
