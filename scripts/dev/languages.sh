@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Languages: what the consumers in examples/consumers need to run in their tests.
 # Promise: a language that cannot be tested here is named, before the tests and after them, with the way to get it; with
-# TIDINGS_TEST_ALL_LANGUAGES there is none. Root gets them all; Ruby and Python are unpacked for everyone else, too.
+# TIDINGS_TEST_ALL_LANGUAGES there is none. Root gets all that Debian has; Ruby and Python are unpacked for everyone else, too.
 
 NODE_CONSUMER=$ROOT/examples/consumers/node
 JARS=/usr/share/java
@@ -12,8 +12,7 @@ provide_languages() {
     provide ruby python
     TIDINGS_TEST_PYTHON=$(find_python) TIDINGS_TEST_RUBY=$(find_ruby)
     export TIDINGS_TEST_PYTHON TIDINGS_TEST_RUBY
-    # A Debian that does not have one of them any more is not to keep the others away.
-    ((EUID != 0)) || (provide node go java php) || for language in node go java php; do (provide "$language") || true; done
+    ((EUID != 0)) || provide_each node go java php
     # In a shell of its own: without the registry there is no Node here, which is not the end for an ordinary user.
     ! find_node >/dev/null || find_amqplib || (get_amqplib) || true
     for language in node go java php; do
@@ -21,6 +20,12 @@ provide_languages() {
     done
     ! TIDINGS_TEST_NODE=$(find_node) || export TIDINGS_TEST_NODE
     ((${#MISSING_LANGUAGES[@]} == 0)) || say_languages_are_missing
+}
+
+# All of them with one call of apt; else each by itself, as a Debian that has dropped one is not to keep the others away.
+provide_each() {
+    local tool
+    (provide "$@") || for tool in "$@"; do (provide "$tool") || true; done
 }
 
 can_test() { "find_$1" >/dev/null && { [[ $1 != node ]] || find_amqplib; }; }

@@ -95,8 +95,7 @@ async fn a_letter_is_kept_and_shown_with_its_reason_and_without_data(db: PgPool)
     assert_eq!(page["by_reason"], json!({ "handler_failed": 1 }));
     let sample = format!("tidings_dead_letters{{subscription=\"{}\"}}", orders.name);
     assert!((house.metric(&sample).await - 1.0).abs() < f64::EPSILON);
-    house.says("dead letters have come").await;
-    house.says("handler_failed: 1").await;
+    house.logs(&["dead letters have come", "handler_failed: 1"]).await;
     orders.end().await;
 }
 

@@ -237,7 +237,7 @@ async fn who_is_late_is_listed_counted_and_told_until_they_confirm(db: PgPool) {
     let metric = async |name: &str, of: &str| house.metric(&format!("tidings_{name}{{subscription=\"{of}\"}}")).await;
     assert_eq!((metric("erasures_overdue", &orders).await, metric("erasures_overdue", &crm).await), (4.0, 3.0));
     assert!(metric("erasures_overdue_oldest_seconds", &orders).await >= 1.0);
-    house.says("deletions were not confirmed in time").await;
+    house.logs(&["deletions were not confirmed in time"]).await;
 
     // Better late than never.
     for user in &users[1..4] {
@@ -672,7 +672,7 @@ async fn who_is_late_does_not_delete_his_subscription(db: PgPool) {
     let bo = deleted(&house).await;
     awaits_overdue(&house, &[bo]).await;
     unregister(&house, &crm).await;
-    house.says("while it owed confirmations").await;
+    house.logs(&["while it owed confirmations"]).await;
 }
 
 /// Nor does he let it expire, which he says when to.

@@ -270,11 +270,11 @@ impl House {
         line.unwrap_or_else(|| panic!("no {sample} in {text}")).parse().unwrap()
     }
 
-    /// Waits until the log says this: a line is on its way for a moment after what it tells of.
-    pub async fn says(&self, words: &str) {
+    /// Waits until a line of the log has all these words: it is on its way for a moment after what it tells of.
+    pub async fn logs(&self, words: &[&str]) {
         eventually("a line in the log", async || {
             let log = self.service.log();
-            if log.contains(words) { Ok(()) } else { Err(log) }
+            if log.lines().any(|line| words.iter().all(|word| line.contains(word))) { Ok(()) } else { Err(log) }
         })
         .await;
     }
@@ -283,7 +283,7 @@ impl House {
     pub async fn log_so_far(&self) -> String {
         let mark = Uuid::new_v4().to_string();
         Answer::to(self.request(Method::GET, "/healthz").header("x-request-id", &mark)).await;
-        self.says(&mark).await;
+        self.logs(&[&mark]).await;
         self.service.log()
     }
 

@@ -228,7 +228,7 @@ async fn each_metric_that_an_alert_rests_on_is_there(db: PgPool) {
 async fn a_management_api_in_the_clear_is_warned_of(db: PgPool) {
     // An address that is nobody's.
     let house = House::with(db, &[("TIDINGS_RABBITMQ_MANAGEMENT_URL", "http://monitor:s3cret@192.0.2.1:15672")]).await;
-    house.says("TIDINGS_RABBITMQ_MANAGEMENT_URL: the management API is on another machine").await;
+    house.logs(&["TIDINGS_RABBITMQ_MANAGEMENT_URL: the management API is on another machine"]).await;
     let log = house.service.log();
     assert!(!log.contains("s3cret"), "{log}");
 }

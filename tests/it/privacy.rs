@@ -243,7 +243,7 @@ async fn no_trouble_brings_a_value_to_light(db: PgPool) {
     assert_eq!(amend(json!({ "nickname": format!("{value}2") })).await, "database_unavailable");
     sqlx::query("alter table users drop constraint nobody_moves").execute(&house.db).await.unwrap();
     // The operator hears why.
-    house.says("SQLSTATE 23514").await;
+    house.logs(&["SQLSTATE 23514"]).await;
 
     let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
     sqlx::query("begin").execute(&mut holder).await.unwrap();
@@ -391,8 +391,7 @@ async fn a_panic_brings_no_value_to_light(db: PgPool) {
     assert_eq!(refused(&broken, 500, &value), "internal");
     let broken = house.put(&bo, json!({ "nickname": format!("{value}3") })).await;
     assert_eq!(refused(&broken, 500, &value), "internal");
-    house.says("panicked").await;
-    house.says("src/profile/mod.rs").await;
+    house.logs(&["panicked", "src/profile/mod.rs"]).await;
     house.user(json!({ "city": "Riga" })).await;
     assert_eq!(places_with(&house, &value).await, [""; 0]);
 }

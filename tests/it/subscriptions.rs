@@ -81,14 +81,6 @@ impl House {
             eventually("another look", async || if looked_at().await > before { Ok(()) } else { Err(before) }).await;
         }
     }
-
-    async fn logs(&self, words: &[&str]) {
-        eventually("a line in the log", async || {
-            let log = self.service.log();
-            if log.lines().any(|line| words.iter().all(|word| line.contains(word))) { Ok(()) } else { Err(log) }
-        })
-        .await;
-    }
 }
 
 /// Somebody with every right at the broker.

@@ -232,7 +232,8 @@ impl Consumer {
         self
     }
 
-    /// How often exchange and bindings are looked after, since nobody tells when they are deleted; 30 s unless told otherwise, and never
+    /// How often queue, exchange and bindings are looked after, the latter two by one that declares for itself, since nobody tells when they
+    /// are deleted: for a registered one its owner sees to them. 30 s unless told otherwise, and never
     /// more than a hundred times a second.
     #[must_use]
     pub fn check_every(mut self, interval: Duration) -> Self {
