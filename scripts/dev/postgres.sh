@@ -37,6 +37,18 @@ start_postgres() (
 
 # Fast shutdown: sessions are ended, nothing is lost.
 stop_postgres() { stop_process "$(postgres_server "$1")" INT 20; }
+
+# kill -9, of its sessions too, which are no part of its process group: the next start would be refused while one is there.
+kill_postgres() {
+    local server pid sessions=()
+    server=$(postgres_server "$1")
+    alive "$server" || return 0
+    pid=$(pid_of "$server")
+    read -ra sessions <"/proc/$pid/task/$pid/children" || true
+    kill_process "$server"
+    ((${#sessions[@]} == 0)) || kill -KILL "${sessions[@]}" 2>/dev/null || true
+}
+
 stop_every_postgres() {
     local server
     for server in $(postgres_servers); do stop_process "$server" INT 20; done

@@ -16,7 +16,7 @@ use super::{
     cursor::{Cursor, Place},
     errand::Errand,
     settler::{Settled, Settler},
-    status::Status,
+    status::{Standstill, Status},
 };
 use crate::{
     broker::{Outcome, Publisher, Verdict},
@@ -34,8 +34,11 @@ const WINDOW: usize = 2000;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Between two looks at the table when nobody rings.
 const POLL: Duration = Duration::from_millis(500);
-/// Without a single confirm for this long, and not held back by the broker, a session is given up.
-const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
+/// Without a single confirm for this long, and not held back by the broker, it is said that nothing new is told.
+const SILENCE: Duration = Duration::from_secs(5);
+/// And after this long a session is given up, in case it is the channel that is at fault. Every one that is has the queues that are well
+/// get twice what is under way; a connection that is dead is found out by its heartbeats.
+const CONFIRM_DEADLINE: Duration = Duration::from_secs(120);
 /// Between two looks at the exchange when nothing is unroutable.
 const VOUCH_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two channels at least, however much is refused.
@@ -151,7 +154,7 @@ impl Drain<'_> {
         if question.resends && self.ledger.opened.elapsed() >= CHANGE_INTERVAL && !self.change_channel().await? {
             return Ok(true);
         }
-        self.status.stalled(!question.read_on);
+        self.status.stands_still(Standstill::Refused, !question.read_on);
         let limit = if question.read_on { BATCH } else { 0 };
         let claimed = self
             .lead
@@ -293,6 +296,7 @@ impl Drain<'_> {
         }
         self.ledger.unconfirmed -= verdicts.len().min(self.ledger.unconfirmed);
         self.ledger.progress = now;
+        self.status.stands_still(Standstill::Unconfirmed, false);
     }
 
     fn note(&mut self, settled: Settled) -> anyhow::Result<()> {
@@ -336,10 +340,11 @@ impl Drain<'_> {
             // Confirms stall until the alarm is over; to reconnect and send again would turn it into a storm of duplicates.
             self.ledger.progress = Instant::now();
         }
-        ensure!(
-            self.ledger.unconfirmed == 0 || self.ledger.progress.elapsed() < CONFIRM_DEADLINE,
-            "the broker has confirmed nothing for {CONFIRM_DEADLINE:?}"
-        );
+        let (is_waiting, silence) = (self.ledger.unconfirmed > 0, self.ledger.progress.elapsed());
+        if !is_waiting || silence > SILENCE {
+            self.status.stands_still(Standstill::Unconfirmed, is_waiting);
+        }
+        ensure!(!is_waiting || silence < CONFIRM_DEADLINE, "the broker has confirmed nothing for {CONFIRM_DEADLINE:?}");
         self.take_unroutable().await?;
         if !blocked && self.ledger.vouched.elapsed() > VOUCH_INTERVAL {
             self.vouch().await?;

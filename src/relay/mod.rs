@@ -136,7 +136,7 @@ async fn wait_for_lead(
         if leads {
             return Ok(true);
         }
-        status.outbox_is_up();
+        status.stands_by();
         anyhow::ensure!(publisher.is_connected(), "the connection to the broker is lost");
         if stop.run_until_cancelled(sleep(STAND_BY)).await.is_none() {
             return Ok(false);

@@ -11,17 +11,54 @@ use prometheus_client::{
 use super::cursor::REFUSED_LIMIT;
 use crate::{broker::Outcome, db, telemetry::with_causes};
 
-/// Of the cursor, which remembers no more that were refused.
-const STALLED: &str =
-    "10,000 events are refused, by a full queue mostly: nothing new is told until some of them are taken";
+/// Why nothing new is told, although the broker can be reached and does not ask to hold back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standstill {
+    /// The cursor remembers no more events that were.
+    Refused,
+    /// The broker has a message when all its queues have it. One of them that is silent has the broker take nothing more in the end.
+    Unconfirmed,
+}
+
 const _: () = assert!(REFUSED_LIMIT == 10_000);
+
+impl Standstill {
+    const ALL: [Self; 2] = [Self::Refused, Self::Unconfirmed];
+
+    fn label(self) -> ReasonLabel {
+        let reason = match self {
+            Self::Refused => "refused",
+            Self::Unconfirmed => "unconfirmed",
+        };
+        ReasonLabel { reason }
+    }
+
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Refused => {
+                "10,000 events are refused, by a full queue mostly: nothing new is told until some of them are taken"
+            }
+            Self::Unconfirmed => {
+                "the broker answers, and confirms nothing: nothing new is told until a queue that is silent, mostly for want of a \
+                 leader, answers too"
+            }
+        }
+    }
+
+    fn end(self) -> &'static str {
+        match self {
+            Self::Refused => "some of what was refused is taken: news is told again",
+            Self::Unconfirmed => "the broker confirms again: news is told",
+        }
+    }
+}
 
 #[derive(Clone, Default)]
 pub struct Status {
     connected: Gauge,
     blocked: Gauge,
     leading: Gauge,
-    stalled: Gauge,
+    stalled: Family<ReasonLabel, Gauge>,
     results: Family<ResultLabel, Counter>,
     /// Why the last session ended, until that is known to be over.
     trouble: Arc<Mutex<Complaints>>,
@@ -39,6 +76,11 @@ struct ResultLabel {
     result: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
 fn label(outcome: Outcome) -> ResultLabel {
     let result = match outcome {
         Outcome::Routed => "routed",
@@ -53,6 +95,9 @@ impl Status {
         for outcome in [Outcome::Routed, Outcome::Unroutable, Outcome::Refused] {
             // A result that never happened shows as 0, not as absent.
             drop(self.results.get_or_create(&label(outcome)));
+        }
+        for why in Standstill::ALL {
+            drop(self.stalled.get_or_create(&why.label()));
         }
         registry.register(
             "broker_connected",
@@ -71,7 +116,7 @@ impl Status {
         );
         registry.register(
             "relay_stalled",
-            "Whether so many events are refused that this instance's relay tells nothing new",
+            "Whether this instance's relay tells nothing new: too many events are refused, or none is confirmed",
             self.stalled.clone(),
         );
         registry.register(
@@ -97,7 +142,7 @@ impl Status {
     pub fn session_over(&self, error: &anyhow::Error) {
         self.connected.set(0);
         self.blocked.set(0);
-        self.stalled.set(0);
+        self.stands_still(Standstill::Refused, false);
         let (text, mut trouble) = (Some(with_causes(error)), self.trouble());
         *trouble = if error.is::<db::Trouble>() {
             Complaints { database: text, broker: None }
@@ -114,11 +159,17 @@ impl Status {
         self.blocked.set(blocked.into());
     }
 
-    /// Whether so much is refused that nothing new is told. The log says when that begins, and when it ends.
-    pub fn stalled(&self, stalled: bool) {
-        match (self.stalled.set(stalled.into()) == 1, stalled) {
-            (false, true) => tracing::warn!("{STALLED}"),
-            (true, false) => tracing::warn!("some of what was refused is taken: news is told again"),
+    /// Another relay leads.
+    pub fn stands_by(&self) {
+        self.outbox_is_up();
+        self.stands_still(Standstill::Unconfirmed, false);
+    }
+
+    /// Whether nothing new is told for this reason. The log says when that begins, and when it ends.
+    pub fn stands_still(&self, why: Standstill, stands_still: bool) {
+        match (self.stalled.get_or_create(&why.label()).set(stands_still.into()) == 1, stands_still) {
+            (false, true) => tracing::warn!("{}", why.reason()),
+            (true, false) => tracing::warn!("{}", why.end()),
             _ => {}
         }
     }
@@ -137,7 +188,8 @@ impl Status {
         if self.blocked.get() == 1 {
             return Some("the broker asks publishers to hold back (memory or disk alarm)".to_owned());
         }
-        (self.stalled.get() == 1).then(|| STALLED.to_owned())
+        let is_so = |why: &Standstill| self.stalled.get_or_create(&why.label()).get() == 1;
+        Standstill::ALL.into_iter().find(is_so).map(|why| why.reason().to_owned())
     }
 
     fn trouble(&self) -> MutexGuard<'_, Complaints> {

@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, collect, database_url, env, eventually},
+    house::{self, Answer, House, collect, database_url, eventually},
     load::{self, Load},
     sdk_faults::curse_before,
 };
@@ -24,6 +24,7 @@ pub struct App {
     example: &'static str,
     pub subscription: String,
     pub database_url: String,
+    amqp_url: String,
     settings: Vec<(&'static str, String)>,
 }
 
@@ -35,22 +36,26 @@ pub struct Listening {
 
 impl App {
     pub async fn of(house: &House, example: &'static str) -> Self {
+        Self::keeping_at(house, example, &database_url(&house.db)).await
+    }
+
+    /// With its database on the server of this one.
+    pub async fn keeping_at(house: &House, example: &'static str, database_url: &str) -> Self {
         let subscription = format!("{}.{example}", house.exchange);
-        let database_url = database_url(&house.db);
         let (server, _) = database_url.rsplit_once('/').unwrap();
         let name = format!("app_{}", Uuid::new_v4().simple());
         let database_url = format!("{server}/{name}");
-        let create = format!("create database \"{name}\"");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(create)).execute(&house.db).await.unwrap();
+        administer(server, &format!("create database \"{name}\"")).await;
+        let amqp_url = house.audit.amqp_url.clone();
         let settings = vec![
-            ("AMQP_URL", env("AMQP_URL")),
+            ("AMQP_URL", amqp_url.clone()),
             ("APP_DATABASE_URL", database_url.clone()),
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_SUBSCRIPTION", subscription.clone()),
             ("TIDINGS_API_KEY", house::key().to_owned()),
             ("TIDINGS_URL", house.service.url.clone()),
         ];
-        Self { example, subscription, database_url, settings }
+        Self { example, subscription, database_url, amqp_url, settings }
     }
 
     /// The same application at another exchange.
@@ -97,7 +102,7 @@ impl App {
 
     /// What its queue holds, if it has one.
     pub async fn depth(&self) -> Option<topology::Depth> {
-        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+        let connection = house::connect(&self.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         topology::depth(&channel, &self.subscription).await.ok()
     }
@@ -108,14 +113,17 @@ impl App {
 
     /// Takes its queues and its database away.
     pub async fn end(self) {
-        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
+        let connection = house::connect(&self.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         topology::delete(&channel, &self.subscription.parse().unwrap(), &RETRY_DELAYS).await.unwrap();
         let (server, name) = self.database_url.rsplit_once('/').unwrap();
-        let mut admin = PgConnection::connect(&format!("{server}/postgres")).await.unwrap();
-        let gone = format!("drop database \"{name}\" with (force)");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(gone)).execute(&mut admin).await.unwrap();
+        administer(server, &format!("drop database \"{name}\" with (force)")).await;
     }
+}
+
+async fn administer(server: &str, sql: &str) {
+    let mut admin = PgConnection::connect(&format!("{server}/postgres")).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut admin).await.unwrap();
 }
 
 impl Listening {

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{House, bind, connect, declare, env, eventually},
-    hurt::HurtBroker,
+    hurt::{self, HurtBroker},
     load::{self, Load},
     rights, sessions,
     subscribed::Subscribed,
@@ -377,6 +377,28 @@ async fn a_standstill_for_too_many_refusals_is_owned_up_to_until_it_is_over(db: 
         if told == [1, 1] { Ok(()) } else { Err(log) }
     })
     .await;
+}
+
+/// As one that has no leader: the broker takes what is sent, for the other queues too, and confirms none of it.
+#[sqlx::test]
+async fn a_queue_that_is_silent_is_owned_up_to_until_it_answers(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    load::ready(&house).await;
+    let silence = async |what: &str| {
+        let queue = format!("sys:{what}(whereis('%2F_{}')).", orders.name.queue());
+        hurt::broker(&["ctl", "main", "eval", &queue]).await.unwrap();
+    };
+    silence("suspend").await;
+    let ana = house.user(json!({})).await;
+    let reason = load::degraded(&house).await;
+    assert!(reason.contains("confirms nothing"), "{reason}");
+    assert_eq!(house.metric(r#"tidings_relay_stalled{reason="unconfirmed"}"#).await, 1.0);
+    silence("resume").await;
+    load::ready(&house).await;
+    assert_eq!(house.metric(r#"tidings_relay_stalled{reason="unconfirmed"}"#).await, 0.0);
+    assert_eq!(house.told(&ana).await, ["user.created"]);
+    orders.end().await;
 }
 
 /// The headers of a wide event travel in one frame: one that is too small would end each session at its first such event.

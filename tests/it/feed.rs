@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{Answer, House, eventually, http},
-    hurt::Standby,
+    hurt::HurtPostgres,
     load::{Load, users},
     sessions,
 };
@@ -279,7 +279,7 @@ async fn a_cursor_of_another_history_has_expired(db: PgPool) {
 
 #[tokio::test]
 async fn a_cursor_ends_with_its_history() {
-    let server = Standby::borrow().await;
+    let server = HurtPostgres::borrow().await;
     let mut house = House::with(server.database().await, &[]).await;
     users(&house, 1).await;
     let mut poller = Poller::default();

@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, database_url, eventually, http_with, new_client},
-    hurt::Standby,
+    hurt::HurtPostgres,
     limits::under_way,
     sessions,
 };
@@ -164,7 +164,7 @@ async fn a_session_in_a_transaction_is_lent_to_nobody(db: PgPool) {
 /// In a failover the address may still lead to the server that led before, which now follows another: what it answers is old.
 #[tokio::test]
 async fn a_standby_is_not_taken_for_the_database() {
-    let server = Standby::borrow().await;
+    let server = HurtPostgres::borrow().await;
     let house = House::with(server.database().await, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
     let ana = house.user(json!({ "city": "Riga" })).await;
     house.settle().await;
@@ -182,7 +182,7 @@ async fn a_standby_is_not_taken_for_the_database() {
 /// The server waits for it for ever, whoever has given up, and the change would be kept if the session were ended.
 #[tokio::test]
 async fn commits_that_wait_for_a_lost_standby_do_not_pile_up() {
-    let server = Standby::borrow().await;
+    let server = HurtPostgres::borrow().await;
     let house = House::open(server.database().await).await;
     let ana = house.user(json!({})).await;
     house.settle().await;

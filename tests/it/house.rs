@@ -165,6 +165,13 @@ impl House {
 
     /// A House at another broker than that of all tests, which has the users that its service needs.
     pub async fn at(db: PgPool, amqp_url: &str, extra: &[(&str, &str)]) -> Self {
+        rights::grant(&db).await;
+        admit_key(&db).await;
+        Self::of_build(this_build(), db, amqp_url, extra).await
+    }
+
+    /// A House whose service is this build of the binary, on a database that has been made ready for it.
+    pub async fn of_build(binary: &Path, db: PgPool, amqp_url: &str, extra: &[(&str, &str)]) -> Self {
         let exchange = format!("test.{}", Uuid::new_v4().simple());
         let audit = Audit::at(amqp_url, &exchange).await;
         let database_url = database_url(&db);
@@ -180,12 +187,10 @@ impl House {
         let at_broker = rights::at_broker(&through(amqp_url, &broker));
         settings.extend(at_broker.map(|(name, value)| (name.to_owned(), value)));
         settings.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        rights::grant(&db).await;
         if amqp_url == env("AMQP_URL") {
             rights::make_users().await;
         }
-        admit_key(&db).await;
-        let service = Service::start(&["serve"], &settings).await;
+        let service = Service::started(program(binary, &["serve"], &settings)).await;
         let http = http();
         Self { db, exchange, service, postgres, broker, audit, settings, http }
     }
@@ -202,7 +207,12 @@ impl House {
 
     /// A new process in place of the one that is gone.
     pub async fn restart(&mut self) {
-        self.service = Service::start(&["serve"], &self.settings).await;
+        self.start_build(this_build()).await;
+    }
+
+    /// The same of another build.
+    pub async fn start_build(&mut self, binary: &Path) {
+        self.service = Service::started(program(binary, &["serve"], &self.settings)).await;
     }
 
     /// What the owner of the tables does before a new version serves, or after a restore.
@@ -387,9 +397,18 @@ pub struct Service {
     log: Arc<Mutex<String>>,
 }
 
+pub fn this_build() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_tidings"))
+}
+
 /// A command of the binary with a clean environment and these settings.
 pub fn tidings(command: &[&str], settings: &[(String, String)]) -> Command {
-    let mut tidings = Command::new(env!("CARGO_BIN_EXE_tidings"));
+    program(this_build(), command, settings)
+}
+
+/// The same of any build of it.
+pub fn program(binary: &Path, command: &[&str], settings: &[(String, String)]) -> Command {
+    let mut tidings = Command::new(binary);
     let is_ours =
         |name: &str| name.starts_with("TIDINGS_") || name.starts_with("DATABASE_") || name.starts_with("AMQP_");
     for (name, _) in std::env::vars().filter(|(name, _)| is_ours(name)) {
@@ -442,6 +461,11 @@ impl Service {
     pub async fn signal(&self, signal: &str) {
         let pid = self.child.id().unwrap().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
+    }
+
+    /// How many files and connections it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id().unwrap())).unwrap().count()
     }
 
     /// The exit code, once it has left.

@@ -1,4 +1,4 @@
-//! Servers to be hurt, beside those of all tests: a broker that tests borrow one at a time, a cluster, and a Postgres that becomes a standby, or waits for one.
+//! Servers to be hurt, beside those of all tests: a broker and a Postgres that tests borrow one at a time, and a cluster of brokers.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::{house::eventually, rights};
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 static HURT_HAS_USERS: OnceCell<()> = OnceCell::const_new();
 static ONE_CLUSTER_AT_A_TIME: Mutex<()> = Mutex::const_new(());
-static ONE_STANDBY_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+static ONE_DATABASE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 pub struct HurtBroker {
     pub amqp_url: String,
@@ -41,6 +41,18 @@ impl HurtBroker {
 
     pub async fn start(&self) {
         broker(&["start", "hurt"]).await.unwrap();
+    }
+
+    /// As an operator does (docs/operating.md): RabbitMQ (3.10), alone on its node and killed, leaves a quorum queue without a leader if
+    /// somebody asks it for something before it has chosen one.
+    pub async fn has_leaders(&self) {
+        eventually("each queue to have a leader", async || {
+            let elected =
+                "[element(1, {N, ra:trigger_election({N, node()})}) || {N, follower} <- ets:tab2list(ra_state)].";
+            let without = self.try_ctl(&["eval", elected]).await.unwrap();
+            if without.trim() == "[]" { Ok(()) } else { Err(without) }
+        })
+        .await;
     }
 
     pub async fn kill(&self) {
@@ -130,17 +142,17 @@ impl Cluster {
     }
 }
 
-/// A Postgres for one test at a time, which can be made a standby, of nobody in particular, or to wait for one.
-pub struct Standby {
+/// A Postgres that can be stopped and killed, made a standby, of nobody in particular, or to wait for one.
+pub struct HurtPostgres {
     admin: PgPool,
     _turn: MutexGuard<'static, ()>,
 }
 
-impl Standby {
-    /// Not one yet.
+impl HurtPostgres {
+    /// The server, running and no standby.
     pub async fn borrow() -> Self {
-        let turn = ONE_STANDBY_AT_A_TIME.lock().await;
-        let started = dev(&["database", "start", "standby"]).await.unwrap();
+        let turn = ONE_DATABASE_AT_A_TIME.lock().await;
+        let started = dev(&["database", "start", "hurt"]).await.unwrap();
         let admin = PgPool::connect(started.trim().strip_prefix("DATABASE_URL=").unwrap()).await.unwrap();
         let server = Self { admin, _turn: turn };
         if sqlx::query_scalar(db::FOLLOWS).fetch_one(&server.admin).await.unwrap() {
@@ -173,8 +185,20 @@ impl Standby {
     /// Starts it anew as a standby.
     pub async fn follow(&self) {
         self.run("copy (select) to program 'cat > standby.signal'").await;
-        dev(&["database", "stop", "standby"]).await.unwrap();
-        dev(&["database", "start", "standby"]).await.unwrap();
+        self.stop().await;
+        self.start().await;
+    }
+
+    pub async fn stop(&self) {
+        dev(&["database", "stop", "hurt"]).await.unwrap();
+    }
+
+    pub async fn start(&self) {
+        dev(&["database", "start", "hurt"]).await.unwrap();
+    }
+
+    pub async fn kill(&self) {
+        dev(&["database", "kill", "hurt"]).await.unwrap();
     }
 
     /// Makes it lead.

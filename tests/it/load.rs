@@ -22,9 +22,20 @@ use crate::house::{self, Answer, House, eventually};
 /// A version of a user.
 pub type Change = (Uuid, i64);
 
+/// What was to be written by changes that were answered as not made.
+#[derive(Clone, Default)]
+pub struct Refused(Arc<Mutex<Vec<Uuid>>>);
+
+impl Refused {
+    pub fn all(&self) -> Vec<Uuid> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
 /// Clients that amend users, each one change after the other.
 pub struct Load {
     answered: Arc<Mutex<Vec<Change>>>,
+    refused: Refused,
     failed: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
@@ -39,6 +50,7 @@ impl Load {
     pub fn at(url: &str, users: &[Uuid], clients: usize) -> Self {
         let http = house::http();
         let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
+        let refused = Refused::default();
         let clients = (0..clients)
             .map(|place| {
                 let client = Amending {
@@ -46,13 +58,14 @@ impl Load {
                     url: url.to_owned(),
                     users: users.to_vec(),
                     answered: Arc::clone(&answered),
+                    refused: refused.clone(),
                     failed: Arc::clone(&failed),
                     over: Arc::clone(&over),
                 };
                 tokio::spawn(client.run(place))
             })
             .collect();
-        Self { answered, failed, over, clients }
+        Self { answered, refused, failed, over, clients }
     }
 
     /// Waits until this many more changes were answered.
@@ -64,6 +77,10 @@ impl Load {
 
     fn count(&self) -> usize {
         self.answered.lock().unwrap().len()
+    }
+
+    pub fn refused(&self) -> Refused {
+        self.refused.clone()
     }
 
     /// Ends the load, of which every request must have been answered 2xx; the changes.
@@ -89,6 +106,7 @@ struct Amending {
     url: String,
     users: Vec<Uuid>,
     answered: Arc<Mutex<Vec<Change>>>,
+    refused: Refused,
     failed: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
 }
@@ -110,19 +128,24 @@ impl Amending {
         }
     }
 
-    /// The new version; `None` when it is unknown whether there is one.
+    /// The new version; `None` when there is none, or it is unknown whether there is one.
     async fn amend(&self, user: Uuid) -> Option<i64> {
+        let job_title = Uuid::new_v4();
         let request = self
             .http
             .patch(format!("{}/v1/users/{user}", self.url))
             .header("content-type", "application/merge-patch+json")
-            .body(json!({ "profile": { "job_title": Uuid::new_v4() } }).to_string());
+            .body(json!({ "profile": { "job_title": job_title } }).to_string());
         let response = request.send().await.ok()?;
-        if !response.status().is_success() {
-            return None;
-        }
+        let is_made = response.status().is_success();
         let body: serde_json::Value = response.json().await.ok()?;
-        body["version"].as_i64()
+        if is_made {
+            return body["version"].as_i64();
+        }
+        if body["code"].as_str()? != "outcome_unknown" {
+            self.refused.0.lock().unwrap().push(job_title);
+        }
+        None
     }
 }
 
@@ -138,11 +161,12 @@ pub async fn users(house: &House, count: usize) -> Vec<Uuid> {
 /// Has every version noted that is committed from now on, by the transaction that commits it.
 pub async fn watch(db: &PgPool) {
     let trigger = "
-        create table shadow (user_id uuid not null, version bigint not null, primary key (user_id, version));
+        create table shadow (user_id uuid not null, version bigint not null, job_title text, primary key (user_id, version));
         create function note() returns trigger language plpgsql security definer as $$
         begin
           insert into shadow
-          select new.id, generate_series(case when tg_op = 'UPDATE' then old.version else 0 end + 1, new.version);
+          select new.id, generate_series(case when tg_op = 'UPDATE' then old.version else 0 end + 1, new.version),
+                 new.profile ->> 'job_title';
           return null;
         end $$;
         create trigger note after insert or update on users for each row execute function note();
@@ -169,6 +193,14 @@ pub async fn all_told(house: &House, answered: &[Change]) -> usize {
     let ids: BTreeSet<Uuid> = heard.iter().map(|notice| notice.message_id).collect();
     assert_eq!(ids.len(), told(house).len(), "a change has one message_id, whenever it is sent");
     heard.len() - ids.len()
+}
+
+/// Asserts that no change that was answered as not made was made.
+pub async fn none_made(db: &PgPool, refused: &[Uuid]) {
+    let made = "select job_title from shadow where job_title = any($1)";
+    let refused: Vec<String> = refused.iter().map(Uuid::to_string).collect();
+    let made: Vec<String> = sqlx::query_scalar(made).bind(refused).fetch_all(db).await.unwrap();
+    assert!(made.is_empty(), "refused, and made: {made:?}");
 }
 
 pub async fn committed(db: &PgPool) -> BTreeSet<Change> {

@@ -36,6 +36,11 @@ const MAKING_ROLES: i64 = 0x72_6f_6c_65_73;
 
 /// Gives the roles what they need in a test's database.
 pub async fn grant(db: &PgPool) {
+    grant_as(db, GRANTS).await;
+}
+
+/// The same as another version's `deploy/postgres-grants.sql` has it.
+pub async fn grant_as(db: &PgPool, grants: &str) {
     make_roles(db).await;
     // The tests' own user has migrated; in a deployment the owner does.
     let hand_over = "
@@ -48,7 +53,7 @@ pub async fn grant(db: &PgPool) {
         end
         $$;
     ";
-    sqlx::raw_sql(ours(&format!("{hand_over}{GRANTS}"))).execute(db).await.unwrap();
+    sqlx::raw_sql(ours(&format!("{hand_over}{grants}"))).execute(db).await.unwrap();
 }
 
 fn ours(sql: &str) -> AssertSqlSafe<String> {

@@ -83,6 +83,15 @@ pub async fn terminate(db: &PgPool, name: &str) -> usize {
     ended.len()
 }
 
+/// Cancels what the sessions whose name matches are at.
+pub async fn cancel(db: &PgPool, name: &str) {
+    let cancelled = "
+        select pg_cancel_backend(pid) from pg_stat_activity
+         where datname = current_database() and application_name like $1
+    ";
+    sqlx::query(cancelled).bind(name).execute(db).await.unwrap();
+}
+
 /// Waits until no session is in a transaction.
 pub async fn none_in_transaction(db: &PgPool) {
     let open = "

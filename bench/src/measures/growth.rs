@@ -10,6 +10,7 @@ use tidings::{
     outbox::{self, Confirmed, OutboxId},
     users, web,
 };
+use time::OffsetDateTime;
 
 use crate::{
     house::House,
@@ -130,7 +131,7 @@ impl Stage {
         self.database.run(&keys(TIMES * PURGE.unsigned_abs(), "2 days")).await?;
         taken
             .on(&mut db, "purge of 100", async |db, _| {
-                sqlx::query(users::PURGE).bind(PURGE).execute(db).await.map(drop)
+                sqlx::query(users::PURGE).bind(PURGE).bind(OffsetDateTime::now_utc()).execute(db).await.map(drop)
             })
             .await?;
         Ok(sqlx::Connection::close(db).await?)

@@ -1,0 +1,96 @@
+//! An upgrade: the version before is at work while this one migrates, beside it, and after it.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use sqlx::PgPool;
+use tokio::join;
+use uuid::Uuid;
+
+use crate::{
+    house::{House, database_url, env, program},
+    load::{self, Load},
+    relay::leads,
+    rights,
+};
+
+/// A table of some size: what rewrites or locks it shows.
+const USERS: i32 = 200_000;
+/// The longest that a change may take meanwhile.
+const HELD_UP: Duration = Duration::from_secs(1);
+/// Nobody has a key that both versions know how to write.
+const WITHOUT_KEYS: (&str, &str) = ("TIDINGS_INSECURE_NO_AUTH", "true");
+
+/// The checkout of the version before, which is built.
+fn before() -> PathBuf {
+    env("TIDINGS_BEFORE").into()
+}
+
+async fn many_users(db: &PgPool) {
+    let seeded = "
+        insert into users (id, version, profile, created_at, updated_at)
+        select gen_random_uuid(), 1, '{\"first_name\":\"Ana\"}', now(), now()
+          from generate_series(1, $1)
+    ";
+    sqlx::query(seeded).bind(USERS).execute(db).await.unwrap();
+}
+
+/// The longest that a change took until all is `over`.
+async fn slowest(house: &House, user: &Uuid, over: &AtomicBool) -> Duration {
+    let mut slowest = Duration::ZERO;
+    while !over.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        house.amend(user, json!({ "city": Uuid::new_v4() })).await.ok();
+        slowest = slowest.max(began.elapsed());
+    }
+    slowest
+}
+
+/// As docs/operating.md has it: migrate, rights, this version beside the one before, which leaves then; and back again.
+#[sqlx::test(migrations = false)]
+#[ignore = "needs a build of another version: ./dev upgrade"]
+async fn from_one_version_to_the_next_and_back_no_change_fails_or_waits_and_none_is_lost(db: PgPool) {
+    let binary = before().join("target/debug/tidings");
+    let at_database = [("DATABASE_URL".to_owned(), database_url(&db))];
+    assert!(program(&binary, &["migrate"], &at_database).status().await.unwrap().success());
+    rights::grant_as(&db, &fs::read_to_string(before().join("deploy/postgres-grants.sql")).unwrap()).await;
+    many_users(&db).await;
+    let mut house = House::of_build(&binary, db, &env("AMQP_URL"), &[WITHOUT_KEYS]).await;
+    load::watch(&house.db).await;
+    let users = load::users(&house, 40).await;
+    let ana = house.user(json!({})).await;
+    let at_before = Load::on(&house, &users, 4);
+    at_before.goes_on(100).await;
+
+    let over = AtomicBool::new(false);
+    let migrate = async {
+        house.migrate().await;
+        rights::grant(&house.db).await;
+        over.store(true, Ordering::Relaxed);
+    };
+    let (slowest, ()) = join!(slowest(&house, &ana, &over), migrate);
+    assert!(slowest < HELD_UP, "a change took {slowest:?} while this version migrated");
+
+    let next = house.another(&["serve"]).await;
+    let at_next = Load::at(&next.url, &users, 4);
+    at_next.goes_on(100).await;
+    at_before.goes_on(100).await;
+    let mut answered = at_before.end_well().await;
+    house.service.signal("-TERM").await;
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    at_next.goes_on(100).await;
+    assert!(leads(&next).await);
+
+    house.start_build(&binary).await;
+    let at_before = Load::on(&house, &users, 4);
+    at_before.goes_on(100).await;
+    answered.extend(at_before.end_well().await);
+    answered.extend(at_next.end_well().await);
+    assert_eq!(load::all_told(&house, &answered).await, 0, "messages that came twice");
+    eprintln!("{} changes, the slowest took {slowest:.0?} while this version migrated", answered.len());
+}
