@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     house::{House, bind, connect, declare, env, eventually},
-    hurt::{self, HurtBroker},
+    hurt::{HurtBroker, silence},
     load::{self, Load},
     rights, sessions,
     subscribed::Subscribed,
@@ -379,22 +379,18 @@ async fn a_standstill_for_too_many_refusals_is_owned_up_to_until_it_is_over(db: 
     .await;
 }
 
-/// As one that has no leader: the broker takes what is sent, for the other queues too, and confirms none of it.
+/// The broker takes what is sent, for the other queues too, and confirms none of it.
 #[sqlx::test]
 async fn a_queue_that_is_silent_is_owned_up_to_until_it_answers(db: PgPool) {
     let house = House::open(db).await;
     let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
     load::ready(&house).await;
-    let silence = async |what: &str| {
-        let queue = format!("sys:{what}(whereis('%2F_{}')).", orders.name.queue());
-        hurt::broker(&["ctl", "main", "eval", &queue]).await.unwrap();
-    };
-    silence("suspend").await;
+    silence(orders.name.queue(), true).await;
     let ana = house.user(json!({})).await;
     let reason = load::degraded(&house).await;
     assert!(reason.contains("confirms nothing"), "{reason}");
     assert_eq!(house.metric(r#"tidings_relay_stalled{reason="unconfirmed"}"#).await, 1.0);
-    silence("resume").await;
+    silence(orders.name.queue(), false).await;
     load::ready(&house).await;
     assert_eq!(house.metric(r#"tidings_relay_stalled{reason="unconfirmed"}"#).await, 0.0);
     assert_eq!(house.told(&ana).await, ["user.created"]);

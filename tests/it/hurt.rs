@@ -236,6 +236,12 @@ async fn start(arguments: &[&str]) -> String {
     started.trim().strip_prefix("AMQP_URL=").unwrap().to_owned()
 }
 
+/// Has a quorum queue of the broker of all tests say nothing, as one that has no leader; or speak again.
+pub async fn silence(queue: &str, on: bool) {
+    let what = if on { "suspend" } else { "resume" };
+    broker(&["ctl", "main", "eval", &format!("sys:{what}(whereis('%2F_{queue}')).")]).await.unwrap();
+}
+
 /// `./dev broker` with these arguments; what it printed.
 pub async fn broker(arguments: &[&str]) -> Result<String, String> {
     dev(&[&["broker"], arguments].concat()).await
