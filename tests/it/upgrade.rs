@@ -13,7 +13,7 @@ use tokio::join;
 use uuid::Uuid;
 
 use crate::{
-    house::{House, database_url, env, program},
+    house::{House, database_url, env, eventually, program},
     load::{self, Load},
     relay::leads,
     rights,
@@ -40,6 +40,12 @@ async fn many_users(db: &PgPool) {
     sqlx::query(seeded).bind(USERS).execute(db).await.unwrap();
 }
 
+/// Nobody was told of them.
+async fn without_the_many(db: &PgPool) {
+    let untold = "delete from users where id not in (select user_id from shadow)";
+    assert_eq!(sqlx::query(untold).execute(db).await.unwrap().rows_affected(), USERS as u64);
+}
+
 /// The longest that a change took until all is `over`.
 async fn slowest(house: &House, user: &Uuid, over: &AtomicBool) -> Duration {
     let mut slowest = Duration::ZERO;
@@ -57,7 +63,8 @@ async fn slowest(house: &House, user: &Uuid, over: &AtomicBool) -> Duration {
 async fn from_one_version_to_the_next_and_back_no_change_fails_or_waits_and_none_is_lost(db: PgPool) {
     let binary = before().join("target/debug/tidings");
     let at_database = [("DATABASE_URL".to_owned(), database_url(&db))];
-    assert!(program(&binary, &["migrate"], &at_database).status().await.unwrap().success());
+    let migrated = program(&binary, &["migrate"], &at_database).output().await.unwrap();
+    assert!(migrated.status.success(), "{migrated:?}");
     rights::grant_as(&db, &fs::read_to_string(before().join("deploy/postgres-grants.sql")).unwrap()).await;
     many_users(&db).await;
     let mut house = House::of_build(&binary, db, &env("AMQP_URL"), &[WITHOUT_KEYS]).await;
@@ -84,13 +91,14 @@ async fn from_one_version_to_the_next_and_back_no_change_fails_or_waits_and_none
     house.service.signal("-TERM").await;
     assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
     at_next.goes_on(100).await;
-    assert!(leads(&next).await);
+    eventually("this version to lead", async || if leads(&next).await { Ok(()) } else { Err(()) }).await;
 
     house.start_build(&binary).await;
     let at_before = Load::on(&house, &users, 4);
     at_before.goes_on(100).await;
     answered.extend(at_before.end_well().await);
     answered.extend(at_next.end_well().await);
+    without_the_many(&house.db).await;
     assert_eq!(load::all_told(&house, &answered).await, 0, "messages that came twice");
     eprintln!("{} changes, the slowest took {slowest:.0?} while this version migrated", answered.len());
 }
