@@ -147,7 +147,9 @@ impl Fault {
 /// The faults that are to come: all of them, or those with `STORM_ONLY` in their names.
 fn wanted() -> Vec<Fault> {
     let only = std::env::var("STORM_ONLY").unwrap_or_default();
-    Fault::ALL.into_iter().filter(|fault| format!("{fault:?}").contains(&only)).collect()
+    let wanted: Vec<Fault> = Fault::ALL.into_iter().filter(|fault| format!("{fault:?}").contains(&only)).collect();
+    assert!(!wanted.is_empty(), "STORM_ONLY={only} is in the name of no fault: {:?}", Fault::ALL);
+    wanted
 }
 
 /// The same numbers for the same seed (SplitMix64).
