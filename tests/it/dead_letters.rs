@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use lapin::{
     BasicProperties,
-    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+    options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use reqwest::Method;
@@ -440,6 +440,33 @@ async fn letters_are_kept_while_the_queue_or_the_broker_is_away(db: PgPool) {
         if done.body["redriven"] == 2 { Ok(()) } else { Err(done.body) }
     })
     .await;
+    assert_eq!(orders.waiting().await, 2);
+    orders.end().await;
+}
+
+/// In the place of its queue stands one that takes nothing.
+#[sqlx::test]
+async fn a_letter_that_is_refused_is_kept(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let sent = bury(&orders, 2).await;
+    await_letters(&house, &orders, 2).await;
+    let (full, exchange) = (format!("{}.full", orders.name), orders.name.as_str());
+    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let mut takes_nothing = FieldTable::default();
+    takes_nothing.insert("x-max-length".into(), AMQPValue::LongInt(0));
+    takes_nothing.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    orders.channel.queue_declare(full.as_str().into(), exclusive, takes_nothing).await.unwrap();
+    let (options, none) = (QueueBindOptions::default(), FieldTable::default());
+    orders.channel.queue_bind(full.as_str().into(), exchange.into(), "work".into(), options, none).await.unwrap();
+    let queue = orders.name.queue();
+    orders.channel.queue_unbind(queue.into(), exchange.into(), "work".into(), FieldTable::default()).await.unwrap();
+    let all = || redrive(&house, &orders, json!({ "all": true }));
+    assert_eq!(all().await.ok().body["redriven"], 0);
+    assert_eq!(listed(&list(&house, &orders, "").await), ids(&sent));
+    orders.channel.queue_delete(full.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    orders.declare().await;
+    assert_eq!(all().await.ok().body["redriven"], 2);
     assert_eq!(orders.waiting().await, 2);
     orders.end().await;
 }

@@ -90,6 +90,17 @@ async fn requests(house: &House) -> usize {
     house.log_so_far().await.lines().filter(|line| line.contains("answered") && line.contains("/v1/")).count()
 }
 
+/// Waits until the service has answered one question more than `before`.
+async fn an_answer_is_under_way(house: &House, before: usize) {
+    eventually("the question to be answered, and the answer to be under way", async || {
+        match requests(house).await - before {
+            1 => Ok(()),
+            answered => Err(answered),
+        }
+    })
+    .await;
+}
+
 /// Asked for a version that cannot be seen yet, the owner says so until it can.
 #[sqlx::test]
 async fn never_a_state_older_than_the_notice(db: PgPool) {
@@ -124,6 +135,24 @@ async fn a_mirror_catches_up_from_where_it_was(db: PgPool) {
     mirror.apply(&mut house.db.acquire().await.unwrap(), &told).await.unwrap();
     let third = caught_up(&house, &mirror, &owner).await;
     assert_eq!(third, (1, 0));
+}
+
+/// The cursor stands for what is held: it does not move on with what could not be kept.
+#[sqlx::test]
+async fn a_page_that_could_not_be_kept_comes_again(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    load::users(&house, 3).await;
+    house.feed_is_clear().await;
+    let full = "
+        create function is_full() returns trigger language plpgsql as $$ begin raise exception 'full'; end $$;
+        create trigger is_full before insert on tidings_users for each row execute function is_full();
+    ";
+    sqlx::raw_sql(full).execute(&house.db).await.unwrap();
+    assert!(mirror.catch_up(&house.db, &owner).await.is_err());
+    sqlx::raw_sql("drop trigger is_full on tidings_users").execute(&house.db).await.unwrap();
+    assert_eq!(caught_up(&house, &mirror, &owner).await, (3, 3));
+    assert_eq!(differing(&house.db).await, 0);
 }
 
 /// While everything moves, catching up again and again ends level as soon as it stands still.
@@ -188,13 +217,7 @@ async fn an_answer_that_was_long_under_way_does_not_take_a_mirror_back(db: PgPoo
     let before = requests(&house).await;
     line.hold_answers();
     let first = tokio::spawn(async move { slow.latest(ana, 1).await.unwrap() });
-    eventually("the question to be answered, and the answer to be under way", async || {
-        match requests(&house).await - before {
-            1 => Ok(()),
-            answered => Err(answered),
-        }
-    })
-    .await;
+    an_answer_is_under_way(&house, before).await;
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
     let mut connection = house.db.acquire().await.unwrap();
     let second = fast.latest(ana, 2).await.unwrap();
@@ -488,5 +511,24 @@ async fn a_cache_gives_out_nothing_older_than_the_last_notice(db: PgPool) {
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
     assert_eq!(cache.get(ana).await.unwrap().version(), 1, "nobody has told the cache yet");
     cache.invalidate(ana, 2);
+    assert_eq!(cache.get(ana).await.unwrap().version(), 2);
+}
+
+/// Who asked before the notice is not given what was true before it, nor is anybody after him.
+#[sqlx::test]
+async fn a_cache_gives_out_nothing_that_was_under_way_when_the_notice_came(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let cache = Cache::new(owner_at(&format!("http://{}", line.address())), 100);
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    let before = requests(&house).await;
+    line.hold_answers();
+    let asking = cache.clone();
+    let asked = tokio::spawn(async move { asking.get(ana).await.unwrap() });
+    an_answer_is_under_way(&house, before).await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    cache.invalidate(ana, 2);
+    line.up();
+    assert_eq!(asked.await.unwrap().version(), 2);
     assert_eq!(cache.get(ana).await.unwrap().version(), 2);
 }

@@ -13,7 +13,7 @@ use std::{
 use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{
     BasicProperties,
-    options::{QueueBindOptions, QueueDeclareOptions},
+    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use reqwest::StatusCode;
@@ -631,6 +631,67 @@ async fn nothing_is_consumed_before_it_was_caught_up(db: PgPool) {
     let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.catch_up(stubborn)).await;
     assert_eq!(tries.load(Ordering::SeqCst), 3, "it listens now, and not earlier");
     let ana = house.user(json!({})).await;
+    assert_eq!(listener.called(1).await[0].user, ana);
+    listener.end().await;
+}
+
+/// Somebody deleted the queues in which what failed waits: it stays where it is.
+#[sqlx::test]
+async fn what_cannot_be_put_aside_is_not_acknowledged(db: PgPool) {
+    let house = House::open(db).await;
+    // Enough to be refused a place, and to be asked again.
+    let farewell = Duration::from_secs(3);
+    let first = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.farewell(farewell)).await;
+    for delay in SOON {
+        let retry = first.subscription.name.retry_queue(delay);
+        first.channel.queue_delete(retry.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+    let ana = Uuid::new_v4();
+    first.diary.curse(ana, Curse::Fails);
+    house.put(&ana, json!({})).await.ok();
+    begun(&first.diary, 1).await;
+    first.stop.cancel();
+    first.running.await.unwrap().unwrap();
+    let second = Listener::of(&house).await;
+    assert_eq!(second.called(1).await[0].user, ana);
+    second.end().await;
+}
+
+/// Has looked, and is not done before the gate is open.
+#[derive(Clone)]
+struct Thorough {
+    begun: Arc<AtomicUsize>,
+    gate: Arc<Semaphore>,
+}
+
+impl CatchUp for Thorough {
+    async fn catch_up(&self, _gap: Gap) -> Result<(), Failure> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        drop(self.gate.acquire().await?);
+        Ok(())
+    }
+}
+
+/// Bound first: between the last look and the first message there is no gap.
+#[sqlx::test]
+async fn what_is_told_while_it_is_caught_up_with_waits_in_the_queue(db: PgPool) {
+    let house = House::open(db).await;
+    let thorough = Thorough { begun: Arc::default(), gate: Arc::new(Semaphore::new(0)) };
+    let (catch_up, Thorough { begun, gate }) = (thorough.clone(), thorough);
+    let meanwhile = async {
+        eventually("catching up to begin", async || match begun.load(Ordering::SeqCst) {
+            0 => Err("not yet"),
+            _ => Ok(()),
+        })
+        .await;
+        let ana = house.user(json!({})).await;
+        house.settle().await;
+        gate.add_permits(1);
+        ana
+    };
+    let amqp_url = env("AMQP_URL");
+    let listening = Listener::with(&house, &amqp_url, |consumer| consumer.catch_up(catch_up));
+    let (listener, ana) = tokio::join!(listening, meanwhile);
     assert_eq!(listener.called(1).await[0].user, ana);
     listener.end().await;
 }
