@@ -296,7 +296,7 @@ pub async fn degraded(house: &House) -> String {
         if ready.status == 200 && ready.body["status"] == "degraded" {
             Ok(["database", "broker"].map(|of| ready.body[of].as_str().unwrap()).join(" "))
         } else {
-            Err(ready)
+            Err(ready.body)
         }
     })
     .await
@@ -305,7 +305,7 @@ pub async fn degraded(house: &House) -> String {
 pub async fn ready(house: &House) {
     eventually("a ready instance", async || {
         let ready: Answer = house.page("/readyz").await;
-        if ready.body["status"] == "ready" { Ok(()) } else { Err(ready) }
+        if ready.body["status"] == "ready" { Ok(()) } else { Err(ready.body) }
     })
     .await;
 }
