@@ -46,6 +46,7 @@ kill_postgres() {
     pid=$(pid_of "$server")
     read -ra sessions <"/proc/$pid/task/$pid/children" || true
     kill_process "$server"
+    # Some may have noticed, and be gone.
     ((${#sessions[@]} == 0)) || kill -KILL "${sessions[@]}" 2>/dev/null || true
 }
 

@@ -26,7 +26,7 @@ before_the_newest_migration() {
     newest=$(git -C "$ROOT" log -1 --format=%H -- migrations) && [[ -n $newest ]] && echo "$newest^"
 }
 
-# What was built of it stays; the sources are older than that only if they are the same.
+# What was built of it stays, the sources are all new to cargo. The first time there is nothing to be taken away.
 check_out_before() {
     find "$1" -mindepth 1 -maxdepth 1 ! -name target -exec rm -rf {} + 2>/dev/null || true
     mkdir -p "$1"

@@ -57,7 +57,7 @@ async fn slowest(house: &House, user: &Uuid, over: &AtomicBool) -> Duration {
     slowest
 }
 
-/// As docs/operating.md has it: migrate, rights, this version beside the one before, which leaves then; and back again.
+/// As docs/deploy.md has it: migrate, rights, this version beside the one before, which leaves then; and back again.
 #[sqlx::test(migrations = false)]
 #[ignore = "needs a build of another version: ./dev upgrade"]
 async fn from_one_version_to_the_next_and_back_no_change_fails_or_waits_and_none_is_lost(db: PgPool) {
