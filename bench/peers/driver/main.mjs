@@ -1,32 +1,17 @@
 // Measures every contestant in turn, in several rounds, and writes what came out.
 //
-//   DATABASE_URL=postgres://.. AMQP_URL=amqp://.. node main.mjs [--rounds 3] [--backlog 200000] [--rate 1000] [--seconds 8]
-//        [--queues quorum,classic] [--measures drain,latency] [--out FILE] [CONTESTANT..]
+//   DATABASE_URL=postgres://.. AMQP_URL=amqp://.. node main.mjs ARGUMENTS (asked.mjs)
 //
 // Ours is always among them. Each round begins with another contestant, so that nobody always has the same neighbour.
 
 import { loadavg } from "node:os";
-import { parseArgs } from "node:util";
-import { CONTESTANTS } from "./contestants.mjs";
+import { asked } from "./asked.mjs";
 import { drain } from "./drain.mjs";
 import { House } from "./house.mjs";
 import { latency } from "./latency.mjs";
 import { print, write } from "./report.mjs";
 
-const { values: settings, positionals: wanted } = parseArgs({
-  allowPositionals: true,
-  options: {
-    rounds: { type: "string", default: "3" },
-    backlog: { type: "string", default: "200000" },
-    rate: { type: "string", default: "1000" },
-    seconds: { type: "string", default: "8" },
-    queues: { type: "string", default: "quorum,classic" },
-    measures: { type: "string", default: "drain,latency" },
-    out: { type: "string" },
-  },
-});
-
-const contestants = CONTESTANTS.filter(({ name }) => name === "tidings" || wanted.length === 0 || wanted.some((part) => name.includes(part)));
+const { settings, contestants } = asked();
 const houses = contestants.map((contestant) => new House(contestant));
 const turns = [];
 const rates = new Map(); // what each was found to keep up with
