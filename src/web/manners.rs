@@ -92,10 +92,11 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
         response.headers_mut().insert(X_REQUEST_ID, id);
     }
     let took = began.elapsed();
-    limits.traffic.answered(&method, &route, response.status(), took);
+    let problem = response.extensions().get().copied();
+    limits.traffic.answered(&method, &route, response.status(), problem, took);
     let (status, took_ms) = (response.status().as_u16(), took.as_millis() as u64);
     // What clients can bring about as often as they like is counted, and does not fill the log.
-    let deliberate = response.extensions().get().is_some_and(|code| DELIBERATE.contains(code));
+    let deliberate = problem.is_some_and(|code| DELIBERATE.contains(&code));
     if response.status().is_server_error() && !deliberate {
         tracing::warn!(%method, route, status, took_ms, request_id = id, "answered");
     } else {
@@ -110,8 +111,11 @@ fn callers_id(headers: &HeaderMap) -> Option<String> {
     (harmless && (1..=REQUEST_ID_LIMIT_BYTES).contains(&id.len())).then(|| id.to_owned())
 }
 
+/// Of two that are named none is: which of them it would be depends on who stands between.
 fn callers_trace(headers: &HeaderMap) -> Option<Traceparent> {
-    headers.get("traceparent")?.to_str().ok()?.parse().ok()
+    let mut named = headers.get_all("traceparent").iter();
+    let (Some(trace), None) = (named.next(), named.next()) else { return None };
+    trace.to_str().ok()?.parse().ok()
 }
 
 fn too_late() -> Problem {
@@ -196,6 +200,20 @@ mod tests {
 
     fn limits() -> Limits {
         Limits::new(LimitSettings { connections: 1, requests: 2, rate: None, proxies: Proxies::default() })
+    }
+
+    #[test]
+    fn a_request_belongs_to_the_one_trace_that_it_names() {
+        let [one, other] = ["0af7651916cd43dd8448eb211c80319c", "4bf92f3577b34da6a3ce929d0e0e4736"]
+            .map(|trace| format!("00-{trace}-b7ad6b7169203331-01"));
+        let named = |traces: &[&str]| {
+            let trace = |trace: &&str| (HeaderName::from_static("traceparent"), trace.parse().unwrap());
+            callers_trace(&traces.iter().map(trace).collect())
+        };
+        assert_eq!(named(&[&one]), one.parse().ok());
+        for nothing in [&[][..], &["00-0af7"], &[&one, &other], &[&one, &one]] {
+            assert_eq!(named(nothing), None, "{nothing:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

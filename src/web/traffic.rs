@@ -12,10 +12,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::Code;
+
 /// Shared by everything that limits.
 #[derive(Clone)]
 pub struct Traffic {
     answers: Family<Answered, Counter>,
+    problems: Family<Which, Counter>,
     durations: Family<Route, Histogram>,
     connections: Gauge,
     under_way: Gauge,
@@ -32,6 +35,11 @@ struct Answered {
     method: &'static str,
     route: String,
     status: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Which {
+    code: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -54,6 +62,7 @@ impl Default for Traffic {
     fn default() -> Self {
         Self {
             answers: Family::default(),
+            problems: Family::default(),
             durations: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
             connections: Gauge::default(),
             under_way: Gauge::default(),
@@ -70,6 +79,11 @@ impl Traffic {
             "http_requests",
             "Requests that were answered, by method, route (its template; unknown when there is none) and class of status",
             self.answers.clone(),
+        );
+        registry.register(
+            "http_problems",
+            "Requests whose answer was a problem, by its code",
+            self.problems.clone(),
         );
         registry.register(
             "http_request_duration_seconds",
@@ -95,6 +109,9 @@ impl Traffic {
             self.limited.clone(),
         );
         // What never happened is there as a 0.
+        for code in Code::ALL {
+            drop(self.problems.get_or_create(&Which { code: code.as_str() }));
+        }
         for reason in ["room", "full", "header_deadline", "write_deadline"] {
             drop(self.ended.get_or_create(&Reason { reason }));
         }
@@ -103,7 +120,17 @@ impl Traffic {
         }
     }
 
-    pub(super) fn answered(&self, method: &Method, route: &str, status: StatusCode, took: Duration) {
+    pub(super) fn answered(
+        &self,
+        method: &Method,
+        route: &str,
+        status: StatusCode,
+        problem: Option<Code>,
+        took: Duration,
+    ) {
+        if let Some(code) = problem {
+            self.problems.get_or_create(&Which { code: code.as_str() }).inc();
+        }
         let of = Route { method: name(method), route: route.to_owned() };
         self.durations.get_or_create(&of).observe(took.as_secs_f64());
         self.answers.get_or_create(&Answered { method: of.method, route: of.route, status: class(status) }).inc();

@@ -191,8 +191,14 @@ async fn every_answer_is_counted_by_its_route_and_nobody_makes_up_names(db: PgPo
     assert_eq!(count(r#"method="GET",route="/v1/users/{id}",status="2xx""#).await, 1.0);
     assert_eq!(count(r#"method="GET",route="/v1/users/{id}",status="4xx""#).await, 1.0);
     assert_eq!(count(r#"method="other",route="unknown",status="4xx""#).await, 1.0);
+    let problems = async |code: &str| house.metric(&format!("tidings_http_problems_total{{code=\"{code}\"}}")).await;
+    assert_eq!([problems("user_not_found").await, problems("route_not_found").await], [1.0, 1.0]);
+    // An alert leaves these out.
+    assert_eq!(problems("not_yet_visible").await, 0.0);
+    house.page(&format!("/v1/users/{ana}?min_version=2")).await.refusal(503);
+    assert_eq!(problems("not_yet_visible").await, 1.0);
     let took = r#"tidings_http_request_duration_seconds_count{method="GET",route="/v1/users/{id}"}"#;
-    assert_eq!(house.metric(took).await, 2.0);
+    assert_eq!(house.metric(took).await, 3.0);
 }
 
 #[sqlx::test]
