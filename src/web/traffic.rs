@@ -80,11 +80,7 @@ impl Traffic {
             "Requests that were answered, by method, route (its template; unknown when there is none) and class of status",
             self.answers.clone(),
         );
-        registry.register(
-            "http_problems",
-            "Requests whose answer was a problem, by its code",
-            self.problems.clone(),
-        );
+        registry.register("http_problems", "Requests whose answer was a problem, by its code", self.problems.clone());
         registry.register(
             "http_request_duration_seconds",
             "From the head of a request until its answer begins, by method and route",

@@ -386,15 +386,17 @@ async fn an_amendment_rewrites_no_index_of_users(db: PgPool) {
 
 /// Amends a user of this House, the only one that was ever amended there.
 pub async fn amendments_rewrite_no_index(house: &House, user: &Uuid) {
-    for number in 0..20 {
-        house.amend(user, json!({ "district": number })).await.ok();
-    }
     let hot = "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'users'";
-    eventually("twenty updates, all of them HOT", async || {
+    let mut number = 0;
+    // A session of Postgres 14 tells what it counted when it is next used, and not while it rests.
+    let (updated, hot) = eventually("twenty updates", async || {
+        number += 1;
+        house.amend(user, json!({ "district": number })).await.ok();
         let seen: (i64, i64) = sqlx::query_as(hot).fetch_one(&house.db).await.unwrap();
-        if seen == (20, 20) { Ok(()) } else { Err(seen) }
+        if seen.0 >= 20 { Ok(seen) } else { Err(seen) }
     })
     .await;
+    assert_eq!(hot, updated, "an amendment wrote a row elsewhere, and with it into every index");
 }
 
 #[sqlx::test]
