@@ -92,11 +92,10 @@ pub async fn manners(State(limits): State<Limits>, mut request: Request, next: N
         response.headers_mut().insert(X_REQUEST_ID, id);
     }
     let took = began.elapsed();
-    let problem = response.extensions().get().copied();
-    limits.traffic.answered(&method, &route, response.status(), problem, took);
+    limits.traffic.answered(&method, &route, &response, took);
     let (status, took_ms) = (response.status().as_u16(), took.as_millis() as u64);
     // What clients can bring about as often as they like is counted, and does not fill the log.
-    let deliberate = problem.is_some_and(|code| DELIBERATE.contains(&code));
+    let deliberate = response.extensions().get().is_some_and(|code| DELIBERATE.contains(code));
     if response.status().is_server_error() && !deliberate {
         tracing::warn!(%method, route, status, took_ms, request_id = id, "answered");
     } else {

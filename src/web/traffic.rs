@@ -5,7 +5,10 @@
 
 use std::time::Duration;
 
-use axum::http::{Method, StatusCode};
+use axum::{
+    http::{Method, StatusCode},
+    response::Response,
+};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -116,20 +119,15 @@ impl Traffic {
         }
     }
 
-    pub(super) fn answered(
-        &self,
-        method: &Method,
-        route: &str,
-        status: StatusCode,
-        problem: Option<Code>,
-        took: Duration,
-    ) {
-        if let Some(code) = problem {
+    pub(super) fn answered(&self, method: &Method, route: &str, response: &Response, took: Duration) {
+        if let Some(code) = response.extensions().get::<Code>() {
             self.problems.get_or_create(&Which { code: code.as_str() }).inc();
         }
         let of = Route { method: name(method), route: route.to_owned() };
         self.durations.get_or_create(&of).observe(took.as_secs_f64());
-        self.answers.get_or_create(&Answered { method: of.method, route: of.route, status: class(status) }).inc();
+        self.answers
+            .get_or_create(&Answered { method: of.method, route: of.route, status: class(response.status()) })
+            .inc();
     }
 
     pub(super) fn connected(&self) -> Counted {
