@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -21,6 +22,13 @@ pub struct Cache {
     owner: Owner,
     capacity: usize,
     held: Arc<Mutex<Held>>,
+}
+
+/// Shows nobody whom it holds.
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Cache")
+    }
 }
 
 #[derive(Default)]
@@ -71,7 +79,11 @@ impl Cache {
     }
 
     /// What news calls for: [`Cache::invalidate`], or, if it is a backfill, to forget whatever is held. The owner may have been restored.
+    ///
+    /// For every call of a handler, before or after [`News::latest`]: what that brings makes later notices old, of which no call tells. So when
+    /// the call succeeds, states older than that are forgotten too.
     pub fn heed(&self, news: &News) {
+        news.is_heeded_by(self);
         if news.is_backfill() {
             self.held().begin_anew(news.user_id, news.version);
         } else {
@@ -87,6 +99,10 @@ impl Cache {
     /// Forgets everything: for when news may have been missed.
     pub fn clear(&self) {
         *self.held() = Held::default();
+    }
+
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.held, &other.held)
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {

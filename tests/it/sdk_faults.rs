@@ -387,6 +387,40 @@ impl Handler for Copies {
     }
 }
 
+/// What a handler fetched makes notices old that wait behind it, and no call tells a cache of them: it knows all the same.
+#[sqlx::test]
+async fn a_cache_beside_a_handler_that_fetches_keeps_nothing_old(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner_at(&house.service.url), Mirror::new());
+    mirror.prepare(&house.db).await.unwrap();
+    let (cache, keeper) = (Cache::new(owner.clone(), 10), mirror.keeper(house.db.clone(), owner));
+    let (begun, gate, stop) = (Arc::<AtomicUsize>::default(), Arc::new(Semaphore::new(0)), CancellationToken::new());
+    let copies = Copies { keeper, cache: cache.clone(), begun: begun.clone(), gate: gate.clone() };
+    let (subscription, drops) = (subscription(&house), Drops::default());
+    let broker = connect(&env("AMQP_URL")).await.unwrap();
+    let channel = broker.create_channel().await.unwrap();
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    topology::declare(&channel, &source, &subscription, &[]).await.unwrap();
+    let consumer = consumer(&house, &env("AMQP_URL"), &subscription).retry_delays([]).observe(drops.clone());
+    let running = tokio::spawn(consumer.run(copies, stop.clone()));
+    let ana = house.user(json!({ "city": "Riga" })).await;
+    eventually("her creation to be handled", async || match begun.load(Ordering::SeqCst) {
+        1 => Ok(()),
+        begun => Err(begun),
+    })
+    .await;
+    assert_eq!(cache.get(ana).await.unwrap().version(), 1);
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    house.settle().await;
+    gate.add_permits(1_000);
+    drops.are(&[Dropped::Old]).await;
+    assert_eq!(begun.load(Ordering::SeqCst), 1, "what was fetched stands for the amendment");
+    assert_eq!(cache.get(ana).await.unwrap().version(), 2);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    topology::delete(&channel, &subscription.name, &[]).await.unwrap();
+}
+
 /// What an application holds is ahead of its restored owner, and so is what waits for it: a backfill sets right what is held, although
 /// later versions of the old history wait with it.
 #[sqlx::test]

@@ -82,14 +82,15 @@ impl<H: Handler> Attempts<H> {
         let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
         let outcome = self.attempt(&mut news).instrument(span).await;
-        let News { version, event, latest, is_backfill, notices, .. } = news;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
                 let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
-                self.observer.handled(&event, arrivals.len(), began.elapsed(), lag);
+                self.observer.handled(&news.event, arrivals.len(), began.elapsed(), lag);
                 // What was fetched may be newer than what was told, and then stands for that too.
-                let version = latest.get().map_or(version, |latest| version.max(latest.version()));
+                let version = news.latest.get().map_or(news.version, |latest| news.version.max(latest.version()));
+                news.tell_caches(version);
+                let News { event, is_backfill, notices, .. } = news;
                 let (deletions, done): (Vec<_>, Vec<_>) =
                     arrivals.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
                 let deliveries =
@@ -98,7 +99,7 @@ impl<H: Handler> Attempts<H> {
                 let handled = Handled { version, event, is_backfill, messages };
                 Report::Handled { user, handled, done: deliveries(done), deletions: deliveries(deletions) }
             }
-            Some(Err(reason)) => Report::Failed { user, event, reason, arrivals },
+            Some(Err(reason)) => Report::Failed { user, event: news.event, reason, arrivals },
         }
     }
 
@@ -112,8 +113,8 @@ impl<H: Handler> Attempts<H> {
         let version = newest.map_or(1, |notice| notice.version);
         let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
         let is_backfill = arrivals.iter().any(|arrival| arrival.is_backfill);
-        let (latest, outage) = Default::default();
-        News { user_id: user, version, event, notices, is_backfill, owner, latest, outage }
+        let (latest, outage, caches) = Default::default();
+        News { user_id: user, version, event, notices, is_backfill, owner, latest, outage, caches }
     }
 
     /// Part of the trace of the request that made the change.
@@ -168,6 +169,7 @@ impl<H: Handler> Attempts<H> {
             owner: news.owner.clone(),
             latest: latest.clone(),
             outage: outage.clone(),
+            caches: news.caches.clone(),
             ..*news
         };
         let work = async {

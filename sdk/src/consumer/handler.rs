@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -13,6 +13,7 @@ use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use crate::{
+    cache::Cache,
     envelope::{Event, Notice},
     letter::Reason,
     owner::{FetchError, Latest, Owner},
@@ -60,6 +61,8 @@ pub struct News {
     pub(super) latest: Arc<OnceCell<Latest>>,
     /// What kept this call from [`News::latest`], if it was an outage.
     pub(super) outage: Arc<OnceLock<&'static str>>,
+    /// Those that heeded it, to be told which version it stood for.
+    pub(super) caches: Arc<Mutex<Vec<Cache>>>,
 }
 
 impl News {
@@ -81,6 +84,19 @@ impl News {
     /// [`News::latest`] was asked: the owner may have been restored from a backup.
     pub fn is_backfill(&self) -> bool {
         self.is_backfill
+    }
+
+    pub(crate) fn is_heeded_by(&self, cache: &Cache) {
+        let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+        if !caches.iter().any(|known| known.is(cache)) {
+            caches.push(cache.clone());
+        }
+    }
+
+    /// Tells those that heeded it which version it stood for: notices up to that one come to no call any more.
+    pub(super) fn tell_caches(&self, version: i64) {
+        let caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+        caches.iter().for_each(|cache| cache.invalidate(self.user_id, version));
     }
 }
 
