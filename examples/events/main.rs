@@ -73,9 +73,9 @@ async fn main() -> anyhow::Result<()> {
     let serving = axum::serve(listener, lists).with_graceful_shutdown(stop.clone().cancelled_owned());
     let subscription = app::subscription("events", &["user.deleted"], &SHOWN)?;
     let listening = app::consumer(subscription, owner)?.catch_up(events.clone()).run(events, stop.clone());
-    let (served, listened) = tokio::join!(serving, listening);
-    served?;
-    Ok(listened?)
+    // Who cannot begin to listen does not serve either: what is held would never be found old.
+    tokio::try_join!(async { anyhow::Ok(serving.await?) }, async { Ok(listening.await?) })?;
+    Ok(())
 }
 
 #[derive(Clone)]

@@ -239,6 +239,18 @@ async fn an_attendee_list_shows_names_as_they_are_now(db: PgPool) {
     events.end().await;
 }
 
+/// What it would go on showing might be old.
+#[sqlx::test]
+async fn an_application_that_cannot_begin_to_listen_does_not_serve_either(db: PgPool) {
+    let house = House::open(db).await;
+    let mut events = App::of(&house, "events").await;
+    events.settings.push(("TIDINGS_API_KEY", format!("{}x", house::key())));
+    let leaving = tokio::time::timeout(house::PATIENCE, events.ask(&["run", "--listen", "127.0.0.1:0"]));
+    let complaint = leaving.await.expect("it does not leave").unwrap_err();
+    assert!(complaint.contains("the owner answers 401"), "{complaint}");
+    events.end().await;
+}
+
 /// Waits until a mirror holds what the owner has, deletions included.
 pub async fn is_level(house: &House, mirror: &PgPool) {
     eventually("the mirror to be equal to its owner", async || {
