@@ -1,6 +1,7 @@
 //! Mirror: a consumer's copy in a database of its own, asked for by the library that Rust consumers use.
 
 use std::{
+    pin::pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -10,7 +11,7 @@ use std::{
 
 use axum::{Router, extract::Request, response::IntoResponse};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use futures_util::future::join_all;
+use futures_util::{FutureExt, future::join_all};
 use reqwest::{StatusCode, header::RETRY_AFTER};
 use serde_json::json;
 use sqlx::PgPool;
@@ -500,6 +501,29 @@ async fn those_who_are_asked_for_alone_are_asked_for_few_at_a_time() {
     let outcomes = asking.await.unwrap();
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(FetchError::Refused { status: 500, .. }))));
     assert_eq!(asked.most_open.load(Ordering::SeqCst), 8);
+}
+
+/// Who asks behind more than one request holds, all of whom hung up while they waited, is not forgotten with them.
+#[sqlx::test]
+async fn who_asks_behind_many_who_hung_up_is_answered(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_LOG", "tidings::web=debug")]).await;
+    let line = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let owner = owner_at(&format!("http://{}", line.address()));
+    let ana = house.user(json!({})).await;
+    line.hold_answers();
+    // As many requests as go on at once.
+    for _ in 0..2 {
+        let (before, owner) = (requests(&house).await, owner.clone());
+        tokio::spawn(async move { owner.latest(ana, 1).await });
+        an_answer_is_under_way(&house, before).await;
+    }
+    for _ in 0..500 {
+        assert!(owner.latest(Uuid::new_v4(), 1).now_or_never().is_none());
+    }
+    let mut asked = pin!(owner.latest(ana, 1));
+    assert!(asked.as_mut().now_or_never().is_none());
+    line.up();
+    assert_eq!(asked.await.unwrap().version(), 1);
 }
 
 #[sqlx::test]

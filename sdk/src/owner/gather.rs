@@ -98,12 +98,12 @@ impl Gatherer {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Those who asked first. Whoever hung up is left out.
+    /// Those who asked first. Whoever hung up is left out, and takes nobody's place: it is empty only if nobody waits.
     fn next_batch(&self) -> Vec<Question> {
         let mut waiting = self.waiting();
+        waiting.retain(|question| !question.answer.is_closed());
         let rest = if waiting.len() > BATCH { waiting.split_off(BATCH) } else { vec![] };
-        let batch = mem::replace(&mut *waiting, rest);
-        batch.into_iter().filter(|question| !question.answer.is_closed()).collect()
+        mem::replace(&mut *waiting, rest)
     }
 
     /// One request. Who gets no answer hears that his question was dropped.
