@@ -36,7 +36,7 @@ struct Held {
     entries: HashMap<Uuid, Entry>,
     /// In order of arrival, for making room.
     arrivals: VecDeque<Uuid>,
-    /// How often something began anew at a lower version.
+    /// How often an entry was made, or began anew at a lower version.
     beginnings: u64,
 }
 
@@ -50,7 +50,7 @@ struct Entry {
 struct Wanted {
     /// No state older than this may be given out.
     at_least: i64,
-    /// Of what was asked for before an entry began anew, versions say nothing.
+    /// Of what was asked for before an entry was made, or began anew, versions say nothing.
     beginning: u64,
 }
 
@@ -98,7 +98,8 @@ impl Cache {
 
     /// Forgets everything: for when news may have been missed.
     pub fn clear(&self) {
-        *self.held() = Held::default();
+        let mut held = self.held();
+        *held = Held { beginnings: held.beginnings, ..Held::default() };
     }
 
     pub(crate) fn is(&self, other: &Self) -> bool {
@@ -116,6 +117,7 @@ impl Held {
         if let Some(entry) = self.entries.get(&user) {
             return entry.latest.clone().ok_or(entry.wanted);
         }
+        self.beginnings += 1;
         let wanted = Wanted { at_least: 1, beginning: self.beginnings };
         self.entries.insert(user, Entry { wanted, latest: None });
         self.arrivals.push_back(user);
@@ -166,7 +168,7 @@ mod tests {
     }
 
     fn wanted(at_least: i64) -> Wanted {
-        Wanted { at_least, beginning: 0 }
+        Wanted { at_least, beginning: 1 }
     }
 
     #[test]
@@ -200,10 +202,32 @@ mod tests {
     fn no_more_are_held_than_there_is_room_for() {
         let mut held = Held::default();
         for user in (1..=5).map(Uuid::from_u128) {
-            assert_eq!(held.look_up(user, 3), Err(wanted(1)));
-            assert!(held.take_in(&state(user, 1), wanted(1)));
+            let wanted = held.look_up(user, 3).unwrap_err();
+            assert!(held.take_in(&state(user, 1), wanted));
         }
         assert_eq!((held.entries.len(), held.arrivals.len()), (3, 3));
-        assert_eq!(held.look_up(Uuid::from_u128(1), 3), Err(wanted(1)));
+        assert!(held.look_up(Uuid::from_u128(1), 3).is_err());
+    }
+
+    /// A notice that came in between found no entry.
+    #[test]
+    fn what_was_under_way_before_an_entry_was_made_anew_is_not_taken_in() {
+        let (mut held, ana) = (Held::default(), Uuid::from_u128(1));
+        let first = held.look_up(ana, 1).unwrap_err();
+        held.look_up(Uuid::from_u128(2), 1).unwrap_err();
+        held.raise(ana, 2);
+        let second = held.look_up(ana, 1).unwrap_err();
+        assert!(!held.take_in(&state(ana, 1), first));
+        assert!(held.take_in(&state(ana, 2), second));
+    }
+
+    #[test]
+    fn nor_is_what_was_under_way_before_everything_was_forgotten() {
+        let (cache, ana) = (Cache::new(Owner::at("http://127.0.0.1:8080").unwrap(), 10), Uuid::from_u128(1));
+        let first = cache.held().look_up(ana, 10).unwrap_err();
+        cache.clear();
+        cache.invalidate(ana, 2);
+        cache.held().look_up(ana, 10).unwrap_err();
+        assert!(!cache.held().take_in(&state(ana, 1), first));
     }
 }
