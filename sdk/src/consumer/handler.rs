@@ -190,11 +190,12 @@ fn kind_of_database(error: &sqlx::Error) -> Kind {
     }
 }
 
-/// SQLSTATE classes 08 (connection), 53 (no resources) and 57 (operator intervention) are the database's trouble. But a query that was
-/// cancelled (57014) has most likely met the application's own `statement_timeout`, and will again.
+/// SQLSTATE classes 08 (connection), 53 (no resources), 57 (operator intervention) and 58 (system error) are the database's trouble, and so is
+/// one that takes no writes for now (25006). But a query that was cancelled (57014) has most likely met the application's own
+/// `statement_timeout`, and will again.
 #[cfg(feature = "mirror")]
 fn is_trouble(sqlstate: &str) -> bool {
-    ["08", "53", "57"].iter().any(|class| sqlstate.starts_with(class)) && sqlstate != "57014"
+    ["08", "25006", "53", "57", "58"].iter().any(|trouble| sqlstate.starts_with(trouble)) && sqlstate != "57014"
 }
 
 impl Failure {
@@ -295,10 +296,10 @@ mod tests {
     #[cfg(feature = "mirror")]
     #[test]
     fn a_database_in_trouble_is_told_from_a_statement_that_takes_too_long() {
-        for trouble in ["08006", "53300", "57P01", "57P03"] {
+        for trouble in ["08006", "25006", "53300", "57P01", "57P03", "58030"] {
             assert!(is_trouble(trouble), "{trouble}");
         }
-        for own in ["57014", "23505", "40001"] {
+        for own in ["25001", "57014", "23505", "40001"] {
             assert!(!is_trouble(own), "{own}");
         }
     }
