@@ -1,5 +1,6 @@
 //! Events: attendee lists that show name and job title. It keeps neither: it fetches them when a list is asked for, and holds them
-//! in a cache that a notice empties. It is woken for the fields that it shows, and for nothing else that happens to a person.
+//! in a cache that a notice empties. It is woken for the fields that it shows, and for nothing else that happens to a person. Each process
+//! has a cache of its own, and so needs a subscription of its own (`TIDINGS_SUBSCRIPTION`): of those that share one a notice reaches one.
 //!
 //! ```sh
 //! ./dev app events run &                                                # prints its address

@@ -1,7 +1,8 @@
 //! Cache: records that were fetched, until a notice says that they are old.
 //!
 //! Promise: after [`Cache::invalidate`] nobody is given a state older than the notice, not even one whose fetch was under way.
-//! Not here, on purpose: a time to live. A notice comes when there is a reason for one.
+//! Not here, on purpose: a time to live. A notice comes when there is a reason for one. Nor what other processes hear: of those that share a
+//! queue each notice reaches one, so a cache needs a subscription for each process.
 
 use std::{
     collections::{HashMap, VecDeque},
