@@ -10,7 +10,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde::{Deserialize, Serialize};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
 use uuid::Uuid;
 
 use crate::trace::Traceparent;
@@ -174,8 +174,7 @@ impl Notice {
             version: headers.and_then(version).ok_or(NotANotice::Version)?,
             event: Event::from_name(name.as_str(), changed_fields).ok_or(NotANotice::Event)?,
             occurred_at: headers
-                .and_then(|headers| text(headers, "cloudEvents_time"))
-                .and_then(|time| OffsetDateTime::parse(&time, &Rfc3339).ok())
+                .and_then(|headers| read_time(&text(headers, "cloudEvents_time")?))
                 .or_else(|| timestamp(properties))
                 .ok_or(NotANotice::Timestamp)?,
             traceparent: headers.and_then(|headers| text(headers, "traceparent")?.parse().ok()),
@@ -235,6 +234,13 @@ pub fn field_header(field: &FieldName) -> String {
 /// The `message_id` of a message, if it has one of ours.
 pub fn message_id(properties: &BasicProperties) -> Option<Uuid> {
     properties.message_id().as_ref()?.as_str().parse().ok()
+}
+
+/// A time that somebody else wrote (RFC 3339), in UTC; `None` where its year there has no four digits: such a time a database takes in, or does
+/// not, and nobody can write it again.
+pub fn read_time(text: &str) -> Option<OffsetDateTime> {
+    let time = OffsetDateTime::parse(text, &Rfc3339).ok()?.checked_to_offset(UtcOffset::UTC)?;
+    (0..=9999).contains(&time.year()).then_some(time)
 }
 
 fn version(headers: &FieldTable) -> Option<i64> {
@@ -310,6 +316,17 @@ mod tests {
         assert_eq!(read(properties.clone().with_type("user.renamed".into()), &body), NotANotice::Event);
         assert_eq!(read(properties.clone().with_message_id("7".into()), &body), NotANotice::MessageId);
         assert_eq!(read(properties.with_headers(FieldTable::default()), &body), NotANotice::Version);
+    }
+
+    #[test]
+    fn a_time_that_cannot_be_written_again_is_none() {
+        let written = |text| read_time(text).map(|time| time.format(&Rfc3339).unwrap());
+        assert_eq!(written("2026-11-24T06:20:48+01:00").as_deref(), Some("2026-11-24T05:20:48Z"));
+        assert_eq!(written("0000-01-01T00:00:00Z").as_deref(), Some("0000-01-01T00:00:00Z"));
+        assert_eq!(written("9999-12-31T23:59:59Z").as_deref(), Some("9999-12-31T23:59:59Z"));
+        for wrong in ["0000-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00", "yesterday"] {
+            assert_eq!(written(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

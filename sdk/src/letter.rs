@@ -9,6 +9,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use crate::envelope::read_time;
+
 const ATTEMPTS: &str = "tidings-attempts";
 const REASON: &str = "tidings-reason";
 const FAILED_AT: &str = "tidings-failed-at";
@@ -94,7 +96,7 @@ impl Letter {
             Some(reason) => Some(Self {
                 attempts: number(headers, ATTEMPTS).unwrap_or(1),
                 reason: Reason::from_name(&reason),
-                failed_at: text(headers, FAILED_AT).and_then(|at| OffsetDateTime::parse(&at, &Rfc3339).ok()),
+                failed_at: text(headers, FAILED_AT).and_then(|at| read_time(&at)),
             }),
             None => by_broker(headers),
         }

@@ -7,8 +7,8 @@ use axum::{
     http::{StatusCode, header},
 };
 use serde::{Deserialize, Serialize};
-use tidings_sdk::subscription::SubscriptionName;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tidings_sdk::{envelope::read_time, subscription::SubscriptionName};
+use time::OffsetDateTime;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -193,7 +193,7 @@ fn within(range: &RangeInclusive<i32>, number: i64) -> Option<i32> {
 
 fn parse_time(text: &str) -> Result<OffsetDateTime, Fault> {
     const DETAIL: &str = "is a time such as 2026-11-01T00:00:00Z (RFC 3339)";
-    OffsetDateTime::parse(text, &Rfc3339).map_err(|_| Fault::new("/changed_since", "format", DETAIL))
+    read_time(text).ok_or_else(|| Fault::new("/changed_since", "format", DETAIL))
 }
 
 fn rate_range() -> String {

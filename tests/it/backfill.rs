@@ -514,6 +514,8 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
         (json!({ "user_ids": [id, id.braced().to_string()] }), "/user_ids/1"),
         (json!({ "user_ids": [id, Uuid::nil()] }), "/user_ids/1"),
         (json!({ "changed_since": "yesterday" }), "/changed_since"),
+        (json!({ "changed_since": "0000-01-01T00:00:00+01:00" }), "/changed_since"),
+        (json!({ "changed_since": "9999-12-31T23:59:59-01:00" }), "/changed_since"),
         (json!({ "users": "all", "rate_per_s": 0 }), "/rate_per_s"),
         (json!({ "users": "all", "rate_per_s": 50_001 }), "/rate_per_s"),
         (json!({ "users": "all", "rate_per_s": 5_000_000_000_u64 }), "/rate_per_s"),

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::{
     house::{self, Answer, House, Service, eventually, tidings},
     sessions,
-    subscribed::{Consumer, Subscribed, header, notice},
+    subscribed::{Consumer, Subscribed, failed, header, notice},
 };
 
 fn news(user_id: Uuid) -> Notice {
@@ -200,6 +200,34 @@ async fn what_is_no_notice_is_kept_without_its_content(db: PgPool) {
 
     let done = redrive(&house, &orders, json!({ "all": true })).await.ok().body;
     assert_eq!(done, json!({ "redriven": 0, "left": 0, "not_redrivable": 2 }));
+    orders.end().await;
+}
+
+/// A time whose year in UTC has no four digits: no other letter has to wait behind it, and it is none of a page or a redrive.
+#[sqlx::test]
+async fn a_time_that_cannot_be_written_again_holds_up_no_letter(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let mut sent = vec![];
+    for time in ["0000-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00"] {
+        let notice = news(Uuid::new_v4());
+        let (properties, body) = notice.to_message("urn:test");
+        let mut headers = failed(properties.clone(), Reason::HandlerFailed).headers().clone().unwrap_or_default();
+        for name in ["cloudEvents_time", "tidings-failed-at"] {
+            headers.insert(name.into(), AMQPValue::LongString(time.into()));
+        }
+        orders.bury(properties.with_headers(headers), &body).await;
+        sent.push(notice);
+    }
+    let page = await_letters(&house, &orders, 2).await;
+    assert_eq!(listed(&page), ids(&sent));
+    for letter in page["dead_letters"].as_array().unwrap() {
+        assert_eq!((&letter["reason"], &letter["failed_at"]), (&json!("handler_failed"), &Value::Null), "{letter}");
+    }
+    let done = redrive(&house, &orders, json!({ "all": true })).await.ok().body;
+    assert_eq!(done, json!({ "redriven": 2, "left": 0, "not_redrivable": 0 }));
+    // What the message says of its time besides, in seconds, holds.
+    assert_eq!(orders.take().await.iter().map(notice).collect::<Vec<_>>(), sent);
     orders.end().await;
 }
 
