@@ -8,7 +8,7 @@ mod needles;
 mod report;
 mod tables;
 
-pub use tables::{COLUMNS, SAMPLE};
+pub use tables::{COLUMNS, SAMPLE, STATISTICS};
 
 use std::{
     fs::File,

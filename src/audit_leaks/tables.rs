@@ -42,6 +42,16 @@ select quote_ident(namespace.nspname) || '.' || quote_ident(class.relname) as ta
  order by 1
 ";
 
+/// What ANALYZE has kept of the columns of every table, the users' too: it stays when the rows that it is from are gone.
+pub const STATISTICS: &str = "
+select quote_ident(schemaname) || '.' || quote_ident(tablename) as table,
+       quote_ident(attname) as column,
+       concat_ws(' ', most_common_vals::text, histogram_bounds::text, most_common_elems::text) as kept
+  from pg_stats
+ where schemaname not in ('pg_catalog', 'information_schema')
+ order by 1, 2
+";
+
 /// Takes values of users drawn at random.
 pub async fn sample(db: &mut PgConnection, values: usize) -> sqlx::Result<Needles> {
     let limit = i64::try_from(values).unwrap_or(i64::MAX);
@@ -54,12 +64,12 @@ pub async fn sample(db: &mut PgConnection, values: usize) -> sqlx::Result<Needle
     Ok(needles)
 }
 
-/// Looks through every table but that of the users, and those named.
+/// Looks through every table but that of the users, and through the planner's statistics of all; not of those named.
 pub async fn scan(db: &mut PgConnection, needles: &Needles, but: &[String], report: &mut Report) -> sqlx::Result<()> {
     let tables: Vec<(String, Vec<String>, Vec<bool>)> = sqlx::query_as(COLUMNS).fetch_all(&mut *db).await?;
     for (table, columns, are_bytes) in tables {
-        let name = table.strip_prefix("public.").unwrap_or(&table);
-        if but.iter().any(|but| but == name || *but == table) {
+        let name = short(&table);
+        if is_named(&table, but) {
             continue;
         }
         let (mut rows, mut found) = (0, Found::default());
@@ -68,7 +78,31 @@ pub async fn scan(db: &mut PgConnection, needles: &Needles, but: &[String], repo
         report.scanned(format!("table {name}, rows"), rows, found, but);
         report.looked_at(format!("table {name}"), read.map_err(|error| Trouble::from(error).into()));
     }
+    scan_statistics(db, needles, but, report).await
+}
+
+async fn scan_statistics(
+    db: &mut PgConnection,
+    needles: &Needles,
+    but: &[String],
+    report: &mut Report,
+) -> sqlx::Result<()> {
+    let columns: Vec<(String, String, String)> = sqlx::query_as(STATISTICS).fetch_all(db).await?;
+    let (mut count, mut found) = (0, Found::default());
+    for (table, column, kept) in columns.iter().filter(|(table, ..)| !is_named(table, but)) {
+        count += 1;
+        found.note(format!("statistics of {}.{column}", short(table)), &needles.found_in(kept.as_bytes()));
+    }
+    report.scanned("statistics, columns", count, found, None);
     Ok(())
+}
+
+fn short(table: &str) -> &str {
+    table.strip_prefix("public.").unwrap_or(table)
+}
+
+fn is_named(table: &str, names: &[String]) -> bool {
+    names.iter().any(|name| name == table || name == short(table))
 }
 
 async fn scan_table(

@@ -138,6 +138,34 @@ async fn a_mirror_catches_up_from_where_it_was(db: PgPool) {
     assert_eq!(third, (1, 0));
 }
 
+/// What ANALYZE keeps for the planner would stay when a user is forgotten.
+#[sqlx::test]
+async fn the_planner_keeps_nothing_of_a_copy_and_nothing_of_before(db: PgPool) {
+    let house = House::open(db).await;
+    let (owner, mirror) = (owner(&house), mirror(&house).await);
+    for _ in 0..4 {
+        house.user(json!({ "nickname": "planned" })).await;
+    }
+    caught_up(&house, &mirror, &owner).await;
+    let kept = async || -> i64 {
+        sqlx::raw_sql("analyze tidings_users").execute(&house.db).await.unwrap();
+        let kept =
+            "select count(*) from pg_stats where tablename = 'tidings_users' and pg_stats::text like '%planned%'";
+        sqlx::query_scalar(kept).fetch_one(&house.db).await.unwrap()
+    };
+    assert_eq!(kept().await, 0);
+    // As a mirror of before has it, and one on which the application has built a view.
+    let as_before = "alter table tidings_users alter column profile set statistics -1";
+    sqlx::raw_sql(as_before).execute(&house.db).await.unwrap();
+    assert_eq!(kept().await, 1);
+    mirror.prepare(&house.db).await.unwrap();
+    assert_eq!(kept().await, 0);
+    sqlx::raw_sql(as_before).execute(&house.db).await.unwrap();
+    sqlx::raw_sql("create view nicknames as select profile from tidings_users").execute(&house.db).await.unwrap();
+    mirror.prepare(&house.db).await.unwrap();
+    assert_eq!(differing(&house.db).await, 0);
+}
+
 /// The cursor stands for what is held: it does not move on with what could not be kept.
 #[sqlx::test]
 async fn a_page_that_could_not_be_kept_comes_again(db: PgPool) {

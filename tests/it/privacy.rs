@@ -374,6 +374,63 @@ async fn what_stands_in_a_url_or_a_header_is_neither_logged_nor_repeated(db: PgP
     assert_eq!(tables_with(&house.db, &value).await, [""; 0]);
 }
 
+/// The columns of whose values the planner's statistics have kept some that look like `value`.
+async fn statistics_with(db: &PgPool, value: &str) -> Vec<String> {
+    let columns = "
+        select tablename || '.' || attname
+          from pg_stats
+         where pg_stats::text like '%' || $1 || '%'
+         order by 1
+    ";
+    sqlx::query_scalar(columns).bind(value).fetch_all(db).await.unwrap()
+}
+
+/// What ANALYZE keeps for the planner stays when a user goes, and is in every base backup.
+#[sqlx::test]
+async fn the_planner_keeps_no_value_and_none_of_before(db: PgPool) {
+    const NO_STATISTICS: &str = include_str!("../../migrations/20261129000003_no_statistics_of_users.sql");
+    let house = House::open(db).await;
+    let value = canary("planned");
+    let users = "
+        insert into users (id, version, profile, external_id, created_at, updated_at)
+        select gen_random_uuid(), 1, json_build_object('nickname', $1 || '-' || n % 5), $1 || '-' || n, now(), now()
+          from generate_series(1, 300) as n
+    ";
+    sqlx::query(users).bind(&value).execute(&house.db).await.unwrap();
+    let key = "
+        insert into idempotency_keys (key, salt, fingerprint, outcome, user_id, version)
+        select sha256(uuid_send(id)), '', sha256(uuid_send(id)), 'created', id, 1 from users
+    ";
+    sqlx::query(key).execute(&house.db).await.unwrap();
+    let analyze = async || sqlx::raw_sql("analyze").execute(&house.db).await.unwrap();
+    let fingerprints = async || -> bool {
+        let kept =
+            "select exists (select from pg_stats where tablename = 'idempotency_keys' and attname = 'fingerprint')";
+        sqlx::query_scalar(kept).fetch_one(&house.db).await.unwrap()
+    };
+    analyze().await;
+    assert_eq!((statistics_with(&house.db, &value).await, fingerprints().await), (vec![], false));
+    let (code, report, talk) = audit(&house, &["--no-broker"]).await;
+    assert!(code == Some(0) && report.contains("scanned  statistics, columns: "), "{report}{talk}");
+
+    // As it was before: an audit finds it, and the migration takes it away.
+    let as_before = "
+        alter table users alter column external_id set statistics -1;
+        alter table idempotency_keys alter column fingerprint set statistics -1
+    ";
+    sqlx::raw_sql(as_before).execute(&house.db).await.unwrap();
+    analyze().await;
+    let kept = vec!["users.external_id".to_owned()];
+    assert_eq!((statistics_with(&house.db, &value).await, fingerprints().await), (kept, true));
+    let (code, report, talk) = audit(&house, &["--no-broker"]).await;
+    assert!(code == Some(1) && report.contains("FOUND    statistics of users.external_id: "), "{report}{talk}");
+    assert!(!report.contains(&value), "{report}");
+    sqlx::raw_sql(NO_STATISTICS).execute(&house.db).await.unwrap();
+    assert_eq!((statistics_with(&house.db, &value).await, fingerprints().await), (vec![], false));
+    analyze().await;
+    assert_eq!((statistics_with(&house.db, &value).await, fingerprints().await), (vec![], false));
+}
+
 /// A row that a constraint rules out breaks an `expect`, whose words quote it: the client hears that we failed, the operator hears where.
 #[sqlx::test]
 async fn a_panic_brings_no_value_to_light(db: PgPool) {

@@ -79,6 +79,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (dead_letters::TAKE, 15),
         (audit_leaks::COLUMNS, 3),
         (audit_leaks::SAMPLE, 2),
+        (audit_leaks::STATISTICS, 3),
         (deletions::DUTY, 0),
         (deletions::FIND, 6),
         (deletions::IS_LATE, 1),

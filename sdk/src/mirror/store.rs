@@ -24,6 +24,17 @@ begin
     -- Null once the user is deleted: the row then only keeps older news from bringing him back.
     profile jsonb
   );
+  -- Nor shall the planner's statistics keep anything of him. What they have kept goes when the type is set anew, unless a view stands on it.
+  if exists (
+    select from pg_attribute
+     where attrelid = 'tidings_users'::regclass and attname = 'profile' and attstattarget is distinct from 0
+  ) then
+    alter table tidings_users alter column profile set statistics 0;
+    begin
+      alter table tidings_users alter column profile type jsonb;
+    exception when feature_not_supported then null;
+    end;
+  end if;
   create table if not exists tidings_cursor (
     -- One row.
     is_only boolean primary key default true check (is_only),
