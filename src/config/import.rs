@@ -1,6 +1,10 @@
 //! `tidings import`.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
@@ -12,7 +16,7 @@ use super::{
     faults::{Secret, path},
     schema,
 };
-use crate::profile::Schema;
+use crate::{import::journal_of, profile::Schema};
 
 pub(super) const IMPORT_HELP: &str = "\
 A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and external_id may be left out.
@@ -104,6 +108,9 @@ impl Import {
         if self.import_id.is_some() && matches!(input, Input::File(_)) {
             faults.note::<(), _>("--import-id", Err("is for standard input: a file has a journal, which keeps it"));
         }
+        if self.report.as_deref().is_some_and(|report| self.reads(report)) {
+            faults.note::<(), _>("--report", Err("is the file to import, or its journal; what is there would be lost"));
+        }
         let concurrency = self.concurrency.into();
         let (url, trust, namespace, import_id) = (url?, trust?, namespace?, import_id?);
         Some(ImportSettings { input, size_bytes, url, key, trust, concurrency, namespace, import_id, schema })
@@ -118,5 +125,27 @@ impl Import {
             return Err(std::io::Error::other("it is no file; give what is piped as -"));
         }
         Ok((Input::File(self.file.clone()), Some(file.len())))
+    }
+
+    /// Whether `path` is what it reads from.
+    fn reads(&self, path: &Path) -> bool {
+        if self.file.as_os_str() == "-" {
+            return is_same(path, Path::new("/dev/stdin"));
+        }
+        is_same(path, &self.file) || is_same(path, &journal_of(&self.file))
+    }
+}
+
+/// Whether both lead to one file, or will when it is there.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let found = |path: &Path| fs::metadata(path).ok().filter(fs::Metadata::is_file);
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some((fs::canonicalize(folder).ok()?, path.file_name()?.to_owned()))
+    };
+    match (found(one), found(other)) {
+        (Some(one), Some(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        (None, None) => place(one).is_some_and(|one| Some(one) == place(other)),
+        _ => false,
     }
 }

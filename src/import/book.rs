@@ -27,6 +27,7 @@ pub struct Book {
     progress: Progress,
     import_id: Uuid,
     input: Input,
+    size_bytes: Option<u64>,
     dry_run: bool,
     key_setting: String,
 }
@@ -58,6 +59,7 @@ impl Book {
             progress,
             import_id,
             input,
+            size_bytes: settings.size_bytes,
             dry_run: import.dry_run,
             key_setting: import.api.key_setting(),
         };
@@ -188,6 +190,14 @@ impl Book {
                 Err(faults.none().expect_err("one was noted").into())
             }
             Some(why) => Err(why.context(format!("ended before the end, after line {}", place.line))),
+            None if let Some(size_bytes) = self.size_bytes
+                && place.offset < size_bytes =>
+            {
+                let Place { line, offset } = place;
+                Err(anyhow!(
+                    "the file became shorter meanwhile: it ended with line {line}, after {offset} of {size_bytes} bytes"
+                ))
+            }
             None if refused > 0 => Err(anyhow!("{refused} of {} lines were refused", place.line)),
             None => Ok(()),
         }

@@ -47,6 +47,7 @@ use pace::Pace;
 use service::{Ended, Outcome, Put, ROUNDS, Service};
 use turns::Turns;
 
+pub use journal::path_of as journal_of;
 pub use service::address;
 
 /// For reading the file: a disk likes large bites.

@@ -603,6 +603,60 @@ async fn a_dry_run_that_was_stopped_says_how_to_go_on() {
     ended.says(&["ended before the end, after line", "`tidings import - --dry-run --from-line ", "goes on from there"]);
 }
 
+/// No service is needed: nothing is sent.
+#[tokio::test]
+async fn a_report_over_what_is_read_is_refused() {
+    const NOBODY: &str = "http://127.0.0.1:1";
+    let lines = file("{\n");
+    let (link, journal_path) = (format!("{}.link", lines.display()), format!("{}.import", lines.display()));
+    std::os::unix::fs::symlink(&lines, &link).unwrap();
+    let refused = async |report: &str| {
+        for how in [&[][..], &["--dry-run"]] {
+            let refused = import(NOBODY, &[&[name(&lines), "--report", report], how].concat()).await;
+            assert_eq!(refused.code, Some(2), "{report} {how:?}: {refused:?}");
+            refused.says(&["--report: is the file to import, or its journal"]);
+            assert_eq!(std::fs::read_to_string(&lines).unwrap(), "{\n", "{report} {how:?}");
+        }
+    };
+    for report in [name(&lines), &link, &journal_path] {
+        refused(report).await;
+    }
+    assert!(!Path::new(&journal_path).exists());
+    import(NOBODY, &[name(&lines)]).await.says(&["1 of 1 lines were refused"]);
+    let kept = journal(&lines);
+    refused(&journal_path).await;
+    assert_eq!(journal(&lines), kept);
+    let mut from_stdin = Import::command(NOBODY, &["-", "--report", name(&lines)]);
+    from_stdin.stdin(std::fs::File::open(&lines).unwrap());
+    let from_stdin = Import::spawn(from_stdin).ends().await;
+    assert_eq!(from_stdin.code, Some(2), "{from_stdin:?}");
+    assert_eq!(std::fs::read_to_string(&lines).unwrap(), "{\n");
+}
+
+#[sqlx::test]
+async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
+    let house = House::open(db).await;
+    let (lines, _) = lines(10_000);
+    let text = std::fs::read_to_string(&lines).unwrap();
+    house.postgres.down();
+    let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
+    eventually("an outage that is told", async || {
+        let said = under_way.said.lock().unwrap().clone();
+        if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
+    })
+    .await;
+    // Behind what it can have read ahead, and before the end: no line is torn.
+    let half = text.len() / 2;
+    let left = half + text[half..].find('\n').unwrap() + 1;
+    let shortened = std::fs::OpenOptions::new().write(true).open(&lines).unwrap();
+    shortened.set_len(left as u64).unwrap();
+    house.postgres.up();
+    let ended = under_way.ends().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    ended.says(&[&format!("the file became shorter meanwhile: it ended with line {}", text[..left].lines().count())]);
+    assert_eq!(living(&house).await as usize, text[..left].lines().count());
+}
+
 #[sqlx::test]
 async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) {
     let house = House::open(db).await;
