@@ -39,7 +39,7 @@ const DEADLINE: Duration = Duration::from_secs(35);
 const ANSWER_LIMIT_BYTES: usize = 40 * 1024 * 1024;
 /// Nothing has ever answered for so long: the address is wrong.
 const NOBODY_AFTER: Duration = Duration::from_secs(10);
-/// A 500 may be an accident. One that comes so often is about this line.
+/// A 500 may be an accident. A line that met so many is refused.
 const FAILURES: u32 = 5;
 /// So often a connection broke over one line while other lines were answered.
 const BREAKS: u32 = 10;
@@ -243,7 +243,7 @@ impl Service {
                         _ => {}
                     }
                 }
-                (500, ..) if failures < FAILURES => {
+                (500, ..) if failures + 1 < FAILURES => {
                     failures += 1;
                     self.pace.hold("500", Duration::ZERO);
                 }
@@ -546,9 +546,9 @@ impl Outage {
     }
 }
 
-/// An answer that nobody gives who keeps users: a redirection, or a 404 for a PUT that creates.
+/// An answer that nobody gives who keeps users: a redirection, or a 404 for a PUT that creates. A 500 anybody may give, and without a word.
 fn is_no_refusal(status: u16, code: &str) -> bool {
-    status < 400 || matches!(status, 404 | 405 | 426) || code.is_empty()
+    status < 400 || matches!(status, 404 | 405 | 426) || (code.is_empty() && status != 500)
 }
 
 fn is_code(code: &str) -> bool {
@@ -558,6 +558,11 @@ fn is_code(code: &str) -> bool {
 impl Problem {
     fn refusal(self, status: u16) -> Refused {
         let Self { code, detail, request_id, errors, .. } = self;
+        let (code, detail) = if code.is_empty() {
+            ("no_reason".to_owned(), "what answers failed at this line each time, and did not say why".to_owned())
+        } else {
+            (code, detail)
+        };
         Refused { status: Some(status), code, detail, request_id, errors }
     }
 

@@ -5,11 +5,15 @@ use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
-use reqwest::Method;
+use axum::Router;
+use reqwest::{Method, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -17,6 +21,7 @@ use tidings::clients::{Key, NewClient, Scope};
 use tidings_sdk::envelope::Notice;
 use tokio::{
     io::AsyncWriteExt,
+    net::TcpListener,
     process::{Child, Command},
     time::timeout,
 };
@@ -655,6 +660,27 @@ async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     ended.says(&[&format!("the file became shorter meanwhile: it ended with line {}", text[..left].lines().count())]);
     assert_eq!(living(&house).await as usize, text[..left].lines().count());
+}
+
+/// Here by what is no tidings, and gives no reason.
+#[tokio::test]
+async fn a_line_that_meets_a_500_each_time_is_sent_five_times_and_refused() {
+    let asked = Arc::<AtomicUsize>::default();
+    let answer = {
+        let asked = asked.clone();
+        async move || {
+            asked.fetch_add(1, Ordering::SeqCst);
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    let lines = file(&"{\"profile\":{}}\n".repeat(2));
+    let ended = import(&url, &[name(&lines), "--concurrency", "1"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    ended.says(&["line 1: 500 no_reason", "line 2: 500 no_reason", "2 of 2 lines were refused"]);
+    assert_eq!(asked.load(Ordering::SeqCst), 2 * 5);
 }
 
 #[sqlx::test]
