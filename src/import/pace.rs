@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -26,7 +26,8 @@ pub struct Pace {
     places: Semaphore,
     rest: Mutex<Rest>,
     answers: AtomicU64,
-    began: Instant,
+    /// When somebody first asked: lines may be long in coming.
+    began: OnceLock<Instant>,
 }
 
 struct Rest {
@@ -39,15 +40,20 @@ struct Rest {
 
 impl Pace {
     pub fn new(concurrency: usize) -> Self {
-        let now = Instant::now();
-        let rest = Rest { until: now, next: FIRST_PAUSE, trouble: None };
-        Self { places: Semaphore::new(concurrency), rest: rest.into(), answers: AtomicU64::new(0), began: now }
+        let rest = Rest { until: Instant::now(), next: FIRST_PAUSE, trouble: None };
+        Self {
+            places: Semaphore::new(concurrency),
+            rest: rest.into(),
+            answers: AtomicU64::new(0),
+            began: OnceLock::new(),
+        }
     }
 
     /// Waits for places among those who are asked about, one for each of so many users, and for the end of a rest.
     pub async fn turn(&self, users: usize) -> SemaphorePermit<'_> {
         let users = u32::try_from(users).expect("a batch is not so large");
         let place = self.places.acquire_many(users).await.expect("it is never closed");
+        self.began.get_or_init(Instant::now);
         loop {
             let until = self.rest().until;
             if Instant::now() >= until {
@@ -85,9 +91,10 @@ impl Pace {
         self.rest().trouble.as_ref().map(|(trouble, since)| (trouble.clone(), since.elapsed()))
     }
 
-    /// Nothing has answered yet, for so long.
+    /// Nothing has answered yet, so long since somebody first asked.
     pub fn unanswered(&self) -> Duration {
-        if self.answers() > 0 { Duration::ZERO } else { self.began.elapsed() }
+        let began = self.began.get().filter(|_| self.answers() == 0);
+        began.map_or(Duration::ZERO, Instant::elapsed)
     }
 
     /// Answers that anybody got.
@@ -108,6 +115,8 @@ fn jittered(pause: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
 
     #[tokio::test]
@@ -121,6 +130,18 @@ mod tests {
         assert!(began.elapsed() >= asked && pace.trouble().is_some());
         pace.well();
         assert_eq!(pace.trouble(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_waited_for_before_somebody_asked() {
+        let pace = Pace::new(8);
+        advance(Duration::from_secs(60)).await;
+        assert_eq!(pace.unanswered(), Duration::ZERO);
+        let _place = pace.turn(1).await;
+        advance(Duration::from_secs(7)).await;
+        assert_eq!(pace.unanswered(), Duration::from_secs(7));
+        pace.well();
+        assert_eq!(pace.unanswered(), Duration::ZERO);
     }
 
     #[test]
