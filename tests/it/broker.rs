@@ -22,7 +22,7 @@ use crate::{
     house::{House, bind, connect, declare, env, eventually},
     hurt::{HurtBroker, silence},
     load::{self, Load},
-    rights, sessions,
+    relay, rights, sessions,
     subscribed::Subscribed,
 };
 
@@ -172,6 +172,16 @@ async fn a_broker_that_cannot_be_reached_is_caught_up_with(db: PgPool) {
     load::all_told(&house, &answered).await;
 }
 
+/// What a connection is given by its heartbeats, and a little.
+const HEARD_DEAD: Duration = Duration::from_secs(28);
+
+/// Waits until the connection was given up, in time. That nothing is confirmed is said long before, and is not enough: a session whose
+/// connection is dead would go on.
+async fn given_up(house: &House, since: Instant) {
+    house.logs(&["the relay's session is over"]).await;
+    assert!(since.elapsed() < HEARD_DEAD, "{:?}", since.elapsed());
+}
+
 #[sqlx::test]
 async fn a_half_open_connection_is_noticed(db: PgPool) {
     let house = House::open(db).await;
@@ -180,12 +190,8 @@ async fn a_half_open_connection_is_noticed(db: PgPool) {
     house.broker.hold_answers();
     let cut = Instant::now();
     let users = load::users(&house, 3).await;
+    given_up(&house, cut).await;
     load::degraded(&house).await;
-    assert!(
-        cut.elapsed() < Duration::from_secs(28),
-        "by heartbeats, not by the wait for confirms: {:?}",
-        cut.elapsed()
-    );
     house.amend(&users[0], json!({ "job_title": "Editor" })).await.ok();
     house.broker.up();
     load::ready(&house).await;
@@ -193,14 +199,22 @@ async fn a_half_open_connection_is_noticed(db: PgPool) {
     assert!(duplicates <= 3, "{duplicates}");
 }
 
+/// One that leads asks now and then whether the exchange is still there; one that stands by has its heartbeats alone.
 #[sqlx::test]
 async fn a_silent_network_is_noticed_although_nothing_is_said(db: PgPool) {
     let house = House::open(db).await;
-    load::ready(&house).await;
+    eventually("a leader", async || if relay::leads(&house.service).await { Ok(()) } else { Err(()) }).await;
+    let standby = house.another(&["relay"]).await;
+    let is_connected = async |connected: u8| {
+        let is_so = relay::measures(&standby, &format!("tidings_broker_connected {connected}")).await;
+        if is_so { Ok(()) } else { Err(standby.log()) }
+    };
+    eventually("one that stands by", async || is_connected(1).await).await;
     house.broker.freeze();
     let frozen = Instant::now();
+    eventually("it to notice", async || is_connected(0).await).await;
+    assert!(frozen.elapsed() < HEARD_DEAD, "{:?}", frozen.elapsed());
     load::degraded(&house).await;
-    assert!(frozen.elapsed() < Duration::from_secs(28), "{:?}", frozen.elapsed());
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     house.broker.up();
     assert_eq!(house.told(&ana).await, ["user.created"]);
@@ -465,6 +479,8 @@ async fn a_frozen_broker_is_noticed_and_caught_up_with_when_it_thaws(db: PgPool)
     let load = Load::on(&house, &users, 2);
     load.goes_on(50).await;
     broker.freeze().await;
+    let frozen = Instant::now();
+    given_up(&house, frozen).await;
     load::degraded(&house).await;
     load.goes_on(50).await;
     broker.thaw().await;

@@ -23,8 +23,13 @@ async fn with_relays(db: PgPool, count: usize) -> (House, Vec<Service>) {
 }
 
 pub async fn leads(relay: &Service) -> bool {
+    measures(relay, "tidings_relay_leading 1").await
+}
+
+/// Whether this line is among its metrics.
+pub async fn measures(relay: &Service, line: &str) -> bool {
     let text = reqwest::get(format!("{}/metrics", relay.url)).await.unwrap().text().await.unwrap();
-    text.lines().any(|line| line == "tidings_relay_leading 1")
+    text.lines().any(|measured| measured == line)
 }
 
 /// The relays that say they lead; only when it is exactly one, its place.
