@@ -87,6 +87,15 @@ impl Ledger {
         let now = Instant::now();
         Self { under_way: HashSet::new(), unconfirmed: 0, unvouched: vec![], progress: now, vouched: now, opened: now }
     }
+
+    /// For how long the broker has owed an answer. One that holds us back owes none: confirms stall until the alarm is over, and to
+    /// reconnect and send again would turn it into a storm of duplicates.
+    fn silence(&mut self, blocked: bool, now: Instant) -> Duration {
+        if blocked {
+            self.progress = now;
+        }
+        now.duration_since(self.progress)
+    }
 }
 
 impl Drain<'_> {
@@ -336,11 +345,7 @@ impl Drain<'_> {
         ensure!(self.publisher.is_connected(), CHANNEL_LOST);
         let blocked = self.publisher.is_blocked();
         self.status.blocked(blocked);
-        if blocked {
-            // Confirms stall until the alarm is over; to reconnect and send again would turn it into a storm of duplicates.
-            self.ledger.progress = Instant::now();
-        }
-        let (is_waiting, silence) = (self.ledger.unconfirmed > 0, self.ledger.progress.elapsed());
+        let (is_waiting, silence) = (self.ledger.unconfirmed > 0, self.ledger.silence(blocked, Instant::now()));
         if !is_waiting || silence > SILENCE {
             self.status.stands_still(Standstill::Unconfirmed, is_waiting);
         }
@@ -391,4 +396,20 @@ const CHANNEL_LOST: &str = "the channel to the broker is lost";
 
 fn database_lost(trouble: Trouble) -> anyhow::Error {
     anyhow::Error::new(trouble).context("the outbox cannot be reached")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silence_counts_from_the_last_answer_or_from_the_end_of_an_alarm() {
+        let mut ledger = Ledger::new();
+        let answered = ledger.progress;
+        let mut silence = |blocked, after| ledger.silence(blocked, answered + after);
+        assert_eq!(silence(false, CONFIRM_DEADLINE), CONFIRM_DEADLINE);
+        let end_of_alarm = 2 * CONFIRM_DEADLINE;
+        assert_eq!(silence(true, end_of_alarm), Duration::ZERO);
+        assert_eq!(silence(false, end_of_alarm + SILENCE), SILENCE);
+    }
 }
