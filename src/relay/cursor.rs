@@ -82,7 +82,8 @@ impl Cursor {
             self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
         // What a sweep that is under way may find is not asked for beside it: it would be sent twice.
         let ask_limit = if self.sweep_at.is_some() { ASK_LIMIT } else { 0 };
-        let again: Vec<OutboxId> = self.skipped.keys().copied().chain(due).take(ask_limit).collect();
+        // The sweep finds what was skipped, and nothing else asks for what was refused.
+        let again: Vec<OutboxId> = due.chain(self.skipped.keys().copied()).take(ask_limit).collect();
         let resends = again.iter().any(|id| self.refused.contains_key(id));
         Question { past: self.past, again, resends, read_on: self.refused.len() < REFUSED_LIMIT }
     }
@@ -244,6 +245,16 @@ mod tests {
         let now = Instant::now();
         let mut cursor = Cursor::new(0, now);
         cursor.found(&[7], now);
+    #[test]
+    fn what_was_refused_is_asked_for_however_much_was_skipped() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[1, 2000], now);
+        cursor.refused(1, now);
+        let Question { again, resends, .. } = cursor.question(now + RESEND_AFTER);
+        assert!(again.contains(&1) && resends, "{again:?}");
+    }
+
         let later = now + FIRST_SWEEP;
         assert_eq!(cursor.begin_sweep(now), None);
         assert_eq!(cursor.begin_sweep(later), Some(7));
@@ -262,7 +273,7 @@ mod tests {
         cursor.found(&[1, 3], now);
         cursor.refused(1, now);
         let later = now + RESEND_AFTER.max(FIRST_SWEEP);
-        assert_eq!(next(&mut cursor, later), (3, vec![2, 1]));
+        assert_eq!(next(&mut cursor, later), (3, vec![1, 2]));
         assert_eq!(cursor.begin_sweep(later), Some(3));
         cursor.found(&[4], later);
         assert_eq!(next(&mut cursor, later), (4, vec![]));
@@ -300,10 +311,10 @@ mod tests {
         cursor.refused(2, now);
         let later = now + RESEND_AFTER;
         let Question { again, .. } = cursor.question(later);
-        assert_eq!(again, [3, 1, 2]);
+        assert_eq!(again, [1, 2, 3]);
         assert_eq!(cursor.gone(&again, &[2, 5]), [1]);
         let Question { again, resends, .. } = cursor.question(later);
-        assert_eq!((again, resends), (vec![3, 2], true));
+        assert_eq!((again, resends), (vec![2, 3], true));
     }
 
     #[test]
