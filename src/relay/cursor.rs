@@ -31,7 +31,7 @@ const RESEND_AFTER_AT_MOST: Duration = Duration::from_secs(60);
 pub struct Cursor {
     /// Every id up to here was read or is in `again`, or the sweep will find it.
     past: OutboxId,
-    /// The last id given out before this relay began: what is missing below was settled long ago, as far as we know.
+    /// The last id given out before this relay began. Until one was read, what is missing below counts as settled long ago.
     floor: OutboxId,
     /// Ids that were skipped, and when.
     skipped: BTreeMap<OutboxId, Instant>,
@@ -116,12 +116,8 @@ impl Cursor {
                 continue;
             }
             // At the start nothing is known of the ids below the first one, unless they were given out since.
-            let known = if id > self.floor {
-                Some(self.past.max(self.floor))
-            } else {
-                Some(self.past).filter(|&past| past > 0)
-            };
-            if let Some(known) = known {
+            let first = Some(self.floor).filter(|&floor| id > floor);
+            if let Some(known) = Some(self.past).filter(|&past| past > 0).or(first) {
                 let ask_limit = OutboxId::try_from(ASK_LIMIT).unwrap_or(OutboxId::MAX);
                 for missing in (known + 1).max(id - ask_limit)..id {
                     self.skipped.insert(missing, now);
@@ -203,8 +199,17 @@ mod tests {
         let mut cursor = Cursor::new(100, now);
         cursor.found(&[90], now);
         assert_eq!(next(&mut cursor, now), (90, vec![]));
-        cursor.found(&[102], now);
-        assert_eq!(next(&mut cursor, now), (102, vec![101]));
+    }
+
+    /// Another instance may still be about to commit them.
+    #[test]
+    fn ids_given_out_before_the_start_are_asked_for_above_the_first_one_that_was_read() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(100, now);
+        cursor.found(&[50], now);
+        cursor.found(&[101], now);
+        assert_eq!(next(&mut cursor, now), (101, (51..=100).collect()));
+        assert_eq!(cursor.place(102), Place::Beyond);
     }
 
     #[test]
@@ -241,11 +246,6 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_comes_now_and_then_and_goes_on_until_it_is_through() {
-        let now = Instant::now();
-        let mut cursor = Cursor::new(0, now);
-        cursor.found(&[7], now);
-    #[test]
     fn what_was_refused_is_asked_for_however_much_was_skipped() {
         let now = Instant::now();
         let mut cursor = Cursor::new(0, now);
@@ -255,6 +255,11 @@ mod tests {
         assert!(again.contains(&1) && resends, "{again:?}");
     }
 
+    #[test]
+    fn a_sweep_comes_now_and_then_and_goes_on_until_it_is_through() {
+        let now = Instant::now();
+        let mut cursor = Cursor::new(0, now);
+        cursor.found(&[7], now);
         let later = now + FIRST_SWEEP;
         assert_eq!(cursor.begin_sweep(now), None);
         assert_eq!(cursor.begin_sweep(later), Some(7));
