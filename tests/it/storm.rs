@@ -417,7 +417,7 @@ impl fmt::Display for Record {
 
 /// `STORM_FAULTS=200 STORM_SEED=7` for another storm, `STORM_ONLY=AskedToLeave` for one of such faults.
 #[tokio::test]
-#[ignore = "a fault run of its own: ./dev test --test it -- --ignored --nocapture storm"]
+#[ignore = "a fault run of its own: ./dev test storm:: -- --ignored --nocapture"]
 async fn whatever_breaks_nothing_is_lost_and_all_is_well_again_in_good_time() {
     let number = |name: &str| std::env::var(name).ok().map(|number| number.parse::<u64>().unwrap());
     let seed = number("STORM_SEED").unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
