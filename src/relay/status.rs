@@ -101,7 +101,7 @@ impl Status {
         }
         registry.register(
             "broker_connected",
-            "Whether this instance's relay is connected to the broker",
+            "Whether this instance's relay is connected to the broker, or was when the outbox could not be reached",
             self.connected.clone(),
         );
         registry.register(
@@ -139,14 +139,15 @@ impl Status {
         self.trouble().database = None;
     }
 
+    /// A session that ended for the database leaves a broker that can be reached, as far as anybody knows.
     pub fn session_over(&self, error: &anyhow::Error) {
-        self.connected.set(0);
         self.blocked.set(0);
         self.stands_still(Standstill::Refused, false);
         let (text, mut trouble) = (Some(with_causes(error)), self.trouble());
         *trouble = if error.is::<db::Trouble>() {
             Complaints { database: text, broker: None }
         } else {
+            self.connected.set(0);
             Complaints { database: None, broker: text }
         };
     }
