@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Code, Limits, Problem, connections::Seated, wire::Wire};
+use crate::lifecycle::DRAIN_BOUND;
 
 /// From the first byte of a request to the end of its headers, and for an idle connection to send one.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
@@ -41,6 +42,10 @@ const SEND_BUFFER_BYTES: u32 = 128 * 1024;
 /// Connections that the kernel keeps until they are accepted.
 const BACKLOG: u32 = 1024;
 
+/// For the requests that are under way when the process is asked to leave, and for their clients to read the answers. As much is left for
+/// what comes after them.
+const FINISHING: Duration = Duration::from_secs(DRAIN_BOUND.as_secs() / 2);
+
 /// Where the connection of a request comes from: the client, or a proxy before it.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub SocketAddr);
@@ -58,9 +63,9 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves until `stop`, then finishes the requests that are under way.
+/// Serves until `stop`, then finishes the requests that are under way, within a bound.
 pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: CancellationToken) {
-    let graceful = GracefulShutdown::new();
+    let (graceful, too_late) = (GracefulShutdown::new(), CancellationToken::new());
     let app = TowerToHyperService::new(app);
     let farewells = Arc::new(Semaphore::new(FAREWELLS));
     let keeping_room = tokio::spawn({
@@ -78,7 +83,8 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
         };
         if let Some(seated) = limits.connections.admit() {
             let app = AtPeer { app: app.clone(), peer: Peer(peer), seated };
-            tokio::spawn(connection(stream, app, limits.clone(), stop.clone(), graceful.watcher()));
+            let until = Until { stop: stop.clone(), too_late: too_late.clone() };
+            tokio::spawn(connection(stream, app, limits.clone(), until, graceful.watcher()));
         } else {
             limits.traffic.full();
             if let Ok(turn) = farewells.clone().try_acquire_owned() {
@@ -91,10 +97,23 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
     }
     drop(listener);
     let _ = keeping_room.await;
-    graceful.shutdown().await;
+    if timeout(FINISHING, graceful.shutdown()).await.is_err() {
+        tracing::warn!(
+            "leaving without clients who are slow to ask or to read, and requests that take longer than {FINISHING:?}"
+        );
+        too_late.cancel();
+    }
 }
 
-async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, stop: CancellationToken, watcher: Watcher) {
+/// When a connection ends although its client would go on.
+struct Until {
+    /// With the request that is under way.
+    stop: CancellationToken,
+    /// Whatever is under way.
+    too_late: CancellationToken,
+}
+
+async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, until: Until, watcher: Watcher) {
     let _counted = limits.traffic.connected();
     // Not all at once that came at once.
     let deadline = HEADER_DEADLINE + Duration::from_millis(app.seated.number % DEADLINE_SPREAD_MS);
@@ -104,7 +123,7 @@ async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, stop: Cancel
         biased;
         spoken = timeout(deadline, stream.peek(&mut first)) => match spoken {
             // Only who says something gets the buffers and whatever else it takes to answer.
-            Ok(Ok(1..)) => Box::pin(conversation(stream, app, deadline, limits, watcher)).await,
+            Ok(Ok(1..)) => Box::pin(conversation(stream, app, deadline, limits, until.too_late, watcher)).await,
             Ok(Ok(0) | Err(_)) => {}
             Err(_) => limits.traffic.no_request(),
         },
@@ -113,11 +132,18 @@ async fn connection(stream: TcpStream, app: AtPeer, limits: Limits, stop: Cancel
             // Nothing was said, so nothing can be lost, and the system need not remember the connection for a minute.
             let _ = stream.set_zero_linger();
         }
-        () = stop.cancelled() => {}
+        () = until.stop.cancelled() => {}
     }
 }
 
-async fn conversation(stream: TcpStream, app: AtPeer, deadline: Duration, limits: Limits, watcher: Watcher) {
+async fn conversation(
+    stream: TcpStream,
+    app: AtPeer,
+    deadline: Duration,
+    limits: Limits,
+    too_late: CancellationToken,
+    watcher: Watcher,
+) {
     // Answers are small and must not wait for each other (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let mut http = http1::Builder::new();
@@ -136,6 +162,8 @@ async fn conversation(stream: TcpStream, app: AtPeer, deadline: Duration, limits
             tracing::debug!(%error, "a connection broke");
         },
         () = seat.cut() => limits.traffic.cut(),
+        // What its handler has begun at the database ends there, as when a client hangs up.
+        () = too_late.cancelled() => {}
     }
 }
 

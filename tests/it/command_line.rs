@@ -673,6 +673,22 @@ async fn nothing_that_hangs_holds_up_the_leaving(db: PgPool) {
     assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
 }
 
+/// Who asks for more than the system holds for him, and does not read it, has half of the time, and those who tell have the rest.
+#[sqlx::test]
+async fn who_does_not_read_his_answer_does_not_hold_up_the_leaving(db: PgPool) {
+    let mut house = House::open(db).await;
+    let mut line = TcpStream::connect(house.service.url.strip_prefix("http://").unwrap()).await.unwrap();
+    line.write_all(house.head("GET /docs/swagger-ui-bundle.js", "").as_bytes()).await.unwrap();
+    let mut begun = [0; 15];
+    timeout(PATIENCE, line.read_exact(&mut begun)).await.expect("no answer").unwrap();
+    assert_eq!(String::from_utf8_lossy(&begun), "HTTP/1.1 200 OK");
+    leaving(&house).await;
+    let asked = Instant::now();
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(asked.elapsed() < Duration::from_secs(15), "{:?}", asked.elapsed());
+    house.logs(&["leaving without clients who are slow"]).await;
+}
+
 // Tail.
 
 struct Tail {
