@@ -17,15 +17,31 @@ use tidings::{
     telemetry::{self, Writing},
 };
 use tidings_sdk::topology::Source;
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 /// A request is many small texts that live for a moment: docs/performance.md tells what this one brings.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let code = match run(Cli::parse()).await {
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            telemetry::say(&format!("error: there is no room for the threads: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(answer(cli));
+    // Waits for nobody: to look up a name is a call of the system's that nobody can end, and it may take minutes.
+    runtime.shutdown_background();
+    telemetry::flush();
+    code
+}
+
+async fn answer(cli: Cli) -> ExitCode {
+    match run(cli).await {
         Ok(code) => code,
         Err(error) if nobody_reads(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -37,9 +53,7 @@ async fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
-    };
-    telemetry::flush();
-    code
+    }
 }
 
 /// Whether what is printed is read no more, as in `tidings openapi | head -1`. All else that writes has an error of its own.

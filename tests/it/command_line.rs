@@ -2,6 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -687,6 +688,37 @@ async fn who_does_not_read_his_answer_does_not_hold_up_the_leaving(db: PgPool) {
     assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
     assert!(asked.elapsed() < Duration::from_secs(15), "{:?}", asked.elapsed());
     house.logs(&["leaving without clients who are slow"]).await;
+}
+
+/// A library that, put before the system's own, finds no name and never says so.
+fn names_without_end() -> PathBuf {
+    let (source, library) = (file("int pause(void); int getaddrinfo(void) { for (;;) pause(); }"), file(""));
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-x", "c", "-o"]).arg(&library).arg(source);
+    assert!(compiler.status().expect("the compiler that links what Rust builds").success());
+    library
+}
+
+/// No deadline ends the system's look for a name.
+#[tokio::test]
+async fn a_name_that_is_looked_up_without_end_does_not_hold_up_the_leaving() {
+    let library = names_without_end();
+    let settings = [
+        ("LD_PRELOAD", library.to_str().unwrap()),
+        ("DATABASE_URL", "postgres://ana:s3cret@database.test/x"),
+        ("AMQP_URL", "amqp://ana:s3cret@broker.test"),
+        ("TIDINGS_LISTEN", "127.0.0.1:0"),
+    ];
+    let list = run(&["client", "list"], &settings).await;
+    assert!(list.code == Some(1) && list.stderr.contains("no answer within 3s"), "{list:?}");
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let mut relay = tidings(&["relay"], &settings).spawn().unwrap();
+    let mut log = BufReader::new(relay.stderr.take().unwrap()).lines();
+    let waits = async { while !log.next_line().await.unwrap().unwrap().contains("no answer within 3s") {} };
+    timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+    let pid = relay.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    assert_eq!(timeout(PATIENCE, relay.wait()).await.expect("it does not leave").unwrap().code(), Some(0));
 }
 
 // Tail.
