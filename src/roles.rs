@@ -76,9 +76,6 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let listener = listen(address)?;
     let looks = async {
         await_database(&db, migrates).await?;
-        if !migrates {
-            patiently(async || db.check_migrated().await).await?;
-        }
         if !asks_nobody {
             patiently(async || clients::check(&db).await).await?;
         }
@@ -262,13 +259,17 @@ fn within_descriptors(mut settings: LimitSettings) -> Limits {
     Limits::new(settings)
 }
 
-/// A database that is up, keeps what it is given, and has our tables, if that is ours to see to.
+/// A database that is up, keeps what it is given, and has our tables: this instance makes them, or else somebody has.
 async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
     patiently(async || db.check_durability().await).await?;
     for line in db.told_to_the_log().await {
         tracing::warn!("{line}");
     }
-    if migrate { patiently(async || bring_up_to_date(db).await).await } else { Ok(()) }
+    if migrate {
+        patiently(async || bring_up_to_date(db).await).await
+    } else {
+        patiently(async || db.check_migrated().await).await
+    }
 }
 
 /// Servers that start together find their database not yet up, and somebody may hold a table for a while: wait for it, and say so.

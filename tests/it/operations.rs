@@ -36,9 +36,9 @@ async fn ready(house: &House, status: u16) -> Answer {
     .await
 }
 
-/// Why a service does not start.
-async fn refused(house: &House) -> String {
-    let ended = timeout(PATIENCE, tidings(&["serve"], house.settings()).output()).await;
+/// Why a process of this role does not start.
+async fn refused(role: &str, house: &House) -> String {
+    let ended = timeout(PATIENCE, tidings(&[role], house.settings()).output()).await;
     let output = ended.expect("it starts").unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     String::from_utf8(output.stderr).unwrap()
@@ -63,13 +63,15 @@ async fn a_step_of_an_upgrade_that_was_left_out_is_named_at_start(db: PgPool) {
     let last = "(select max(version) from _sqlx_migrations)";
     run(&format!("create table held as select * from _sqlx_migrations where version = {last}"), &house.db).await;
     run(&format!("delete from _sqlx_migrations where version = {last}"), &house.db).await;
-    let why = refused(&house).await;
-    assert!(why.contains("lacks 1 of this version's migrations\nhint: `tidings migrate`"), "{why}");
+    for role in ["serve", "relay"] {
+        let why = refused(role, &house).await;
+        assert!(why.contains("lacks 1 of this version's migrations\nhint: `tidings migrate`"), "{role}: {why}");
+    }
     run("insert into _sqlx_migrations select * from held", &house.db).await;
-    for table in ["client_keys", "_sqlx_migrations"] {
+    for (role, table) in [("serve", "client_keys"), ("serve", "_sqlx_migrations"), ("relay", "_sqlx_migrations")] {
         run(&format!("revoke select on {table} from tidings_test_api, tidings_test_relay"), &house.db).await;
-        let why = refused(&house).await;
-        assert!(why.contains("hint: this role lacks rights; deploy/postgres-grants.sql"), "{table}: {why}");
+        let why = refused(role, &house).await;
+        assert!(why.contains("hint: this role lacks rights; deploy/postgres-grants.sql"), "{role} {table}: {why}");
         run(&format!("grant select on {table} to tidings_test_api, tidings_test_relay"), &house.db).await;
     }
 }
