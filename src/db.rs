@@ -172,6 +172,13 @@ fn ends_in_doubt(code: &str, ends_the_session: bool) -> bool {
     is_over && !nothing_was_done
 }
 
+/// The SQLSTATE of a statement that waited in vain for a lock.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+fn is_of_a_lock(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == LOCK_NOT_AVAILABLE)
+}
+
 impl Trouble {
     /// What is wrong, with its causes, for the log. Holds no user's value.
     pub fn report(&self) -> String {
@@ -184,7 +191,7 @@ impl Trouble {
 
     /// Whether the statement waited in vain for what somebody else holds: a table, or a row.
     pub fn is_of_a_lock(&self) -> bool {
-        matches!(self, Self::Refused { code, .. } if code == "55P03")
+        matches!(self, Self::Refused { code, .. } if code == LOCK_NOT_AVAILABLE)
     }
 
     /// Whether the statement broke this constraint.
@@ -264,10 +271,13 @@ impl Db {
     }
 
     /// Brings the schema up to this binary's. Safe from several instances at once: one migrates, and the others wait for it.
+    ///
+    /// # Errors
+    /// A [`Trouble`] when the database cannot be reached, or somebody holds a table for longer than a session's patience.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         let mut connection = self.maintenance("migrate").await?;
         wait_for_turn(&mut connection).await.context("the lock of the migrations cannot be had")?;
-        migrations().run(&mut connection).await.context("the migrations did not complete")?;
+        migrations().run(&mut connection).await.map_err(not_migrated)?;
         Ok(connection.close().await?)
     }
 
@@ -359,6 +369,16 @@ async fn wait_for_turn(connection: &mut PgConnection) -> Result<(), MigrateError
     }
     sqlx::query(SET_LOCK_TIMEOUT).bind(TABLE_PATIENCE).execute(connection).await?;
     Ok(())
+}
+
+/// A table that somebody holds is trouble that passes; a migration that fails otherwise fails for good.
+fn not_migrated(error: MigrateError) -> anyhow::Error {
+    match error {
+        MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) if is_of_a_lock(&cause) => {
+            Trouble::from(cause).into()
+        }
+        error => anyhow::Error::from(error).context("the migrations did not complete"),
+    }
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";

@@ -96,7 +96,7 @@ async fn migrate(settings: &config::Migrate, mut faults: Faults) -> anyhow::Resu
     let db = settings.database.open(&mut faults);
     faults.none()?;
     let Some(db) = db else { unreachable!("no faults, so it is there") };
-    roles::bring_up_to_date(&db).await?;
+    roles::migrate(&db).await?;
     eprintln!("the schema is up to date");
     Ok(())
 }

@@ -272,11 +272,24 @@ async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
     }
 }
 
+/// `tidings migrate`: waits for a table as a service does. That nobody answers is told at once to who is at the terminal.
+pub async fn migrate(db: &Db) -> anyhow::Result<()> {
+    wait_out(Trouble::is_of_a_lock, async || bring_up_to_date(db).await).await
+}
+
 /// Servers that start together find their database not yet up, and somebody may hold a table for a while: wait for it, and say so.
-async fn patiently(mut look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+async fn patiently(look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    wait_out(|_| true, look).await
+}
+
+/// Looks until there is no trouble any more of a kind that `passes`.
+async fn wait_out(
+    passes: fn(&Trouble) -> bool,
+    mut look: impl AsyncFnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     for tries_left in (0..PATIENCE).rev() {
         let Err(error) = look().await else { break };
-        let Some(trouble) = error.downcast_ref::<Trouble>() else { return Err(error) };
+        let Some(trouble) = error.downcast_ref().filter(|trouble| passes(trouble)) else { return Err(error) };
         let (why, is_held) = (trouble.report(), trouble.is_of_a_lock());
         ensure!(tries_left > 0, "{why}{}", if is_held { HELD } else { "" });
         tracing::warn!(
@@ -290,7 +303,7 @@ async fn patiently(mut look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow:
 }
 
 /// The schema as this binary wants it, and the data as its database wants it.
-pub async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
+async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
     db.migrate().await?;
     feed::restamp(db).await?;
     Ok(())

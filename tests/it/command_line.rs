@@ -396,6 +396,13 @@ async fn a_pooler_that_ignores_the_settings_of_sessions_is_refused(db: PgPool) {
     }
 }
 
+/// Waits for its ready line.
+async fn comes_up(starting: &mut Child) {
+    let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
+    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
+    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+}
+
 #[sqlx::test]
 async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let house = House::open(db).await;
@@ -405,9 +412,7 @@ async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let waits = async { while !log.next_line().await.unwrap().unwrap().contains("waiting for the database") {} };
     timeout(PATIENCE, waits).await.expect("it does not say that it waits");
     house.postgres.up();
-    let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
-    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
-    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+    comes_up(&mut starting).await;
 }
 
 /// It may be about to be made, or a password to be changed: a service waits. Who is at the terminal is told at once.
@@ -447,9 +452,42 @@ async fn a_service_waits_for_a_table_that_somebody_holds(db: PgPool) {
     assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
     assert_eq!(timeout(PATIENCE, other.wait()).await.unwrap().unwrap().code(), Some(0), "told to leave meanwhile");
     holder.rollback().await.unwrap();
-    let mut lines = BufReader::new(one.stdout.take().unwrap()).lines();
-    let ready = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
-    assert!(ready.as_ref().is_some_and(|line| line.starts_with("tidings ready on http://127.0.0.1:")), "{ready:?}");
+    comes_up(&mut one).await;
+}
+
+/// The settings of an instance that migrates.
+fn migrating(db: &PgPool) -> Vec<(String, String)> {
+    let settings = [
+        ("DATABASE_URL", database_url(db)),
+        ("AMQP_URL", env("AMQP_URL")),
+        ("TIDINGS_EXCHANGE", format!("test.{}", Uuid::new_v4().simple())),
+        ("TIDINGS_LISTEN", "127.0.0.1:0".to_owned()),
+    ];
+    settings.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+/// As a long query does it: of all that migrations do, most have to wait for it.
+#[sqlx::test]
+async fn a_migration_waits_for_a_table_that_somebody_holds(db: PgPool) {
+    let undone = "
+        alter table dead_letters drop column backfill;
+        delete from _sqlx_migrations where version = 20261129000002
+    ";
+    sqlx::raw_sql(undone).execute(&db).await.unwrap();
+    let mut holder = db.begin().await.unwrap();
+    sqlx::raw_sql("lock table dead_letters in access share mode").execute(&mut *holder).await.unwrap();
+    let settings = migrating(&db);
+    let start = async |command: &str| {
+        let mut starting = tidings(&[command], &settings).spawn().unwrap();
+        let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+        let waits = async { while !log.next_line().await.unwrap().unwrap().contains("somebody holds a table") {} };
+        timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+        (starting, log)
+    };
+    let ((mut command, _log), (mut service, _service_log)) = tokio::join!(start("migrate"), start("serve"));
+    holder.rollback().await.unwrap();
+    comes_up(&mut service).await;
+    assert_eq!(timeout(PATIENCE, command.wait()).await.unwrap().unwrap().code(), Some(0));
 }
 
 /// Instances that start together all want to migrate; who goes first may take hours.
