@@ -15,10 +15,10 @@ use crate::{
     deletions::{self, Deletions},
     docs::{self, Docs},
     feed::{self, Feed},
-    ops::{self, Ops},
+    ops::{self, Ops, Starting},
     subscriptions::{self, Subscriptions},
     users::{self, Users},
-    web::{self, Limits, ProblemBody, manners, method_not_allowed, route_not_found},
+    web::{self, Code, Limits, Problem, ProblemBody, manners, method_not_allowed, route_not_found},
 };
 
 #[derive(OpenApi)]
@@ -124,6 +124,15 @@ fn guarded<T: Clone + Send + Sync + 'static>(routes: OpenApiRouter<Guarded<T>>, 
 /// The operator's questions alone, for an instance that only relays.
 pub fn ops_only(ops: Ops, limits: Limits) -> Router {
     with_manners(Router::from(ops::routes()).with_state(ops), limits)
+}
+
+/// The same for an instance that is not ready yet, as far as it can answer them; to all else it says that it waits.
+pub fn while_starting(starting: Starting, limits: Limits) -> Router {
+    let manners = middleware::from_fn_with_state(limits, manners);
+    let not_yet =
+        async || Problem::new(Code::DatabaseUnavailable, "this instance waits for its database; nothing was changed");
+    let app = ops::routes_while_starting(starting).fallback(not_yet);
+    app.method_not_allowed_fallback(method_not_allowed).layer(manners)
 }
 
 fn with_manners(app: Router, limits: Limits) -> Router {

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, anyhow, ensure};
 use axum::Router;
 use sqlx::Connection;
-use tokio::{net::TcpListener, time::sleep};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,17 +28,19 @@ use crate::{
     feed::{self, Feed},
     lead,
     lifecycle::{Roles, leave_on_signal},
-    ops::{Looks, Ops},
+    ops::{Looks, Ops, Starting},
     outbox::Bell,
     profile::Schema,
     relay::{Relay, Status},
     subscriptions::{self, Desk, Management, Subscriptions, Watch},
     users::{self, Users},
-    web::{self, LimitSettings, Limits},
+    web::{self, Door, LimitSettings, Limits},
 };
 
 /// How long a starting instance waits for its database.
 const PATIENCE: u32 = 30;
+
+const FELL: &str = "a role fell, see the log";
 
 const HELD: &str =
     "\nhint: somebody holds a table; pg_stat_activity and pg_blocking_pids(pid) tell who, while an instance waits";
@@ -73,15 +75,16 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
     warn_of_listeners(&db, broker.as_ref(), management.as_ref());
-    let listener = listen(address)?;
+    let (limits, starting) = (within_descriptors(limits), Starting::default());
+    let port = Port::open(address, &starting, &limits, &stop)?;
     let looks = async {
-        await_database(&db, migrates).await?;
+        await_database(&db, migrates, &starting).await?;
         if !asks_nobody {
-            patiently(async || clients::check(&db).await).await?;
+            patiently(&starting, async || clients::check(&db).await).await?;
         }
-        patiently(async || refuse_schema_without_declared_fields(&db, &schema).await).await
+        patiently(&starting, async || refuse_schema_without_declared_fields(&db, &schema).await).await
     };
-    let Some(found) = stop.run_until_cancelled(looks).await else { return Ok(()) };
+    let Some(found) = stop.run_until_cancelled(looks).await else { return port.close().await };
     found?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
@@ -106,7 +109,6 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let ledger = Ledger::new(&db, deadline);
     let deletions = Deletions::open(&db, ledger.clone(), &keeping);
     telling.spawn("deletions", lead::serve(Reminder::new(&db, deadline), db.clone(), telling_stop.clone()));
-    let limits = within_descriptors(limits);
     let looks = Looks::new(&db);
     let serving = Some((clients.clone(), deletions.clone()));
     let ops = Ops::new(queries.clone(), looks.clone(), serving, status, &limits.traffic);
@@ -119,17 +121,16 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
         deletions,
         processing: Processing::new(queries.clone(), schema),
     };
-    let app = app::full(&clients, desks, ops, limits.clone(), &source)?;
+    let app = app::full(&clients, desks, ops, limits, &source)?;
     drop(clients);
 
-    announce(&listener)?;
-    let answered = answer(listener, app, limits, stop).await;
+    let answered = port.answer(app).await?;
     // In this order: the last changes are kept before the telling ends.
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
     tokio::join!(feed.close(), subscriptions.close(), ledger.close(), db::close(&queries), looks.close());
-    ensure!(answered && kept && told, "a role fell, see the log");
+    ensure!(answered && kept && told, FELL);
     Ok(())
 }
 
@@ -191,31 +192,63 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let stop = CancellationToken::new();
     leave_on_signal(stop.clone())?;
     warn_of_listeners(&db, Some(&broker), None);
-    let listener = listen(address)?;
-    let Some(found) = stop.run_until_cancelled(await_database(&db, false)).await else { return Ok(()) };
+    let (limits, starting) = (within_descriptors(limits), Starting::default());
+    let port = Port::open(address, &starting, &limits, &stop)?;
+    let looks = await_database(&db, false, &starting);
+    let Some(found) = stop.run_until_cancelled(looks).await else { return port.close().await };
     found?;
     let telling = Roles::new(stop.clone());
     let broker = broker.noting_missing(subscriptions::note_missing_exchange(&db));
     let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
-    let limits = within_descriptors(limits);
     let (queries, looks) = (db.pool("queries", 1, []), Looks::new(&db));
     let ops = Ops::new(queries.clone(), looks.clone(), None, Some(status), &limits.traffic);
-    let app = app::ops_only(ops, limits.clone());
-
-    announce(&listener)?;
-    let answered = answer(listener, app, limits, stop).await;
+    let answered = port.answer(app::ops_only(ops, limits)).await?;
     let told = telling.ended().await;
     tokio::join!(db::close(&queries), looks.close());
-    ensure!(answered && told, "a role fell, see the log");
+    ensure!(answered && told, FELL);
     Ok(())
 }
 
-/// Answers until `stop`; false if that fell. In a task of the runtime: from the main thread each connection would have to be handed over
-/// to the runtime's threads, behind all that is handed over already.
-async fn answer(listener: TcpListener, app: Router, limits: Limits, stop: CancellationToken) -> bool {
-    let answering = Roles::new(stop.clone());
-    answering.spawn("web", web::serve(listener, app, limits, stop));
-    answering.ended().await
+/// Where a process answers: while it starts, that it lives and what it waits for; and everything once it is ready.
+struct Port {
+    address: SocketAddr,
+    door: Arc<Door>,
+    answering: Roles,
+}
+
+impl Port {
+    fn open(
+        address: SocketAddr,
+        starting: &Starting,
+        limits: &Limits,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Self> {
+        let listener = web::listen(address).with_context(|| {
+            format!("cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN")
+        })?;
+        let address = listener.local_addr()?;
+        let door = Door::new(app::while_starting(starting.clone(), limits.clone()));
+        let answering = Roles::new(stop.clone());
+        // In a task of the runtime: from the main thread each connection would have to be handed over to the runtime's threads, behind
+        // all that is handed over already.
+        answering.spawn("web", web::serve(listener, door.clone(), limits.clone(), stop.clone()));
+        Ok(Self { address, door, answering })
+    }
+
+    /// Says that the process is ready, and has `app` answer until it is told to leave; false if that fell. Keeps nothing of `app`.
+    async fn answer(self, app: Router) -> anyhow::Result<bool> {
+        let Self { address, door, answering } = self;
+        door.open(app);
+        drop(door);
+        announce(address)?;
+        Ok(answering.ended().await)
+    }
+
+    /// Of a process that was told to leave before it was ready.
+    async fn close(self) -> anyhow::Result<()> {
+        ensure!(self.answering.ended().await, FELL);
+        Ok(())
+    }
 }
 
 /// Starts a relay and its ear for other processes, the watch over the subscriptions, and what else is carried between database and
@@ -242,12 +275,6 @@ fn tell(
     (status, watched)
 }
 
-fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    web::listen(address).with_context(|| {
-        format!("cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN")
-    })
-}
-
 /// The limits, with no more connections than there are descriptors for.
 fn within_descriptors(mut settings: LimitSettings) -> Limits {
     let (wanted, limit) = (settings.connections, descriptors::raise());
@@ -260,31 +287,34 @@ fn within_descriptors(mut settings: LimitSettings) -> Limits {
 }
 
 /// A database that is up, keeps what it is given, and has our tables: this instance makes them, or else somebody has.
-async fn await_database(db: &Db, migrate: bool) -> anyhow::Result<()> {
-    patiently(async || db.check_durability().await).await?;
+async fn await_database(db: &Db, migrate: bool, starting: &Starting) -> anyhow::Result<()> {
+    starting.waits("it is asked for the first time");
+    patiently(starting, async || db.check_durability().await).await?;
     for line in db.told_to_the_log().await {
         tracing::warn!("{line}");
     }
     if migrate {
-        patiently(async || bring_up_to_date(db).await).await
+        starting.waits("its schema is being brought up to date, by this instance or another");
+        patiently(starting, async || bring_up_to_date(db).await).await
     } else {
-        patiently(async || db.check_migrated().await).await
+        patiently(starting, async || db.check_migrated().await).await
     }
 }
 
 /// `tidings migrate`: waits for a table as a service does. That nobody answers is told at once to who is at the terminal.
 pub async fn migrate(db: &Db) -> anyhow::Result<()> {
-    wait_out(Trouble::is_of_a_lock, async || bring_up_to_date(db).await).await
+    wait_out(Trouble::is_of_a_lock, &Starting::default(), async || bring_up_to_date(db).await).await
 }
 
 /// Servers that start together find their database not yet up, and somebody may hold a table for a while: wait for it, and say so.
-async fn patiently(look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    wait_out(|_| true, look).await
+async fn patiently(starting: &Starting, look: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    wait_out(|_| true, starting, look).await
 }
 
 /// Looks until there is no trouble any more of a kind that `passes`.
 async fn wait_out(
     passes: fn(&Trouble) -> bool,
+    starting: &Starting,
     mut look: impl AsyncFnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     for tries_left in (0..PATIENCE).rev() {
@@ -292,11 +322,9 @@ async fn wait_out(
         let Some(trouble) = error.downcast_ref().filter(|trouble| passes(trouble)) else { return Err(error) };
         let (why, is_held) = (trouble.report(), trouble.is_of_a_lock());
         ensure!(tries_left > 0, "{why}{}", if is_held { HELD } else { "" });
-        tracing::warn!(
-            tries_left,
-            "waiting for the database: {why}{}",
-            if is_held { ", somebody holds a table" } else { "" }
-        );
+        let why = format!("{why}{}", if is_held { ", somebody holds a table" } else { "" });
+        tracing::warn!(tries_left, "waiting for the database: {why}");
+        starting.waits(why);
         sleep(Duration::from_secs(1)).await;
     }
     Ok(())
@@ -310,8 +338,7 @@ async fn bring_up_to_date(db: &Db) -> anyhow::Result<()> {
 }
 
 /// The ready line: where, on stdout, for people and for scripts that wait for it.
-fn announce(listener: &TcpListener) -> anyhow::Result<()> {
-    let address = listener.local_addr()?;
+fn announce(address: SocketAddr) -> anyhow::Result<()> {
     let mut out = stdout().lock();
     let told = writeln!(out, "tidings ready on http://{address}").and_then(|()| out.flush());
     told.map_err(|error| anyhow!("the ready line cannot be written: {error}"))

@@ -60,7 +60,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API, and relay what it commits.
     ///
-    /// Brings the database's schema up to date, listens, and prints one ready line. SIGTERM or Ctrl-C finishes what is under way,
+    /// Listens, brings the database's schema up to date, and prints one ready line. SIGTERM or Ctrl-C finishes what is under way,
     /// within 20 s; a second one leaves at once.
     #[command(after_help = SERVE_HELP)]
     Serve(Box<Serve>),

@@ -39,6 +39,10 @@ use crate::{
     web::{Code, Problem, Refusals, Traffic},
 };
 
+mod starting;
+
+pub use starting::{Starting, routes_while_starting};
+
 /// For a look at the database: a probe that hangs is as bad as one that fails.
 const LOOK: Duration = Duration::from_secs(2);
 /// Between two looks for metrics: whoever asks for them costs the database five looks a second, however often he asks.
@@ -235,7 +239,7 @@ struct Readiness {
     /// `ok`, or what is wrong.
     #[schema(example = "ok")]
     database: String,
-    /// `ok`, what is wrong, or that this instance runs no relay.
+    /// `ok`, what is wrong, or that this instance runs no relay, or is not ready yet.
     #[schema(example = "ok")]
     broker: String,
 }
@@ -257,7 +261,7 @@ enum Readily {
     responses(
         Refusals<()>,
         (status = 200, description = "Send requests: ready or degraded", body = Readiness),
-        (status = 503, description = "Send none: the database does not answer, or does not say who may ask", body = Readiness),
+        (status = 503, description = "Send none: the database does not answer, or does not say who may ask, or this instance starts and waits for it", body = Readiness),
     ))]
 async fn readyz(State(ops): State<Ops>) -> Response {
     let unready = ops.database().await.err();

@@ -36,6 +36,6 @@ pub use places::Place;
 pub(crate) use problem::refuses;
 pub use problem::{Problem, ProblemBody, Refusals, Refuses, examples};
 pub use rate::Rate;
-pub use server::{Peer, listen, serve};
+pub use server::{Door, Peer, listen, serve};
 pub use traffic::Traffic;
 pub use turns::{LineFull, Turns};

@@ -3,7 +3,12 @@
 //! Promise: no client can hold a connection for ever, and none of them, however many, keeps the others out.
 //! Not here, on purpose: what a request may do (see `manners`).
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{Router, extract::Request, response::Response};
 use hyper::{body::Incoming, server::conn::http1, service::Service};
@@ -63,10 +68,27 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
+/// What a port leads to: to a few answers while the process starts, and from then on to the app.
+pub struct Door {
+    meanwhile: TowerToHyperService<Router>,
+    app: OnceLock<TowerToHyperService<Router>>,
+}
+
+impl Door {
+    pub fn new(meanwhile: Router) -> Arc<Self> {
+        Arc::new(Self { meanwhile: TowerToHyperService::new(meanwhile), app: OnceLock::new() })
+    }
+
+    /// From now on each request meets `app`, also on connections that are there already.
+    pub fn open(&self, app: Router) {
+        // Once.
+        let _ = self.app.set(TowerToHyperService::new(app));
+    }
+}
+
 /// Serves until `stop`, then finishes the requests that are under way, within a bound.
-pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: CancellationToken) {
+pub async fn serve(listener: TcpListener, door: Arc<Door>, limits: Limits, stop: CancellationToken) {
     let (graceful, too_late) = (GracefulShutdown::new(), CancellationToken::new());
-    let app = TowerToHyperService::new(app);
     let farewells = Arc::new(Semaphore::new(FAREWELLS));
     let keeping_room = tokio::spawn({
         let (connections, stop) = (limits.connections.clone(), stop.clone());
@@ -82,7 +104,7 @@ pub async fn serve(listener: TcpListener, app: Router, limits: Limits, stop: Can
             }
         };
         if let Some(seated) = limits.connections.admit() {
-            let app = AtPeer { app: app.clone(), peer: Peer(peer), seated };
+            let app = AtPeer { door: door.clone(), peer: Peer(peer), seated };
             let until = Until { stop: stop.clone(), too_late: too_late.clone() };
             tokio::spawn(connection(stream, app, limits.clone(), until, graceful.watcher()));
         } else {
@@ -169,7 +191,7 @@ async fn conversation(
 
 /// The app as one connection sees it. Its seat is given up with it.
 struct AtPeer {
-    app: TowerToHyperService<Router>,
+    door: Arc<Door>,
     peer: Peer,
     seated: Seated,
 }
@@ -186,7 +208,7 @@ impl Service<Request<Incoming>> for AtPeer {
             // The connection ends, and this with it.
             return Box::pin(std::future::pending());
         };
-        let answer = self.app.call(request);
+        let answer = self.door.app.get().unwrap_or(&self.door.meanwhile).call(request);
         Box::pin(async move {
             let answer = answer.await;
             drop(at_work);

@@ -12,14 +12,14 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, migrate::Migrate};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     process::{Child, ChildStdout},
     time::timeout,
 };
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, PATIENCE, Service, collect, database_url, env, eventually, file, tidings},
+    house::{self, Answer, House, PATIENCE, Service, collect, database_url, env, eventually, file, tidings},
     sessions,
 };
 
@@ -396,6 +396,37 @@ async fn a_pooler_that_ignores_the_settings_of_sessions_is_refused(db: PgPool) {
     }
 }
 
+/// An address that nobody else is given as long as the socket lives, and at which a service may listen all the same.
+fn reserved() -> (TcpSocket, SocketAddr) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    (socket, address)
+}
+
+/// The same settings, to listen at this address.
+fn listening_at(address: SocketAddr, settings: &[(String, String)]) -> Vec<(String, String)> {
+    [settings, &[("TIDINGS_LISTEN".to_owned(), address.to_string())]].concat()
+}
+
+/// An instance that is not ready says that it lives, what it waits for, and nothing else.
+async fn is_on_its_way(address: SocketAddr, why: &str) {
+    let ask = async |path: &str| Answer::to(house::http().get(format!("http://{address}{path}"))).await;
+    eventually("an instance to say what it waits for", async || {
+        let unready = ask("/readyz").await;
+        assert_eq!((unready.status.as_u16(), &unready.body["status"]), (503, &json!("unready")), "{unready:?}");
+        if unready.body["database"].as_str().unwrap().contains(why) { Ok(()) } else { Err(unready) }
+    })
+    .await;
+    assert_eq!(run(&["healthcheck"], &[("TIDINGS_LISTEN", &address.to_string())]).await.code, Some(0));
+    assert_eq!(ask("/v1/users").await.refusal(503), "database_unavailable");
+}
+
+async fn listens(address: SocketAddr) {
+    eventually("an instance to listen", async || TcpStream::connect(address).await.map(drop)).await;
+}
+
 /// Waits for its ready line.
 async fn comes_up(starting: &mut Child) {
     let mut lines = BufReader::new(starting.stdout.take().unwrap()).lines();
@@ -406,13 +437,18 @@ async fn comes_up(starting: &mut Child) {
 #[sqlx::test]
 async fn a_service_waits_for_a_database_that_comes_up_later(db: PgPool) {
     let house = House::open(db).await;
-    house.postgres.down();
-    let mut starting = tidings(&["serve"], house.settings()).spawn().unwrap();
-    let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
-    let waits = async { while !log.next_line().await.unwrap().unwrap().contains("waiting for the database") {} };
-    timeout(PATIENCE, waits).await.expect("it does not say that it waits");
-    house.postgres.up();
-    comes_up(&mut starting).await;
+    for role in ["serve", "relay"] {
+        let (_reserved, address) = reserved();
+        house.postgres.down();
+        let mut starting = tidings(&[role], &listening_at(address, house.settings())).spawn().unwrap();
+        let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
+        let waits = async { while !log.next_line().await.unwrap().unwrap().contains("waiting for the database") {} };
+        timeout(PATIENCE, waits).await.expect("it does not say that it waits");
+        is_on_its_way(address, "no connection to the database").await;
+        house.postgres.up();
+        comes_up(&mut starting).await;
+        assert_eq!(readiness(&format!("http://{address}")).await["database"], "ok");
+    }
 }
 
 /// It may be about to be made, or a password to be changed: a service waits. Who is at the terminal is told at once.
@@ -441,13 +477,15 @@ async fn a_service_waits_for_a_table_that_somebody_holds(db: PgPool) {
     let mut holder = house.db.begin().await.unwrap();
     sqlx::raw_sql("lock table clients in access exclusive mode").execute(&mut *holder).await.unwrap();
     let start = async || {
-        let mut starting = tidings(&["serve"], house.settings()).spawn().unwrap();
+        let (reserved, address) = reserved();
+        let mut starting = tidings(&["serve"], &listening_at(address, house.settings())).spawn().unwrap();
         let mut log = BufReader::new(starting.stderr.take().unwrap()).lines();
         let waits = async { while !log.next_line().await.unwrap().unwrap().contains("somebody holds a table") {} };
         timeout(PATIENCE, waits).await.expect("it does not say that it waits");
-        (starting, log)
+        is_on_its_way(address, "somebody holds a table").await;
+        (starting, log, reserved)
     };
-    let ((mut one, _log), (mut other, _other_log)) = tokio::join!(start(), start());
+    let ((mut one, _log, _reserved), (mut other, _other_log, _also_reserved)) = tokio::join!(start(), start());
     let pid = other.id().unwrap().to_string();
     assert!(tokio::process::Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
     assert_eq!(timeout(PATIENCE, other.wait()).await.unwrap().unwrap().code(), Some(0), "told to leave meanwhile");
@@ -488,6 +526,18 @@ async fn a_migration_waits_for_a_table_that_somebody_holds(db: PgPool) {
     holder.rollback().await.unwrap();
     comes_up(&mut service).await;
     assert_eq!(timeout(PATIENCE, command.wait()).await.unwrap().unwrap().code(), Some(0));
+}
+
+#[sqlx::test]
+async fn an_instance_that_waits_for_a_migration_says_so(db: PgPool) {
+    let mut first = PgConnection::connect_with(&db.connect_options()).await.unwrap();
+    first.lock().await.unwrap();
+    let (_reserved, address) = reserved();
+    let mut starting = tidings(&["serve"], &listening_at(address, &migrating(&db))).spawn().unwrap();
+    listens(address).await;
+    is_on_its_way(address, "its schema is being brought up to date").await;
+    first.close().await.unwrap();
+    comes_up(&mut starting).await;
 }
 
 /// Instances that start together all want to migrate; who goes first may take hours.
