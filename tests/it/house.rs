@@ -16,8 +16,8 @@ use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
     options::{
-        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
-        QueueBindOptions, QueueDeclareOptions,
+        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+        ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -46,7 +46,10 @@ use crate::{contract, proxy::Proxy, rights};
 /// How long a test waits for what has to come, while nothing moves.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 /// Until a message that was acknowledged is written to the broker.
-const ACKNOWLEDGED: Duration = Duration::from_secs(2);
+const ACKNOWLEDGED: Duration = Duration::from_secs(5);
+/// Messages that a listener is sent ahead: behind a whole backlog its acknowledgements would be late, and one who is given up for that is
+/// listened beside, out of order.
+const PREFETCH: u16 = 500;
 /// However much moves meanwhile.
 const END_OF_PATIENCE: Duration = Duration::from_secs(240);
 
@@ -601,6 +604,7 @@ async fn listen(amqp_url: String, queue: String, heard: Arc<Mutex<Heard>>) {
 async fn listen_once(amqp_url: &str, queue: &str, heard: &Mutex<Heard>) -> lapin::Result<()> {
     let connection = connect(amqp_url).await?;
     let channel = connection.create_channel().await?;
+    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
     let mut news = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?;
     while let Some(delivery) = news.next().await {
