@@ -1,16 +1,18 @@
 //! Docs: the contract as files, and as pages to read, from this instance itself.
 //!
-//! Promise: the pages need no other host and run no script but their own.
+//! Promise: the pages need no other host and run no script but their own. Nobody needs a key to ask for these, so the answers that
+//! wait for their clients share one copy.
 //! Not here, on purpose: what the contract is. The routes and the envelope say that.
 
 mod asyncapi;
 mod examples;
 mod headers;
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     Router,
+    body::Bytes,
     extract::{Path, State},
     http::{HeaderValue, header},
     response::{IntoResponse, Redirect, Response},
@@ -28,8 +30,8 @@ use crate::web::{Code, Problem, Refusals};
 /// Both files, as they are served.
 #[derive(Clone)]
 pub struct Docs {
-    openapi: Arc<str>,
-    asyncapi: Arc<str>,
+    openapi: Bytes,
+    asyncapi: Bytes,
 }
 
 impl Docs {
@@ -59,7 +61,7 @@ const YAML: &str = "application/yaml";
     responses((status = 200, description = "OpenAPI 3.1", body = Object, content_type = "application/yaml",
                example = json!({ "openapi": "3.1.0", "info": { "title": "tidings" } })), Refusals<()>))]
 async fn openapi(State(docs): State<Docs>) -> Response {
-    ([(header::CONTENT_TYPE, YAML)], docs.openapi.to_string()).into_response()
+    ([(header::CONTENT_TYPE, YAML)], docs.openapi).into_response()
 }
 
 /// The messages that tell of changes.
@@ -69,7 +71,7 @@ async fn openapi(State(docs): State<Docs>) -> Response {
     responses((status = 200, description = "AsyncAPI 3.0", body = Object, content_type = "application/yaml",
                example = json!({ "asyncapi": "3.0.0", "info": { "title": "tidings" } })), Refusals<()>))]
 async fn messages(State(docs): State<Docs>) -> Response {
-    ([(header::CONTENT_TYPE, YAML)], docs.asyncapi.to_string()).into_response()
+    ([(header::CONTENT_TYPE, YAML)], docs.asyncapi).into_response()
 }
 
 /// Scripts and styles are files of ours; React sets single styles by script. Nobody frames the pages, nothing is sent elsewhere.
@@ -92,5 +94,35 @@ async fn page(file: &str) -> Result<Response, Problem> {
         (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
     ];
-    Ok((headers, found.bytes.into_owned()).into_response())
+    let bytes = match found.bytes {
+        Cow::Borrowed(of_binary) => Bytes::from_static(of_binary),
+        Cow::Owned(made) => made.into(),
+    };
+    Ok((headers, bytes).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::to_bytes;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn however_many_ask_for_a_document_or_a_page_it_is_in_memory_once() {
+        let docs = Docs::new("openapi: 3.1.0".to_owned(), "asyncapi: 3.0.0".to_owned());
+        let ask = async || {
+            let state = || State(docs.clone());
+            let answers =
+                [openapi(state()).await, messages(state()).await, page("swagger-ui-bundle.js").await.unwrap()];
+            let mut bodies = vec![];
+            for answer in answers {
+                bodies.push(to_bytes(answer.into_body(), usize::MAX).await.unwrap());
+            }
+            bodies
+        };
+        for (one, another) in ask().await.iter().zip(&ask().await) {
+            assert!(!one.is_empty() && one == another);
+            assert_eq!(one.as_ptr(), another.as_ptr());
+        }
+    }
 }
