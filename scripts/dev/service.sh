@@ -32,10 +32,11 @@ start_service() {
 # The service itself allows its requests 20 seconds to end.
 stop_service() { stop_process tidings TERM 25; }
 
-# The key of this checkout's own client, which may do everything. Made anew when the database does not know it any more.
+# The key of this checkout's own client, which may do everything. Made anew when the database does not know it any more: not when the
+# service is busy, as the old one, which somebody may be using, is revoked then.
 key() {
     local file=$DEV/key
-    if [[ ! -s $file ]] || ! key_opens "$(<"$file")"; then make_key "$file"; fi
+    if [[ ! -s $file ]] || is_unknown "$(<"$file")"; then make_key "$file"; fi
     cat "$file"
 }
 
@@ -49,13 +50,13 @@ make_key() {
 }
 
 # By hand, as there may be no curl.
-key_opens() {
+is_unknown() {
     local status
     status=$({
         printf 'GET /v1/users?limit=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\nConnection: close\r\n\r\n' "$1" >&3
         timeout 5 head -n 1 <&3
     } 2>/dev/null 3<>"/dev/tcp/$(host_of "$(service_address)")/$(port_of_service)")
-    [[ $status == 'HTTP/1.1 200 '* ]]
+    [[ $status == 'HTTP/1.1 401 '* ]]
 }
 
 # What a running service was started from: the binary, and all that it reads from its environment. Hashed, as it may
