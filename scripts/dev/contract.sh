@@ -10,13 +10,15 @@ EXAMPLE_SUBSCRIPTION=orders
 # schemathesis [ARGS]: with a key that may do everything, then with one that may do nothing. ARGS go to both runs.
 schemathesis() {
     local tools=$DEV/schemathesis status=0
+    require_rust
     take_lock
-    provide curl "${OWN_SERVERS[@]}"
+    provide linker curl "${OWN_SERVERS[@]}"
     bring_up_servers
     release_lock
     use_servers
     get_schemathesis "$tools"
-    [[ -x $(binary) ]] || (build)
+    # Beside an example cargo builds the dependencies as it does for tests: where those were built, nothing is left to do.
+    build --example replay
     trap end_contract_service EXIT
     start_contract_service
     seed_contract_service

@@ -4,9 +4,10 @@
 
 binary() { echo "${CARGO_TARGET_DIR:-$ROOT/target}/debug/tidings"; }
 
-# On a terminal cargo shows its own progress; elsewhere that would be hundreds of lines. Errors are shown whole.
+# build [ARGS]: ARGS go to cargo. On a terminal cargo shows its own progress; elsewhere that would be hundreds of lines. Errors are shown
+# whole.
 build() {
-    local cargo_build=(cargo build --locked --manifest-path "$ROOT/Cargo.toml" --bin tidings)
+    local cargo_build=(cargo build --locked --manifest-path "$ROOT/Cargo.toml" --bin tidings "$@")
     if [[ -t 2 ]]; then
         "${cargo_build[@]}" 9>&- || die "the build failed"
     else
