@@ -33,13 +33,12 @@ pub struct Change {
 #[derive(Clone)]
 pub enum Verb {
     /// A new user under an id of ours.
-    Create(Profile),
+    Create(Fields),
     /// Merge this patch (RFC 7396) into the profile.
     Amend(Fields),
-    /// Replace the profile, or create the user under the client's own id.
-    Replace(Profile),
-    /// The same by somebody who may write only some fields: the others stay as they are.
-    ReplacePart {
+    /// Put these in place of the fields that are within those the client may write; the others stay as they are. Or create the user
+    /// under the client's own id.
+    Replace {
         fields: Fields,
         within: FieldSet,
     },
@@ -52,8 +51,7 @@ impl std::fmt::Debug for Verb {
         f.write_str(match self {
             Self::Create(_) => "Create",
             Self::Amend(_) => "Amend",
-            Self::Replace(_) => "Replace",
-            Self::ReplacePart { .. } => "ReplacePart",
+            Self::Replace { .. } => "Replace",
             Self::Delete => "Delete",
         })
     }
@@ -158,13 +156,9 @@ impl Change {
                 self.check(Some(user))?;
                 self.plan_on(user, verb, schema)
             }
-            (None, Verb::Create(profile) | Verb::Replace(profile)) => {
+            (None, Verb::Create(fields) | Verb::Replace { fields, .. }) => {
                 self.check(None)?;
-                Ok(self.create(profile))
-            }
-            (None, Verb::ReplacePart { fields, .. }) => {
-                self.check(None)?;
-                Ok(self.create(&schema.admit(fields.clone()).map_err(Refusal::Invalid)?))
+                Ok(self.create(schema.admit(fields.clone()).map_err(Refusal::Invalid)?))
             }
             (None, Verb::Amend(_) | Verb::Delete) => Err(Refusal::Missing),
         }
@@ -187,21 +181,17 @@ impl Change {
                 let changed = profile::amend(&mut profile, patch);
                 self.update(user, changed, || schema.admit(profile))
             }
-            Verb::Replace(profile) => {
-                let changed = profile::changed_fields(&user.profile.fields(), &profile.fields());
-                self.update(user, changed, || Ok(profile.clone()))
-            }
-            Verb::ReplacePart { fields, within } => {
-                let before = user.profile.fields();
-                let mut after = fields.clone();
-                after.extend(before.clone().into_iter().filter(|(name, _)| !within.has(name)));
+            Verb::Replace { fields, within } => {
+                let (before, mut after) = (user.profile.fields(), fields.clone());
+                let stay = before.iter().filter(|(name, _)| !within.has(name));
+                after.extend(stay.map(|(name, value)| (name.clone(), value.clone())));
                 self.update(user, profile::changed_fields(&before, &after), || schema.admit(after))
             }
         }
     }
 
-    fn create(&self, profile: &Profile) -> Plan {
-        let (version, profile, external_id) = (1, profile.clone(), self.external_id.after(None));
+    fn create(&self, profile: Profile) -> Plan {
+        let (version, external_id) = (1, self.external_id.after(None));
         let renames = external_id.is_some();
         let user = User { id: self.id, version, created_at: UNSTAMPED, updated_at: UNSTAMPED, external_id, profile };
         self.write(0, Record::Living(user), Event::Created, renames)
@@ -286,8 +276,8 @@ mod tests {
         Change { condition, ..Change::new(UserId::new(), verb, Traceparent::new_root()) }
     }
 
-    fn admitted(schema: &Schema, value: Value) -> Profile {
-        schema.admit(fields(value)).unwrap()
+    fn replacement(value: Value) -> Verb {
+        Verb::Replace { fields: fields(value), within: FieldSet::All }
     }
 
     /// Plans in a row, each on what the one before made of it.
@@ -317,7 +307,7 @@ mod tests {
     #[test]
     fn a_life() {
         let schema = Schema::load(None).unwrap();
-        let ana = admitted(&schema, json!({ "first_name": "Ana" }));
+        let replace = |profile| change(replacement(profile), Precondition::None);
         let amend = |patch| change(Verb::Amend(fields(patch)), Precondition::None);
         assert_eq!(
             walk(
@@ -325,16 +315,16 @@ mod tests {
                 [
                     amend(json!({ "first_name": "Ana" })),
                     change(Verb::Delete, Precondition::None),
-                    change(Verb::Create(ana.clone()), Precondition::None),
+                    change(Verb::Create(fields(json!({ "first_name": "Ana" }))), Precondition::None),
                     amend(json!({ "first_name": "Ana" })),
                     amend(json!({ "job_title": "Editor" })),
                     amend(json!({ "job_title": 7 })),
-                    change(Verb::Replace(ana.clone()), Precondition::None),
-                    change(Verb::Replace(ana.clone()), Precondition::None),
+                    replace(json!({ "first_name": "Ana" })),
+                    replace(json!({ "first_name": "Ana" })),
                     change(Verb::Delete, Precondition::None),
                     change(Verb::Delete, Precondition::None),
                     amend(json!({})),
-                    change(Verb::Replace(ana), Precondition::None),
+                    replace(json!({ "first_name": "Ana" })),
                 ]
             ),
             [
@@ -357,8 +347,7 @@ mod tests {
     #[test]
     fn a_condition_is_checked_against_the_state_met() {
         let schema = Schema::load(None).unwrap();
-        let ana = admitted(&schema, json!({ "first_name": "Ana" }));
-        let replace = |condition| change(Verb::Replace(ana.clone()), condition);
+        let replace = |condition| change(replacement(json!({ "first_name": "Ana" })), condition);
         assert_eq!(
             walk(
                 &schema,
@@ -377,11 +366,10 @@ mod tests {
     #[test]
     fn an_external_id_is_kept_until_something_else_is_said_of_it() {
         let schema = Schema::load(None).unwrap();
-        let ana = admitted(&schema, json!({ "first_name": "Ana" }));
         let named =
             |verb: &Verb, external_id: Naming| Change { external_id, ..change(verb.clone(), Precondition::None) };
         let is = |text: &str| Naming::Is(text.parse().unwrap());
-        let (amend, replace) = (Verb::Amend(Fields::new()), Verb::Replace(ana));
+        let (amend, replace) = (Verb::Amend(Fields::new()), replacement(json!({ "first_name": "Ana" })));
         let mut before: Option<Record> = None;
         let mut seen = vec![];
         for change in [

@@ -109,8 +109,7 @@ async fn create(
     Document { profile, external_id }: Document,
 ) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
-    let verb = Verb::Create(users.admit(profile).map_err(|faults| Refusal::Invalid(faults).seen_by(&caller))?);
-    let change = Change { external_id, ..Change::new(UserId::new(), verb, trace) };
+    let change = Change { external_id, ..Change::new(UserId::new(), Verb::Create(profile), trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
 
@@ -202,7 +201,7 @@ async fn replace(
     Document { profile, external_id }: Document,
 ) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
-    let verb = replacement(&users, &caller, profile)?;
+    let verb = Verb::Replace { fields: profile, within: caller.writes.clone() };
     let change = Change { external_id, condition, ..Change::new(UserId(id), verb, trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
@@ -320,15 +319,6 @@ struct Page {
     /// For the page after this one; null on the last page.
     #[schema(required = true)]
     next: Option<String>,
-}
-
-/// To put `profile` where the caller's fields are now.
-pub fn replacement(users: &Users, caller: &Caller, profile: Fields) -> Result<Verb, Refusal> {
-    if caller.writes.is_all() {
-        Ok(Verb::Replace(users.admit(profile).map_err(Refusal::Invalid)?))
-    } else {
-        Ok(Verb::ReplacePart { fields: profile, within: caller.writes.clone() })
-    }
 }
 
 /// Every field that is to be written has to be one that the caller may write.

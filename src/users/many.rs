@@ -13,9 +13,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
-    Change, Changed, Record, Tombstone, User, UserId, Users, Version,
+    Change, Changed, Record, Tombstone, User, UserId, Users, Verb, Version,
     body::{Document, Documents, Entry, MAX_ENTRIES},
-    http::{Reading, SeenGone, Writing, check_fields, replacement, seen_by},
+    http::{Reading, SeenGone, Writing, check_fields, seen_by},
     writer,
 };
 use crate::{
@@ -140,7 +140,7 @@ async fn replace_many(
     let lane = users.lane();
     let results: Vec<Outcome> = stream::iter(entries.into_iter().zip(before))
         .map(async |(entry, before)| {
-            let (id, change) = (entry.id, entry.replacement(&users, &caller, trace));
+            let (id, change) = (entry.id, entry.replacement(&caller, trace));
             let decided = match change {
                 Ok(change) => users.change_read(lane, change, before).await.map_err(Problem::from),
                 Err(problem) => Err(problem),
@@ -155,10 +155,10 @@ async fn replace_many(
 
 impl Entry {
     /// What this entry asks for.
-    fn replacement(self, users: &Users, caller: &Caller, trace: Traceparent) -> Result<Change, Problem> {
+    fn replacement(self, caller: &Caller, trace: Traceparent) -> Result<Change, Problem> {
         let Self { id, condition, document: Document { profile, external_id } } = self;
         check_fields(caller, &profile, &external_id)?;
-        let verb = replacement(users, caller, profile)?;
+        let verb = Verb::Replace { fields: profile, within: caller.writes.clone() };
         Ok(Change { external_id, condition, ..Change::new(id, verb, trace) })
     }
 }

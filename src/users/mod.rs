@@ -32,10 +32,9 @@ use sqlx::PgPool;
 
 use crate::{
     db::{self, Db, Trouble},
-    json::Fault,
     lifecycle::Roles,
     outbox::Bell,
-    profile::{Fields, Profile, Schema},
+    profile::Schema,
     web::may_be_done,
 };
 use batch::Answer;
@@ -125,11 +124,6 @@ impl Users {
             under_way,
             must_be_conditional,
         }))
-    }
-
-    /// A profile of these fields, if the deployment's schema admits it.
-    pub fn admit(&self, fields: Fields) -> Result<Profile, Vec<Fault>> {
-        self.0.schema.admit(fields)
     }
 
     /// The latest state of a user; `None` for an id that nobody ever had.

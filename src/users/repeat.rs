@@ -53,10 +53,9 @@ fn fingerprint(change: &Change, salt: &[u8; 16]) -> [u8; 32] {
     let id = change.id.0.into_bytes();
     let condition = format!("{:?}", change.condition);
     let (verb, id, content): (&str, &[u8], String) = match &change.verb {
-        Verb::Create(profile) => ("create", &[], profile.as_str().to_owned()),
+        Verb::Create(fields) => ("create", &[], json(fields)),
         Verb::Amend(patch) => ("amend", &id, json(patch)),
-        Verb::Replace(profile) => ("replace", &id, profile.as_str().to_owned()),
-        Verb::ReplacePart { fields, .. } => ("replace", &id, json(fields)),
+        Verb::Replace { fields, .. } => ("replace", &id, json(fields)),
         Verb::Delete => ("delete", &id, String::new()),
     };
     let (naming, external_id) = match &change.external_id {
@@ -193,7 +192,7 @@ impl Remembered {
             // The id is ours, and another one each time.
             Verb::Create(_) => return matches!(self.outcome, Created | Taken),
             Verb::Amend(_) => &[Changed, Unchanged, Missing, Gone, Stale, Taken],
-            Verb::Replace(_) | Verb::ReplacePart { .. } => &[Created, Changed, Unchanged, Gone, Stale, Taken],
+            Verb::Replace { .. } => &[Created, Changed, Unchanged, Gone, Stale, Taken],
             Verb::Delete => &[Deleted, Missing, Stale],
         };
         change.id == self.user_id && outcomes.contains(&self.outcome)

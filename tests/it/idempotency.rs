@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
-    house::{Answer, House, eventually, http, http_with, new_client},
+    house::{Answer, House, eventually, file, http, http_with, new_client},
     sessions,
 };
 
@@ -123,6 +123,31 @@ async fn what_was_refused_stays_refused_and_a_faulty_body_may_be_mended(db: PgPo
     assert_eq!(mend(json!({ "shoe_size": 38 })).await.refusal(422), "profile_invalid");
     assert_eq!(mend(json!({ "first_name": "Bo" })).await.status, 201);
     assert_eq!(house.get(&eve).await.ok().version(), 2);
+}
+
+/// What was done under the schema of then is not refused by that of now.
+#[sqlx::test]
+async fn a_repetition_is_not_judged_by_a_schema_that_came_after_it(db: PgPool) {
+    let schema_of = |badge: Value| {
+        json!({ "type": "object", "additionalProperties": false, "properties": { "badge": badge } }).to_string()
+    };
+    let schema = file(&schema_of(json!({ "type": "string" })));
+    let mut house = House::with(db, &[("TIDINGS_PROFILE_SCHEMA", schema.to_str().unwrap())]).await;
+    let path = format!("/v1/users/{}", Uuid::new_v4());
+    let create = async |house: &House, key: &str| Answer::to(post(house, key, json!({ "badge": "x" }))).await;
+    let put = async |house: &House, key: &str| {
+        let request = house.request(Method::PUT, &path).header(KEY, key);
+        Answer::to(request.json(&json!({ "profile": { "badge": "x" } }))).await
+    };
+    let (created, replaced) = (create(&house, "k1").await.ok(), put(&house, "k2").await.ok());
+    house.service.kill().await;
+    std::fs::write(&schema, schema_of(json!({ "type": "string", "pattern": "^[0-9]+$" }))).unwrap();
+    house.restart().await;
+    for (first, again) in [(created, create(&house, "k1").await), (replaced, put(&house, "k2").await)] {
+        assert_eq!((again.status.as_u16(), is_replayed(&again), &again.body), (201, true, &first.body), "{again:?}");
+    }
+    assert_eq!(create(&house, "k3").await.refusal(422), "profile_invalid", "a new one is judged");
+    assert_eq!(put(&house, "k4").await.ok().version(), 1, "this one changes nothing");
 }
 
 #[sqlx::test]
