@@ -177,15 +177,15 @@ impl Change {
             Verb::Create(_) => Err(Refusal::Stale(Some(user.version))),
             Verb::Delete => Ok(self.delete(user)),
             Verb::Amend(patch) => {
-                let mut profile = user.profile.fields();
-                let changed = profile::amend(&mut profile, patch);
-                self.update(user, changed, || schema.admit(profile))
+                let mut after = user.profile.fields();
+                let changed = profile::amend(&mut after, patch);
+                self.update(user, changed, after, schema)
             }
             Verb::Replace { fields, within } => {
                 let (before, mut after) = (user.profile.fields(), fields.clone());
                 let stay = before.iter().filter(|(name, _)| !within.has(name));
                 after.extend(stay.map(|(name, value)| (name.clone(), value.clone())));
-                self.update(user, profile::changed_fields(&before, &after), || schema.admit(after))
+                self.update(user, profile::changed_fields(&before, &after), after, schema)
             }
         }
     }
@@ -197,24 +197,26 @@ impl Change {
         self.write(0, Record::Living(user), Event::Created, renames)
     }
 
-    /// `changed_fields` of the profile; `admit` gives the new one.
+    /// The profile comes to `after`; `changed_fields` are those that can be told.
     fn update(
         &self,
         user: &User,
         mut changed_fields: Vec<FieldName>,
-        admit: impl FnOnce() -> Result<Profile, Vec<Fault>>,
+        after: Fields,
+        schema: &Schema,
     ) -> Result<Plan, Refusal> {
-        let same_profile = changed_fields.is_empty();
+        // A name that cannot travel is in no schema either: who brings one hears so, though there is nobody to be told of it.
+        let is_same = changed_fields.is_empty() && after == user.profile.fields();
+        let profile = if is_same { user.profile.clone() } else { schema.admit(after).map_err(Refusal::Invalid)? };
         let external_id = self.external_id.after(user.external_id.as_ref());
         let renames = external_id != user.external_id;
-        if same_profile && !renames {
+        if changed_fields.is_empty() && !renames {
             return Ok(Plan::Nothing(Record::Living(user.clone())));
         }
         if renames {
             changed_fields.push(EXTERNAL_ID.parse().expect("it is a field's name"));
             changed_fields.sort();
         }
-        let profile = if same_profile { user.profile.clone() } else { admit().map_err(Refusal::Invalid)? };
         let version = user.version + 1;
         let after =
             User { id: user.id, version, created_at: user.created_at, updated_at: UNSTAMPED, external_id, profile };
@@ -319,8 +321,10 @@ mod tests {
                     amend(json!({ "first_name": "Ana" })),
                     amend(json!({ "job_title": "Editor" })),
                     amend(json!({ "job_title": 7 })),
+                    amend(json!({ "two words": "x" })),
                     replace(json!({ "first_name": "Ana" })),
                     replace(json!({ "first_name": "Ana" })),
+                    replace(json!({ "first_name": "Ana", "two words": "x" })),
                     change(Verb::Delete, Precondition::None),
                     change(Verb::Delete, Precondition::None),
                     amend(json!({})),
@@ -334,8 +338,10 @@ mod tests {
                 "nothing",
                 "2 profile.updated",
                 "invalid /profile/job_title",
+                "invalid /profile/two words",
                 "3 profile.updated",
                 "nothing",
+                "invalid /profile/two words",
                 "4 user.deleted",
                 "nothing",
                 "gone at 4",
