@@ -62,7 +62,8 @@ pub fn check(method: &Method, path: &str, answer: &Answer) -> Result<(), String>
     let Some(route) = route(path) else {
         return expect(status == 404 && code == Some("route_not_found"), "the document has no such path");
     };
-    let method = if *method == Method::HEAD { "get" } else { &method.as_str().to_ascii_lowercase() };
+    let is_head = *method == Method::HEAD;
+    let method = if is_head { "get" } else { &method.as_str().to_ascii_lowercase() };
     let Some(operation) = route.get(method) else {
         return expect(status == 405 && code == Some("method_not_allowed"), "the document has no such method");
     };
@@ -70,7 +71,7 @@ pub fn check(method: &Method, path: &str, answer: &Answer) -> Result<(), String>
     expect(response.is_object(), "the document has no such status")?;
     check_headers(&response["headers"], answer)?;
     let Some(contents) = response["content"].as_object() else {
-        return expect(answer.body.is_null(), "the document has no body here");
+        return expect(answer.text.is_empty(), "the document has no body here");
     };
     let media_type = answer.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = media_type.split(';').next().unwrap_or_default();
@@ -78,12 +79,15 @@ pub fn check(method: &Method, path: &str, answer: &Answer) -> Result<(), String>
     if let Some(code) = code.filter(|_| essence == "application/problem+json") {
         expect(content["examples"][code].is_object(), "the document does not have this code here")?;
     }
-    // An answer to HEAD, and text, is no JSON.
-    if essence.ends_with("json") && !answer.body.is_null() {
-        validate(&OPENAPI, &content["schema"], &answer.body)
-    } else {
-        Ok(())
+    if is_head {
+        return expect(answer.text.is_empty(), "an answer to HEAD has no body");
     }
+    if !essence.ends_with("json") {
+        return Ok(());
+    }
+    // No schema of ours admits a bare null.
+    expect(!answer.body.is_null(), "the body is no JSON")?;
+    validate(&OPENAPI, &content["schema"], &answer.body)
 }
 
 /// What HTTP itself has beside every body.
@@ -162,9 +166,8 @@ async fn an_answer_that_the_document_does_not_promise_is_found_out(db: PgPool) {
     let honest = house.get(&ana).await;
     assert_eq!(check(&Method::GET, &path, &honest), Ok(()));
     let lie = |change: &dyn Fn(&mut Answer), path: &str| {
-        let (status, etag, headers, body) =
-            (honest.status, honest.etag.clone(), honest.headers.clone(), honest.body.clone());
-        let mut answer = Answer { status, etag, headers, body };
+        let (status, etag, headers) = (honest.status, honest.etag.clone(), honest.headers.clone());
+        let mut answer = Answer { status, etag, headers, text: honest.text.clone(), body: honest.body.clone() };
         change(&mut answer);
         check(&Method::GET, path, &answer).unwrap_err()
     };
@@ -177,6 +180,15 @@ async fn an_answer_that_the_document_does_not_promise_is_found_out(db: PgPool) {
     assert!(lie(&|answer| drop(answer.headers.remove("x-request-id")), &path).contains("no X-Request-Id"));
     let salary = |answer: &mut Answer| drop(answer.headers.insert("x-salary", 1.into()));
     assert!(lie(&salary, &path).contains("x-salary"));
+    let says = |status: u16, text: &'static str| {
+        move |answer: &mut Answer| {
+            answer.status = status.try_into().unwrap();
+            (answer.text, answer.body) = (text.to_owned(), Value::Null);
+        }
+    };
+    assert!(lie(&says(200, ""), &path).contains("no JSON"));
+    assert!(lie(&says(200, "Ana"), &path).contains("no JSON"));
+    assert!(lie(&says(304, "Ana"), &path).contains("no body here"));
     let mut refused = house.get(&Uuid::new_v4()).await;
     refused.body["code"] = json!("user_mislaid");
     assert!(check(&Method::GET, &path, &refused).unwrap_err().contains("this code"));

@@ -348,6 +348,8 @@ pub struct Answer {
     pub status: StatusCode,
     pub etag: Option<String>,
     pub headers: reqwest::header::HeaderMap,
+    pub text: String,
+    /// Null where the text is no JSON.
     pub body: Value,
 }
 
@@ -368,7 +370,8 @@ impl Answer {
         let (status, headers) = (response.status(), response.headers().clone());
         let etag = headers.get("etag").map(|etag| etag.to_str().unwrap().to_owned());
         let text = response.text().await.unwrap();
-        Self { status, etag, headers, body: serde_json::from_str(&text).unwrap_or(Value::Null) }
+        let body = serde_json::from_str(&text).unwrap_or(Value::Null);
+        Self { status, etag, headers, text, body }
     }
 
     /// The answer, which must be a success.
