@@ -7,7 +7,7 @@ use std::{marker::PhantomData, sync::Arc};
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderMap, Uri, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Uri, header, request::Parts},
 };
 use tidings_sdk::subscription::SubscriptionName;
 
@@ -171,8 +171,12 @@ fn from_elsewhere() -> Problem {
     Problem::new(Code::Forbidden, words)
 }
 
+/// RFC 6750, section 3: who is refused for want of a scope is told which, as a challenge too.
 fn forbidden(scope: Scope) -> Problem {
+    let challenge = format!("Bearer realm=\"tidings\", error=\"insufficient_scope\", scope=\"{scope}\"");
+    let challenge = HeaderValue::try_from(challenge).expect("a scope is a word of ours");
     Problem::new(Code::Forbidden, format!("the key lacks the scope {scope}"))
+        .with_header_value(header::WWW_AUTHENTICATE, challenge)
 }
 
 /// Fields outside a client's list, each with its place below `root`.

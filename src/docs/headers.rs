@@ -29,7 +29,7 @@ pub fn declare(api: &mut OpenApi) {
             let takes_key = takes_key(operation);
             for (status, response) in &mut operation.responses.responses {
                 if let RefOr::T(response) = response {
-                    require(response);
+                    require(status, response);
                     for name in common(path, status, takes_key, response) {
                         let place = Ref::new(format!("#/components/headers/{name}"));
                         response.headers.entry(name.to_owned()).or_insert(RefOr::Ref(place));
@@ -88,11 +88,13 @@ fn common(path: &str, status: &str, takes_key: bool, response: &Response) -> Vec
     names
 }
 
-/// What is said of one status is so for each answer of it, but for the media type that would be right: of a patch it has another header.
-fn require(response: &mut Response) {
+/// What is said of one status is so for each answer of it, but for the media type that would be right: of a patch it has another header;
+/// and for the challenge of 403: where a field is not for a client, no other scope would help.
+fn require(status: &str, response: &mut Response) {
     for (name, header) in &mut response.headers {
         if let RefOr::T(header) = header
             && !name.starts_with("Accept")
+            && status != "403"
         {
             header.extensions = Some(required());
         }

@@ -268,6 +268,9 @@ fn described(status: StatusCode, codes: &[Code]) -> RefOr<Described> {
 fn headers(status: StatusCode) -> &'static [(&'static str, &'static str)] {
     match status {
         StatusCode::UNAUTHORIZED => &[("WWW-Authenticate", "`Bearer`, and what is wrong with the key that was sent")],
+        StatusCode::FORBIDDEN => {
+            &[("WWW-Authenticate", "`Bearer`, and the scope that the key lacks, if it is refused for that")]
+        }
         StatusCode::UNSUPPORTED_MEDIA_TYPE => &[
             ("Accept", "The media type that is taken, unless the body is a patch"),
             ("Accept-Patch", "The media type of a patch that is taken"),

@@ -271,6 +271,8 @@ async fn a_client_does_what_its_scopes_say_and_no_more(db: PgPool) {
     let refused = reader.patch(&ana, json!({ "city": "Berlin" })).await;
     assert_eq!(refused.refusal(403), "forbidden");
     assert!(refused.body["detail"].as_str().unwrap().contains("users:write"), "{refused:?}");
+    let challenge = "Bearer realm=\"tidings\", error=\"insufficient_scope\", scope=\"users:write\"";
+    assert_eq!(refused.headers["www-authenticate"], challenge);
     assert_eq!(writer.get(&format!("/v1/users/{ana}")).await.refusal(403), "forbidden");
     let amended = writer.patch(&ana, json!({ "city": "Berlin" })).await.ok();
     assert_eq!((amended.version(), &amended.body["profile"]), (2, &json!({})), "who may not read sees no values");
