@@ -11,6 +11,7 @@ use std::{
 };
 
 use prometheus_client::registry::Registry;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, filter::filter_fn, fmt::writer::BoxMakeWriter, layer::SubscriberExt, util::SubscriberInitExt,
@@ -122,6 +123,11 @@ pub fn with_causes(error: &anyhow::Error) -> String {
         .skip(1)
         .map(ToString::to_string)
         .fold(error.to_string(), |text, cause| if text.ends_with(&cause) { text } else { format!("{text}: {cause}") })
+}
+
+/// A time, for people.
+pub fn rfc3339(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).unwrap_or_default()
 }
 
 /// At TRACE lapin shows the frames it sends, and one of them holds the password.

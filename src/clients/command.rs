@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use sqlx::PgConnection;
 use tidings_sdk::envelope::FieldName;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::OffsetDateTime;
 
 use super::{
     key::Key,
@@ -26,6 +26,7 @@ use crate::{
     config::{self, ClientAction, ClientCreate, ClientRevoke, ClientRotate, Faults},
     db::{Db, Trouble},
     profile::Schema,
+    telemetry::rfc3339,
 };
 
 /// # Errors
@@ -246,18 +247,14 @@ fn print_table(clients: &[Client], keys: &[KeyFacts]) -> anyhow::Result<()> {
         };
         writeln!(out, "{}  {}  {fields}{state}", client.name, client.scopes.join(","))?;
         for key in keys.iter().filter(|key| key.client == client.name) {
-            let used = key.last_used_at.map_or_else(|| "never used".to_owned(), |at| format!("used {}", text(at)));
+            let used = key.last_used_at.map_or_else(|| "never used".to_owned(), |at| format!("used {}", rfc3339(at)));
             let ends = match key.expires_at {
                 None => String::new(),
-                Some(at) if key.is_expired => format!(", expired {}", text(at)),
-                Some(at) => format!(", expires {}", text(at)),
+                Some(at) if key.is_expired => format!(", expired {}", rfc3339(at)),
+                Some(at) => format!(", expires {}", rfc3339(at)),
             };
-            writeln!(out, "  {}  made {}, {used}{ends}", key.id, text(key.created_at))?;
+            writeln!(out, "  {}  made {}, {used}{ends}", key.id, rfc3339(key.created_at))?;
         }
     }
     Ok(())
-}
-
-fn text(at: OffsetDateTime) -> String {
-    at.format(&Rfc3339).unwrap_or_default()
 }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     config::{DeletionsAction, DeletionsServers, Faults},
-    subscriptions::rfc3339,
+    telemetry::rfc3339,
 };
 
 const PAGE: i64 = 500;

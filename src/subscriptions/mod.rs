@@ -19,7 +19,7 @@ mod watch;
 pub use desk::Desk;
 pub use http::routes;
 pub use management::Management;
-pub use model::{Registered, Registration, Seen, State, rfc3339};
+pub use model::{Registered, Registration, Seen, State};
 pub use registrar::{Put, Registrar};
 pub use status::Status;
 pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, TAKE_BACK, UNLOCK};

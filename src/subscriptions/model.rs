@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tidings_sdk::subscription::{Subscription, SubscriptionName};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::OffsetDateTime;
 
 use super::desk::Look;
 
@@ -145,11 +145,6 @@ impl Registered {
         let (expires_after, warned_at) = (self.registration.expires_after?, self.seen.expiry_warned_at?);
         Some((self.seen.unattended_since? + expires_after).max(warned_at + notice(expires_after)))
     }
-}
-
-/// A time for the log.
-pub fn rfc3339(at: OffsetDateTime) -> String {
-    at.format(&Rfc3339).unwrap_or_default()
 }
 
 /// Between the first warning and the deletion.

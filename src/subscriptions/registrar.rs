@@ -18,13 +18,14 @@ use tokio::{sync::Semaphore, time::timeout};
 use super::{
     Error, Waiting,
     desk::{self, Desk, Look},
-    model::{Registered, Registration, rfc3339},
+    model::{Registered, Registration},
     store,
 };
 use crate::{
     backfill,
     db::{Db, Line},
     deletions,
+    telemetry::rfc3339,
 };
 
 /// Changes at the same time in one instance; each has connections of its own.

@@ -17,14 +17,14 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Error, Status,
     desk::{Desk, Look},
-    model::{Registered, rfc3339},
+    model::Registered,
     registrar::Registrar,
     store,
 };
 use crate::{
     db::{Db, Line, Trouble},
     lead::TRY_LEAD,
-    telemetry::with_causes,
+    telemetry::{rfc3339, with_causes},
 };
 
 /// Key of the advisory lock that the leading watch of a database holds: "watching" in ASCII.
