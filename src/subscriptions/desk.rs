@@ -131,17 +131,16 @@ impl Desk {
         Ok(retrying)
     }
 
-    /// The parts of a subscription that was declared so, and whether each is there. What lay in one that is not, or would have come by it,
-    /// is lost.
-    pub async fn parts(&self, declared: &Subscription) -> Result<Vec<(String, bool)>, Trouble> {
-        let (name, mut channel) = (&declared.name, self.channel().await?);
-        let mut parts = vec![];
+    /// The parts of a subscription that was declared, and whether each is there; the exchange that chooses by field only if it had one. What
+    /// lay in one that is not, or would have come by it, is lost.
+    pub async fn parts(&self, name: &SubscriptionName, had_fields: bool) -> Result<Vec<(String, bool)>, Trouble> {
+        let (mut channel, mut parts) = (self.channel().await?, vec![]);
         let retries = RETRY_DELAYS.map(|delay| name.retry_queue(delay));
         for queue in [name.queue().to_owned(), name.dead_queue()].into_iter().chain(retries) {
             let depth = self.depth(&mut channel, &queue).await?;
             parts.push((queue, depth.is_some()));
         }
-        if !declared.fields.is_empty() {
+        if had_fields {
             let exchange = name.fields_exchange();
             let is_there = topology::has_exchange(&channel, &exchange).await?;
             parts.push((exchange, is_there));

@@ -35,6 +35,8 @@ pub struct Registered {
     pub declared_revision: i64,
     /// What may still be bound at the broker: what is registered, and what was.
     pub bound: Subscription,
+    /// Whether the broker is known to have the exchange that chooses by field: `bound` names fields before they are declared.
+    pub has_fields_exchange: bool,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
     pub seen: Seen,
@@ -184,6 +186,7 @@ mod tests {
             revision: 2,
             declared_revision: 2,
             bound,
+            has_fields_exchange: false,
             created_at: START,
             updated_at: START,
             seen,

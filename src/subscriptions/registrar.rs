@@ -137,7 +137,7 @@ impl Registrar {
         if row.declared_revision == 0 {
             return Ok(Stock { there: BTreeSet::new(), owed_since: row.seen.missing_since });
         }
-        let parts = self.desk.parts(&row.bound).await.map_err(Error::Undeclared)?;
+        let parts = self.desk.parts(row.name(), row.has_fields_exchange).await.map_err(Error::Undeclared)?;
         let (there, gone): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(_, is_there)| *is_there);
         let there = there.into_iter().map(|(part, _)| part).collect();
         let dead_queue = row.name().dead_queue();

@@ -16,7 +16,7 @@ pub const MOST_OF_ONE: i64 = 100;
 /// One subscription, or all of them by name.
 pub const FIND: &str = "
 select name, routing_keys, fields, owner, purpose, created_at, updated_at, revision, declared_revision, bound_keys, bound_fields,
-       expires_after_s, client, unattended_since, consumer_seen_at, waiting_since, last_activity_at, lost_at, missing_since, recovered_at,
+       has_fields_exchange, expires_after_s, client, unattended_since, consumer_seen_at, waiting_since, last_activity_at, lost_at, missing_since, recovered_at,
        expiry_warned_at,
        -- Collected already; those that lie in NAME.dead come on top. Counted as far as anybody reads.
        (select count(*) from (select from dead_letters where subscription = name limit 100000) as first_ones) as dead_letters,
@@ -58,7 +58,8 @@ returning revision
 /// noted meanwhile, and the next who declares makes it good.
 pub const MARK_DECLARED: &str = "
 update subscriptions
-   set declared_revision = revision, bound_keys = routing_keys, bound_fields = fields
+   set declared_revision = revision, bound_keys = routing_keys, bound_fields = fields,
+       has_fields_exchange = cardinality(fields) > 0
  where name = $1 and revision = $2
    and (declared_revision > 0 or missing_since is not distinct from $3)
 ";
@@ -249,6 +250,7 @@ struct Row {
     declared_revision: i64,
     bound_keys: Vec<String>,
     bound_fields: Vec<String>,
+    has_fields_exchange: bool,
     expires_after_s: Option<i64>,
     client: Option<String>,
     unattended_since: Option<OffsetDateTime>,
@@ -277,6 +279,7 @@ impl Row {
             revision: self.revision,
             declared_revision: self.declared_revision,
             bound: subscription(name, &self.bound_keys, &self.bound_fields)?,
+            has_fields_exchange: self.has_fields_exchange,
             created_at: self.created_at,
             updated_at: self.updated_at,
             dead_letters: u32::try_from(self.dead_letters).unwrap_or(u32::MAX),

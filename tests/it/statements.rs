@@ -54,7 +54,7 @@ async fn every_statement_can_be_prepared(db: PgPool) {
         (database::SERVER_LOG_SETTINGS, 2),
         (database::SET_LOCK_TIMEOUT, 1),
         (lead::TRY_LEAD, 1),
-        (subscriptions::FIND, 23),
+        (subscriptions::FIND, 24),
         (subscriptions::PUT, 1),
         (subscriptions::MARK_DECLARED, 0),
         (subscriptions::MARK_LOST, 1),

@@ -697,6 +697,37 @@ async fn a_name_that_somebody_holds_alone_keeps_the_watch_from_nobody_else(db: P
     }
 }
 
+/// What was never at the broker cannot have been deleted there: nothing is told anew for it.
+#[sqlx::test]
+async fn a_first_field_that_was_registered_without_a_broker_is_no_loss(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    house.broker.down();
+    // An application registers until it is answered.
+    for _ in 0..2 {
+        house.register(&orders, &wish(&["user.created"], &["city"])).await.refusal(503);
+    }
+    house.broker.up();
+    eventually("it to be declared", async || {
+        let seen = house.subscription(&orders).await.ok().body;
+        if seen["declared"] == true { Ok(()) } else { Err(seen) }
+    })
+    .await;
+    let seen = house.subscription(&orders).await.ok().body;
+    assert_eq!((&seen["state"], &seen["lost_at"]), (&json!("active"), &Value::Null), "{seen}");
+    let backfill = house.page(&format!("/v1/subscriptions/{orders}/backfill")).await;
+    assert_eq!(backfill.refusal(404), "backfill_not_found");
+
+    // From then on it is looked for, also while another wish waits to be declared.
+    house.broker.down();
+    house.register(&orders, &wish(&["user.created"], &["city", "address"])).await.refusal(503);
+    admin.delete_exchange(&format!("{orders}.fields")).await;
+    house.broker.up();
+    house.comes_to_be(&orders, "queue_lost").await;
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
 /// To register while the broker is away is not to have seen the queue.
 #[sqlx::test]
 async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_somebody_registered_again(db: PgPool) {
