@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Error, Status,
+    Error, Status, Waiting,
     desk::{Desk, Look},
     model::Registered,
     registrar::Registrar,
@@ -57,6 +57,8 @@ struct Memory {
     idle: HashSet<SubscriptionName>,
     /// Told not to be declared already.
     refused: HashSet<SubscriptionName>,
+    /// Told already that they have expired and cannot be deleted.
+    kept: HashSet<SubscriptionName>,
     broker_is_away: bool,
     count: u32,
 }
@@ -211,25 +213,44 @@ impl Watch {
         }
     }
 
-    async fn expire(&self, line: &mut Line, rows: &[(Registered, Option<Look>)]) -> Result<(), Error> {
+    async fn expire(&mut self, line: &mut Line, rows: &[(Registered, Option<Look>)]) -> Result<(), Error> {
         for (row, _) in rows.iter().filter(|(row, _)| row.expires_at().is_some_and(|at| at <= row.as_of)) {
-            let deleted = match self.registrar.expire(line, row.name()).await {
-                Err(Error::Busy) => None,
-                outcome => outcome?,
-            };
-            if let Some(lost) = deleted {
-                tracing::warn!(
-                    subscription = %row.name(),
-                    owner = row.registration.owner,
-                    ready = lost.ready,
-                    retrying = lost.retrying,
-                    dead_letters = lost.dead_letters,
-                    "expired: deleted, as nobody listened and its owner asked for it"
-                );
-            }
+            self.expire_one(line, row).await?;
         }
         Ok(())
     }
+
+    /// One that cannot be deleted does not keep the others from it.
+    async fn expire_one(&mut self, line: &mut Line, row: &Registered) -> Result<(), Error> {
+        let name = row.name();
+        match self.registrar.expire(line, name).await {
+            Ok(deleted) => {
+                self.memory.kept.remove(name);
+                deleted.iter().for_each(|lost| tell_expired(row, lost));
+                Ok(())
+            }
+            Err(Error::Busy) => Ok(()),
+            Err(Error::Broker(trouble)) if !trouble.is_away() => {
+                if self.memory.kept.insert(name.clone()) {
+                    let trouble = anyhow::Error::from(trouble);
+                    tracing::warn!(subscription = %name, "has expired and cannot be deleted: {}", with_causes(&trouble));
+                }
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn tell_expired(row: &Registered, lost: &Waiting) {
+    tracing::warn!(
+        subscription = %row.name(),
+        owner = row.registration.owner,
+        ready = lost.ready,
+        retrying = lost.retrying,
+        dead_letters = lost.dead_letters,
+        "expired: deleted, as nobody listened and its owner asked for it"
+    );
 }
 
 fn tell_expiry(row: &Registered, told_before: Option<OffsetDateTime>) {

@@ -697,6 +697,38 @@ async fn a_name_that_somebody_holds_alone_keeps_the_watch_from_nobody_else(db: P
     }
 }
 
+/// Nor when its time has come, and the broker does not let it be deleted.
+#[sqlx::test]
+async fn one_that_expires_and_cannot_be_deleted_keeps_the_watch_from_nobody_else(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, held, later, orders) = (Admin::new().await, unique("held"), unique("later"), unique("orders"));
+    let alone = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    admin.channel().await.queue_declare(held.as_str().into(), alone, FieldTable::default()).await.unwrap();
+    house.has_registered(&held, 0).await;
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    house.register(&later, &wish(&["user.created"], &[])).await.ok();
+    let expires = "update subscriptions set expires_after_s = 2 where name = any($1)";
+    sqlx::query(expires).bind([&held, &later].map(String::as_str)).execute(&house.db).await.unwrap();
+    eventually("the other to expire", async || {
+        let seen = house.subscription(&later).await;
+        if seen.status == 404 { Ok(()) } else { Err(seen) }
+    })
+    .await;
+    house.logs(&["WARN", &held, "has expired and cannot be deleted", "other properties"]).await;
+    house.looks_again().await;
+    let ready = format!("tidings_subscription_ready{{subscription=\"{orders}\"}}");
+    assert_eq!((house.metric("tidings_subscriptions_watching").await, house.metric(&ready).await), (1.0, 0.0));
+    let log = house.service.log();
+    assert_eq!(log.matches("has expired and cannot be deleted").count(), 1, "{log}");
+    admin.delete_queue(&held).await;
+    eventually("it to expire too", async || {
+        let seen = house.subscription(&held).await;
+        if seen.status == 404 { Ok(()) } else { Err(seen) }
+    })
+    .await;
+    house.unsubscribe(&orders, "").await.ok();
+}
+
 /// What was never at the broker cannot have been deleted there: nothing is told anew for it.
 #[sqlx::test]
 async fn a_first_field_that_was_registered_without_a_broker_is_no_loss(db: PgPool) {
