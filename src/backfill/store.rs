@@ -52,7 +52,7 @@ returning id
 const COUNT_LIMIT: i64 = 100_000;
 
 pub const FIND: &str = "
-select id, state, waiting_for, rate_per_s, max_waiting, changed_since, sent, skipped, total, total_is_estimate, started_at, finished_at
+select id, state, case when state = 'running' then waiting_for end as waiting_for, rate_per_s, max_waiting, changed_since, sent, skipped, total, total_is_estimate, started_at, finished_at
   from backfills
  where subscription = $1
 ";
@@ -61,7 +61,8 @@ select id, state, waiting_for, rate_per_s, max_waiting, changed_since, sent, ski
 pub const TURN: &str = "
 update backfills
    set state = $3,
-       waiting_for = null,
+       -- Who walks has told it, and tells it anew only when it is another thing: also when he heard nothing of a pause that was short.
+       waiting_for = case when $3 <> 'cancelled' then waiting_for end,
        rate_per_s = coalesce($4, rate_per_s),
        finished_at = case when $3 = 'cancelled' then coalesce(finished_at, now()) end,
        updated_at = now()

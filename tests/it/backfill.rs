@@ -412,6 +412,26 @@ async fn what_it_waits_for_is_told_when_it_is_another_thing(db: PgPool) {
     }
 }
 
+/// Whatever it is told meanwhile: another rate, or a pause so short that it hears nothing of it.
+#[sqlx::test]
+async fn one_that_waits_says_so_until_it_goes_on(db: PgPool) {
+    let house = House::open(db).await;
+    users(&house, 100).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    start(&house, &orders, json!({ "users": "all", "max_waiting": 10 })).await.ok();
+    await_wait(&house, &orders, "room").await;
+    act(&house, &orders, "resume?rate_per_s=500").await.ok();
+    assert_eq!(await_wait(&house, &orders, "room").await["rate_per_s"], 500);
+    let paused = act(&house, &orders, "pause").await.ok().body;
+    assert_eq!((&paused["state"], &paused["waiting_for"]), (&json!("paused"), &Value::Null));
+    act(&house, &orders, "resume").await.ok();
+    await_wait(&house, &orders, "room").await;
+    let _consumer = Consumer::of(&orders).await;
+    let done = await_state(&house, &orders, "done").await;
+    assert_eq!((&done["sent"], &done["waiting_for"]), (&json!(100), &Value::Null));
+    orders.end().await;
+}
+
 /// A queue that loses its binding would swallow everything.
 #[sqlx::test]
 async fn what_does_not_arrive_does_not_count_as_told(db: PgPool) {
