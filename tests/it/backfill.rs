@@ -282,9 +282,11 @@ async fn it_can_be_paused_resumed_faster_and_cancelled(db: PgPool) {
         waiting => Ok(waiting),
     })
     .await;
+    let began = Instant::now();
     let cancelled = act(&house, &orders, "cancel").await.ok().body;
     assert_eq!((&cancelled["state"], cancelled["finished_at"].is_string()), (&json!("cancelled"), true));
     stopped(&house).await;
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
     let sent = show(&house, &orders).await["sent"].clone();
     assert_eq!(sent, orders.waiting().await);
     for action in ["pause", "resume"] {

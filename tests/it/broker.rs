@@ -400,9 +400,11 @@ async fn a_queue_that_is_silent_is_owned_up_to_until_it_answers(db: PgPool) {
     let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
     load::ready(&house).await;
     silence(orders.name.queue(), true).await;
+    let began = Instant::now();
     let ana = house.user(json!({})).await;
     let reason = load::degraded(&house).await;
     assert!(reason.contains("confirms nothing"), "{reason}");
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
     assert_eq!(house.metric(r#"tidings_relay_stalled{reason="unconfirmed"}"#).await, 1.0);
     silence(orders.name.queue(), false).await;
     load::ready(&house).await;

@@ -70,9 +70,14 @@ impl House {
         .await
     }
 
-    /// Waits until the watch has looked twice more: the second look began after this was asked.
+    /// Waits until the watch has looked once more, beginning after this was asked.
     async fn looks_again(&self) {
-        for _ in 0..2 {
+        self.looks(1).await;
+    }
+
+    /// The same for so many looks; one that was under way is not counted.
+    async fn looks(&self, count: u32) {
+        for _ in 0..=count {
             let looked_at = async || -> Option<OffsetDateTime> {
                 let when = "select looked_at from subscriptions_looked_at";
                 sqlx::query_scalar(when).fetch_optional(&self.db).await.unwrap()
@@ -512,6 +517,9 @@ async fn a_queue_of_what_failed_is_not_declared_again_in_silence(db: PgPool) {
     assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null, "what it lost is in no notice");
     let retry = format!("{orders}.retry.600000");
     admin.delete_queue(&retry).await;
+    house.looks(6).await;
+    let lost = house.subscription(&orders).await.body;
+    assert!(lost["lost_at"].is_string(), "not noticed in six looks: {lost}");
     house.logs(&["WARN", &retry, "a part of it was deleted"]).await;
     house.comes_to_be(&orders, "queue_lost").await;
     admin.hears_of(&orders, &[(ana, 1)]).await;
