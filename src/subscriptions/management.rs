@@ -8,7 +8,7 @@ use std::{collections::HashMap, time::Duration};
 use anyhow::{Context, ensure};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, body::Bytes, header::AUTHORIZATION};
+use hyper::{Request, StatusCode, body::Bytes, header::AUTHORIZATION};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
@@ -36,13 +36,13 @@ pub struct Management {
     exchange: String,
 }
 
-/// What the API tells of all queues that hear us.
+/// What the API tells of all queues.
 #[derive(Debug, Clone, Default)]
-pub struct Queues {
-    by_name: HashMap<String, Queue>,
-    /// Ways from our exchange to queues.
-    bindings: HashMap<String, u32>,
-}
+pub struct Queues(HashMap<String, Queue>);
+
+/// How many ways lead from our exchange to each queue that hears it.
+#[derive(Debug, Clone, Default)]
+pub struct Ways(HashMap<String, u32>);
 
 /// What the API tells of a queue: little of a new one, and of any where the broker is told to gather no metrics.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
@@ -81,6 +81,7 @@ struct NamedQueue {
 
 #[derive(Deserialize)]
 struct Binding {
+    source: String,
     destination: String,
     destination_type: String,
 }
@@ -109,43 +110,38 @@ impl Management {
         is_overheard(&self.url)
     }
 
-    /// All queues that hear us; `None` when the API does not tell, which the log says.
+    /// One queue; `None` when there is no such queue, or the API does not tell, which the log says.
+    pub async fn queue(&self, name: &SubscriptionName) -> Option<Queue> {
+        told(self.ask(self.queues_path(&[name.queue()]))).await.flatten()
+    }
+
+    /// All queues; `None` when the API does not tell, which the log says.
     pub async fn queues(&self) -> Option<Queues> {
-        let (queues, bindings) = tokio::join!(self.all_queues(), self.bindings());
-        match (queues, bindings) {
-            (Ok(by_name), Ok(bindings)) => Some(Queues { by_name, bindings }),
-            (Err(error), _) | (_, Err(error)) => {
-                tracing::warn!("the broker's management API does not answer: {}", with_causes(&error));
-                None
-            }
-        }
+        told(self.all_queues()).await
     }
 
-    async fn all_queues(&self) -> anyhow::Result<HashMap<String, Queue>> {
+    /// The ways from our exchange; `None` when the API does not tell, which the log says.
+    pub async fn ways(&self) -> Option<Ways> {
+        told(self.all_ways()).await
+    }
+
+    async fn all_queues(&self) -> anyhow::Result<Queues> {
+        let queues: Vec<NamedQueue> = self.ask_for_all(self.queues_path(&[])).await?;
+        Ok(Queues(queues.into_iter().map(|named| (named.name, named.queue)).collect()))
+    }
+
+    /// All bindings are asked for at once: exchange by exchange the answers would be of different moments, and long in coming.
+    async fn all_ways(&self) -> anyhow::Result<Ways> {
+        let mut url = self.path(&["bindings", &self.vhost]);
+        url.query_pairs_mut().append_pair("columns", "source,destination,destination_type");
+        Ok(ways(&self.exchange, &self.ask_for_all(url).await?))
+    }
+
+    fn queues_path(&self, steps: &[&str]) -> Url {
         const COLUMNS: &str = "name,messages_ready,messages_unacknowledged,consumers,head_message_timestamp";
-        let mut url = self.path(&["queues", &self.vhost]);
+        let mut url = self.path(&[&["queues", self.vhost.as_str()], steps].concat());
         url.query_pairs_mut().append_pair("columns", COLUMNS);
-        let queues: Vec<NamedQueue> = self.ask(url).await?;
-        Ok(queues.into_iter().map(|named| (named.name, named.queue)).collect())
-    }
-
-    /// From our exchange, and from exchanges bound behind it: how many ways lead to each queue.
-    async fn bindings(&self) -> anyhow::Result<HashMap<String, u32>> {
-        let mut ways = HashMap::new();
-        let mut exchanges = vec![self.exchange.clone()];
-        let mut next = 0;
-        while let Some(exchange) = exchanges.get(next).cloned() {
-            next += 1;
-            let url = self.path(&["exchanges", &self.vhost, &exchange, "bindings", "source"]);
-            for binding in self.ask::<Vec<Binding>>(url).await? {
-                if binding.destination_type == "queue" {
-                    *ways.entry(binding.destination).or_default() += 1;
-                } else if !exchanges.contains(&binding.destination) {
-                    exchanges.push(binding.destination);
-                }
-            }
-        }
-        Ok(ways)
+        url
     }
 
     fn path(&self, steps: &[&str]) -> Url {
@@ -154,35 +150,68 @@ impl Management {
         url
     }
 
-    async fn ask<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<T> {
-        timeout(DEADLINE, self.exchange(url)).await.map_err(|_| anyhow::anyhow!("no answer within {DEADLINE:?}"))?
+    async fn ask_for_all<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<Vec<T>> {
+        self.ask(url).await?.context("it knows of no such virtual host")
     }
 
-    async fn exchange<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<T> {
+    /// `None` when there is no such thing.
+    async fn ask<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<Option<T>> {
         let request = Request::get(url.as_str()).header(AUTHORIZATION, self.login.expose_secret());
         let request = request.body(Empty::new()).map_err(|_| anyhow::anyhow!("its login cannot be written"))?;
         let response = self.http.request(request).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
         ensure!(response.status().is_success(), "it answers {}", response.status());
         let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
         let body = body.map_err(|_| anyhow::anyhow!("its answer broke off"))?.to_bytes();
-        serde_json::from_slice(&body).ok().context("its answer cannot be read")
+        serde_json::from_slice(&body).map(Some).ok().context("its answer cannot be read")
     }
+}
+
+/// From an exchange, and from exchanges bound behind it.
+fn ways(exchange: &str, bindings: &[Binding]) -> Ways {
+    let mut from: HashMap<&str, Vec<&Binding>> = HashMap::new();
+    for binding in bindings {
+        from.entry(&binding.source).or_default().push(binding);
+    }
+    let (mut ways, mut next) = (HashMap::new(), vec![exchange]);
+    while let Some(exchange) = next.pop() {
+        // Taken out: an exchange that several ways lead to is gone through once.
+        for binding in from.remove(exchange).unwrap_or_default() {
+            if binding.destination_type == "queue" {
+                *ways.entry(binding.destination.clone()).or_default() += 1;
+            } else {
+                next.push(&binding.destination);
+            }
+        }
+    }
+    Ways(ways)
+}
+
+/// Within the deadline.
+async fn told<T>(answer: impl Future<Output = anyhow::Result<T>>) -> Option<T> {
+    let late = |_| Err(anyhow::anyhow!("no answer within {DEADLINE:?}"));
+    let answer = timeout(DEADLINE, answer).await.unwrap_or_else(late);
+    answer
+        .inspect_err(|error| tracing::warn!("the broker's management API does not answer: {}", with_causes(error)))
+        .ok()
 }
 
 impl Queues {
     pub fn get(&self, name: &SubscriptionName) -> Option<&Queue> {
-        self.by_name.get(name.queue())
+        self.0.get(name.queue())
     }
 
-    /// Queues that hear us and are none of these.
-    pub fn unregistered(&self, registered: &[Registered]) -> Vec<Unregistered> {
+    /// Queues to which `ways` lead and that are none of these.
+    pub fn unregistered(&self, ways: &Ways, registered: &[Registered]) -> Vec<Unregistered> {
         let is_registered = |queue: &str| registered.iter().any(|row| row.name().queue() == queue);
-        let mut found: Vec<Unregistered> = self
-            .bindings
+        let mut found: Vec<Unregistered> = ways
+            .0
             .iter()
             .filter(|(queue, _)| !is_registered(queue))
             .map(|(queue, bindings)| {
-                let Queue { ready, consumers, .. } = self.by_name.get(queue).copied().unwrap_or_default();
+                let Queue { ready, consumers, .. } = self.0.get(queue).copied().unwrap_or_default();
                 Unregistered { queue: queue.clone(), ready, consumers, bindings: *bindings }
             })
             .collect();
@@ -204,12 +233,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_queue_is_found_by_every_way_and_also_where_exchanges_go_round_in_circles() {
+        let binding = |(source, destination_type, destination): (&str, &str, &str)| Binding {
+            source: source.to_owned(),
+            destination: destination.to_owned(),
+            destination_type: destination_type.to_owned(),
+        };
+        let bindings = [
+            ("ours", "queue", "orders"),
+            ("ours", "queue", "orders"),
+            ("ours", "exchange", "one"),
+            ("ours", "exchange", "other"),
+            ("one", "exchange", "other"),
+            ("other", "exchange", "one"),
+            ("other", "queue", "billing"),
+            ("theirs", "exchange", "ours"),
+            ("theirs", "queue", "orders"),
+        ];
+        let Ways(found) = ways("ours", &bindings.map(binding));
+        assert_eq!(found, [("orders".to_owned(), 2), ("billing".to_owned(), 1)].into());
+    }
+
+    #[test]
     fn what_the_broker_does_not_tell_is_not_zero() {
         let told = json!([{ "name": "new" }, { "name": "old", "messages_ready": 0, "consumers": 2, "head_message_timestamp": "" }]);
         let told: Vec<NamedQueue> = serde_json::from_value(told).unwrap();
-        let by_name = told.into_iter().map(|named| (named.name, named.queue)).collect();
-        let bindings = ["new", "old"].map(|queue| (queue.to_owned(), 1)).into();
-        let figures = Queues { by_name, bindings }.unregistered(&[]);
+        let queues = Queues(told.into_iter().map(|named| (named.name, named.queue)).collect());
+        let ways = Ways(["new", "old"].map(|queue| (queue.to_owned(), 1)).into());
+        let figures = queues.unregistered(&ways, &[]);
         let figures: Vec<_> = figures.iter().map(|found| (found.ready, found.consumers)).collect();
         assert_eq!(figures, [(None, None), (Some(0), Some(2))]);
     }

@@ -230,13 +230,8 @@ impl Subscriptions {
     /// All that is known of one subscription.
     pub async fn view(&self, name: &SubscriptionName) -> Result<View, Error> {
         let row = self.get(name).await?.ok_or(Error::NotFound)?;
-        let (looks, queues) = tokio::join!(self.look(std::slice::from_ref(&row)), self.queues());
-        Ok(View::of(
-            &row,
-            self.idle_after,
-            looks.first().copied().flatten(),
-            queues.as_ref().and_then(|found| found.get(name)),
-        ))
+        let (looks, told) = tokio::join!(self.look(std::slice::from_ref(&row)), self.queue(name));
+        Ok(View::of(&row, self.idle_after, looks.first().copied().flatten(), told.as_ref()))
     }
 
     /// All that is known of the subscriptions that somebody looks after; for an operator also of queues that nobody registered.
@@ -245,13 +240,13 @@ impl Subscriptions {
         if let Asker::Client(client) = by {
             rows.retain(|row| row.registration.client.as_ref() == Some(client));
         }
-        let (looks, queues) = tokio::join!(self.look(&rows), self.queues());
+        let (looks, queues, ways) = tokio::join!(self.look(&rows), self.queues(), self.ways(by));
         let view = |(place, row): (usize, &Registered)| {
             let told = queues.as_ref().and_then(|found| found.get(row.name()));
             View::of(row, self.idle_after, looks.get(place).copied().flatten(), told)
         };
         let subscriptions = rows.iter().enumerate().map(view).collect();
-        let unregistered = queues.filter(|_| *by == Asker::Operator).map(|found| found.unregistered(&rows));
+        let unregistered = queues.zip(ways).map(|(queues, ways)| queues.unregistered(&ways, &rows));
         Ok(Listing { subscriptions, unregistered })
     }
 
@@ -266,8 +261,18 @@ impl Subscriptions {
         timeout(LOOK, registrar.desk().look_at_all(&names)).await.ok().and_then(Result::ok).unwrap_or_default()
     }
 
+    async fn queue(&self, name: &SubscriptionName) -> Option<management::Queue> {
+        self.management.as_ref()?.queue(name).await
+    }
+
     async fn queues(&self) -> Option<management::Queues> {
         self.management.as_ref()?.queues().await
+    }
+
+    /// For an operator alone: a client is not told of queues that are not its own.
+    async fn ways(&self, by: &Asker) -> Option<management::Ways> {
+        let management = self.management.as_ref().filter(|_| *by == Asker::Operator)?;
+        management.ways().await
     }
 
     fn admit(&self, name: SubscriptionName, wish: Wish, by: &Asker) -> Result<Registration, Error> {

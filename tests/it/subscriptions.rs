@@ -1,5 +1,12 @@
 //! Subscriptions: who registers misses nothing, and nothing goes that somebody may still want.
 
+use std::{
+    collections::BTreeSet,
+    future::IntoFuture,
+    sync::{Arc, Mutex},
+};
+
+use axum::{Router, extract::Request};
 use futures_util::{StreamExt, future::join_all};
 use lapin::{
     Channel, Connection, Consumer,
@@ -17,10 +24,11 @@ use tidings_sdk::{
     topology::{self, Depth, RETRY_DELAYS},
 };
 use time::OffsetDateTime;
-use tokio::time::timeout;
+use tokio::{net::TcpListener, time::timeout};
 use uuid::Uuid;
 
 use crate::{
+    clients::client,
     house::{self, Answer, House, PATIENCE, Service, database_url, env, eventually, tidings},
     hurt::HurtBroker,
 };
@@ -1032,6 +1040,46 @@ async fn queues_that_nobody_registered_are_told_with_the_management_api(db: PgPo
     .await;
     topology::delete(&channel, &subscription.name, &RETRY_DELAYS).await.unwrap();
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// Stands in for the management API; its URL, and what it was asked.
+async fn management() -> (String, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::<Mutex<Vec<String>>>::default();
+    let answer = {
+        let asked = Arc::clone(&asked);
+        async move |request: Request| {
+            let path = request.uri().path().to_owned();
+            let is_of_one = path.starts_with("/api/queues/%2f/") || path.starts_with("/api/queues/%2F/");
+            asked.lock().unwrap().push(path);
+            if is_of_one { json!({ "messages_unacknowledged": 7 }) } else { json!([]) }.to_string()
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://guest:guest@{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    (url, asked)
+}
+
+/// A broker with thousands of queues is not asked for all of them because of one.
+#[sqlx::test]
+async fn the_management_api_is_asked_for_no_more_than_is_told(db: PgPool) {
+    let (api, asked) = management().await;
+    let house = House::with(db, &[("TIDINGS_RABBITMQ_MANAGEMENT_URL", &api), SELDOM]).await;
+    let orders = unique("orders");
+    let was_asked = || -> Vec<String> {
+        let asked: BTreeSet<String> = asked.lock().unwrap().drain(..).collect();
+        asked.into_iter().map(|path| path.replace("%2f", "/").replace("%2F", "/")).collect()
+    };
+    house.register(&orders, &wish(&["user.deleted"], &["city"])).await.ok();
+    assert_eq!(was_asked(), [format!("/api/queues///{orders}")]);
+    let seen = house.subscription(&orders).await.ok().body;
+    assert_eq!((&seen["queue"]["unacknowledged"], was_asked()), (&json!(7), vec![format!("/api/queues///{orders}")]));
+    let listed = house.page("/v1/subscriptions").await.ok().body;
+    assert_eq!((&listed["unregistered"], was_asked().len()), (&json!([]), 2), "all queues, and all bindings");
+    let key = client(&house, "create crm --scope subscriptions").await;
+    let listed = Answer::to(house::http_with(&key).get(format!("{}/v1/subscriptions", house.service.url))).await.ok();
+    assert_eq!((&listed.body["unregistered"], was_asked()), (&Value::Null, vec!["/api/queues//".to_owned()]));
+    house.unsubscribe(&orders, "").await.ok();
 }
 
 #[sqlx::test]
