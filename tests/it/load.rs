@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use reqwest::Client;
@@ -32,11 +32,27 @@ impl Refused {
     }
 }
 
+/// The longest that a request took.
+#[derive(Clone, Default)]
+pub struct Slowest(Arc<Mutex<Duration>>);
+
+impl Slowest {
+    pub fn so_far(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+
+    fn took(&self, time: Duration) {
+        let mut slowest = self.0.lock().unwrap();
+        *slowest = time.max(*slowest);
+    }
+}
+
 /// Clients that amend users, each one change after the other.
 pub struct Load {
     answered: Arc<Mutex<Vec<Change>>>,
     refused: Refused,
     failed: Arc<AtomicUsize>,
+    slowest: Slowest,
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
 }
@@ -50,7 +66,7 @@ impl Load {
     pub fn at(url: &str, users: &[Uuid], clients: usize) -> Self {
         let http = house::http();
         let (answered, failed, over) = (Arc::default(), Arc::default(), Arc::default());
-        let refused = Refused::default();
+        let (refused, slowest) = (Refused::default(), Slowest::default());
         let clients = (0..clients)
             .map(|place| {
                 let client = Amending {
@@ -60,12 +76,13 @@ impl Load {
                     answered: Arc::clone(&answered),
                     refused: refused.clone(),
                     failed: Arc::clone(&failed),
+                    slowest: slowest.clone(),
                     over: Arc::clone(&over),
                 };
                 tokio::spawn(client.run(place))
             })
             .collect();
-        Self { answered, refused, failed, over, clients }
+        Self { answered, refused, failed, slowest, over, clients }
     }
 
     /// Waits until this many more changes were answered.
@@ -81,6 +98,10 @@ impl Load {
 
     pub fn refused(&self) -> Refused {
         self.refused.clone()
+    }
+
+    pub fn slowest(&self) -> Slowest {
+        self.slowest.clone()
     }
 
     /// Ends the load, of which every request must have been answered 2xx; the changes.
@@ -108,6 +129,7 @@ struct Amending {
     answered: Arc<Mutex<Vec<Change>>>,
     refused: Refused,
     failed: Arc<AtomicUsize>,
+    slowest: Slowest,
     over: Arc<AtomicBool>,
 }
 
@@ -117,7 +139,10 @@ impl Amending {
         while !self.over.load(Ordering::Relaxed) {
             let user = self.users[turn % self.users.len()];
             turn += 1;
-            match self.amend(user).await {
+            let began = Instant::now();
+            let version = self.amend(user).await;
+            self.slowest.took(began.elapsed());
+            match version {
                 Some(version) => self.answered.lock().unwrap().push((user, version)),
                 // Nobody is there to answer: do not knock without a pause.
                 None => {
