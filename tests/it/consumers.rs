@@ -424,12 +424,20 @@ async fn asks_until_it_sees(db: PgPool, language: Language) {
     is_read(&house, 503).await;
     house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
     assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
-    // An owner that cannot be reached is no reason to give up either.
+    assert!(!consumer.log().contains("cannot be asked"), "to be ahead is no outage: {}", consumer.log());
+    // An owner that cannot be reached is no reason to give up either, and none to be silent.
     consumer.owner.down();
     house.amend(&ana, json!({ "city": "Bern" })).await.ok();
     house.settle().await;
+    consumer.complains("the owner cannot be asked: ").await;
     consumer.owner.up();
     assert_eq!(consumer.next().await, line("profile.updated", &ana, 3, json!({ "city": "Bern" })));
+    // Nor is one that says itself that it is away.
+    house.postgres.down();
+    consumer.backfill(ana, 3).await;
+    consumer.complains("the owner cannot be asked: 503").await;
+    house.postgres.up();
+    assert_eq!(consumer.next().await, line("user.created", &ana, 3, json!({ "city": "Bern" })));
     assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
     consumer.end().await;
 }
@@ -587,6 +595,13 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
     consumer.restart(&[("TIDINGS_API_KEY_FILE", key.to_str().unwrap())]).await;
     let ana = house.user(json!({})).await;
     assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    // A file that is not there is in the middle of being replaced.
+    fs::remove_file(&key).unwrap();
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    consumer.complains("the owner cannot be asked: ").await;
+    fs::write(&key, &first).unwrap();
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Oslo" })));
+
     revoke(&house, "badges", &first).await;
     house.amend(&ana, json!({ "city": "Riga" })).await.ok();
     consumer.complains("the owner refuses the key: 401").await;
@@ -595,7 +610,7 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
     consumer.complains("the owner refuses the key: 403").await;
     let seeing = client(&house, "create badges.reader --scope users:read").await;
     fs::write(&key, format!("{seeing}\n")).unwrap();
-    assert_eq!(consumer.next().await, line("profile.updated", &ana, 2, json!({ "city": "Riga" })));
+    assert_eq!(consumer.next().await, line("profile.updated", &ana, 3, json!({ "city": "Riga" })));
     assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
     let is_silent = |log: &str| [&first, &blind, &seeing].iter().all(|key| !log.contains(&key[21..]));
     assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
@@ -614,11 +629,13 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
 async fn refuses_nonsense(db: PgPool, language: Language) {
     let house = House::open(db).await;
     let mut consumer = Consumer::start(&house, language).await;
-    for nonsense in ["soon", "-1", "NaN"] {
-        consumer.restart(&[("TIDINGS_PATIENCE_S", nonsense)]).await;
+    let no_number = ["soon", "-1", "NaN"].map(|it| ("TIDINGS_PATIENCE_S", it, "is not a number of seconds"));
+    let no_address = ("TIDINGS_URL", "localhost:8080", "does not begin with http:// or https://");
+    for (setting, nonsense, why) in no_number.into_iter().chain([no_address]) {
+        consumer.restart(&[(setting, nonsense)]).await;
         let left = timeout(PATIENCE, consumer.process.wait()).await.expect("it goes on").unwrap();
         assert!(!left.success(), "{}", consumer.log());
-        consumer.complains("TIDINGS_PATIENCE_S is not a number of seconds").await;
+        consumer.complains(&format!("{setting} {why}")).await;
     }
     consumer.end().await;
 }

@@ -89,26 +89,33 @@ func pause(ctx context.Context, atLeast time.Duration) error {
 	}
 }
 
-// What the owner says, asked for as long as it takes.
+// What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
 func fetch(ctx context.Context, path string, found any) error {
 	end := time.Now().Add(patience)
-	told := 0
+	told := map[string]bool{}
+	say := func(text string) {
+		if !told[text] {
+			log.Print(text)
+		}
+		told[text] = true
+	}
 	for {
 		answer, body, err := ask(path)
 		wait := time.Second
-		if err == nil {
+		if err != nil {
+			say("the owner cannot be asked: " + kind(err))
+		} else {
 			switch status := answer.StatusCode; status {
 			case 200, 410:
 				return json.Unmarshal(body, found)
 			case 404: // no deletion: that is 410
 				return setAside("the owner never knew this user")
 			case 401, 403: // nothing is wrong with the message: the key may be about to be replaced
-				if status != told {
-					log.Printf("the owner refuses the key: %d", status)
-				}
-				told = status
+				say(fmt.Sprintf("the owner refuses the key: %d", status))
 			case 408, 429, 502, 503, 504:
-				if strings.Contains(string(body), `"not_yet_visible"`) && time.Now().After(end) {
+				if !strings.Contains(string(body), `"not_yet_visible"`) {
+					say(fmt.Sprintf("the owner cannot be asked: %d", status))
+				} else if time.Now().After(end) {
 					return setAside("the owner shows no state this new")
 				}
 				if seconds, err := strconv.Atoi(answer.Header.Get("Retry-After")); err == nil && seconds > 0 {
@@ -138,9 +145,22 @@ func checkKey() {
 	if _, err := key(); err != nil {
 		log.Fatal(err)
 	}
-	if answer, _, err := ask("/v1/users?limit=1"); err == nil && (answer.StatusCode == 401 || answer.StatusCode == 403) {
+	if answer, _, err := ask("/v1/users?limit=1"); err != nil {
+		log.Print("the owner cannot be asked: " + kind(err))
+	} else if answer.StatusCode == 401 || answer.StatusCode == 403 {
 		log.Fatalf("the owner refuses the key: %d", answer.StatusCode)
 	}
+}
+
+// Without its text, which may quote what came: an errno's own words, and of any other error the type of what is wrapped deepest.
+func kind(err error) string {
+	for errors.Unwrap(err) != nil {
+		err = errors.Unwrap(err)
+	}
+	if errno, isErrno := err.(syscall.Errno); isErrno {
+		return errno.Error()
+	}
+	return fmt.Sprintf("%T", err)
 }
 
 func ask(path string) (*http.Response, []byte, error) {
@@ -394,6 +414,9 @@ func main() {
 	// Looked at here, as the library's own complaint would quote it with the password.
 	if _, err := amqp.ParseURI(amqpURL); err != nil {
 		log.Fatal("AMQP_URL is not the address of a broker")
+	}
+	if !regexp.MustCompile(`^(?i)https?://`).MatchString(owner) {
+		log.Fatal("TIDINGS_URL does not begin with http:// or https://")
 	}
 	if len(keys) == 0 {
 		keys = []string{"#"}

@@ -30,6 +30,7 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
+import java.util.HashSet;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
@@ -108,8 +109,10 @@ public class Consumer {
         CompletableFuture<HttpResponse<String>> answer = HTTP.sendAsync(request, BodyHandlers.ofString());
         try {
             return answer.get(10, TimeUnit.SECONDS);
-        } catch (ExecutionException | TimeoutException failed) {
-            throw new IOException(failed);
+        } catch (ExecutionException failed) {
+            throw new IOException(failed.getCause());
+        } catch (TimeoutException late) {
+            throw new IOException(late);
         } finally {
             answer.cancel(true); // gives up the connection, unless the answer is there
         }
@@ -124,19 +127,25 @@ public class Consumer {
             System.err.println("the owner refuses the key: " + status);
             System.exit(1);
         } catch (IOException outage) {
-            // Whoever it is that is away, the fetches wait for it.
+            System.err.println("the owner cannot be asked: " + kind(outage)); // whatever it is, the fetches wait
         }
     }
 
-    /** What the owner says, asked for as long as it takes. */
+    /** Without its text, which may quote what came. What `ask` wrapped says more. */
+    static String kind(IOException outage) {
+        return (outage.getCause() == null ? outage : outage.getCause()).getClass().getSimpleName();
+    }
+
+    /** What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch. */
     JsonObject fetch(String path) throws InterruptedException, SetAside, Stop {
         long end = System.nanoTime() + PATIENCE.toNanos();
-        int told = 0;
+        Set<String> told = new HashSet<>();
         while (true) {
             HttpResponse<String> answer;
             try {
                 answer = ask(path);
             } catch (IOException outage) {
+                complainOnce(told, "the owner cannot be asked: " + kind(outage));
                 pause(1000);
                 continue;
             }
@@ -144,18 +153,23 @@ public class Consumer {
             if (status == 200 || status == 410) return JSON.fromJson(answer.body(), JsonObject.class);
             if (status == 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
             if (DENIALS.contains(status)) {
-                if (status != told) System.err.println("the owner refuses the key: " + status);
-                told = status;
+                complainOnce(told, "the owner refuses the key: " + status);
                 pause(1000);
                 continue;
             }
             if (!OUTAGES.contains(status)) throw new SetAside("the owner answered " + status);
-            if (answer.body().contains("\"not_yet_visible\"") && System.nanoTime() > end) {
+            if (!answer.body().contains("\"not_yet_visible\"")) {
+                complainOnce(told, "the owner cannot be asked: " + status);
+            } else if (System.nanoTime() > end) {
                 throw new SetAside("the owner shows no state this new");
             }
             String after = answer.headers().firstValue("Retry-After").orElse("");
             pause(after.matches("\\d{1,4}") ? 1000 * Long.parseLong(after) : 1000);
         }
+    }
+
+    static void complainOnce(Set<String> told, String text) {
+        if (told.add(text)) System.err.println(text);
     }
 
     record Notice(String userId, long version) {}
@@ -354,6 +368,7 @@ public class Consumer {
     }
 
     public static void main(String[] keys) throws InterruptedException, IOException {
+        if (!OWNER.matches("(?i)https?://.*")) throw new IllegalStateException("TIDINGS_URL does not begin with http:// or https://");
         checkKey();
         Consumer consumer = new Consumer(keys);
         Thread main = Thread.currentThread();

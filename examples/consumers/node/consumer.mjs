@@ -18,6 +18,7 @@ const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
 for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
   if (!process.env[name]) throw new Error(`${name} is not set`);
 }
+if (!/^https?:\/\//i.test(TIDINGS_URL)) throw new Error("TIDINGS_URL does not begin with http:// or https://");
 if (!/^\d{1,9}(\.\d+)?$/.test(PATIENCE_S)) throw new Error("TIDINGS_PATIENCE_S is not a number of seconds");
 if (!TIDINGS_API_KEY && !TIDINGS_API_KEY_FILE) throw new Error("TIDINGS_API_KEY is not set");
 
@@ -58,33 +59,42 @@ async function askOnce(path) {
 // Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
 async function checkKey() {
   await key(); // here, where it is no outage that there is none
-  const { answer } = await askOnce("/v1/users?limit=1").catch(() => ({}));
+  const { answer } = await askOnce("/v1/users?limit=1").catch((error) => {
+    console.error(`the owner cannot be asked: ${kind(error)}`);
+    return {};
+  });
   if (!DENIALS.includes(answer?.status)) return;
   console.error(`the owner refuses the key: ${answer.status}`);
   process.exit(1);
 }
 
-// What the owner says, asked for as long as it takes.
+// Without its text, which may quote what came. fetch wraps the error that says more; a file's has no name of its own.
+const kind = (error) => error.cause?.code ?? (error.name === "Error" ? error.code : error.name);
+
+// What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
 async function ask(path) {
   const patience = Date.now() + 1000 * PATIENCE_S;
-  let told;
+  const told = new Set();
+  const say = (text) => told.has(text) || (told.add(text) && console.error(text));
   for (;;) {
     let answer, found;
     try {
       ({ answer, found } = await askOnce(path));
-    } catch {
+    } catch (error) {
+      say(`the owner cannot be asked: ${kind(error)}`);
       await pause(1000);
       continue;
     }
     if (answer.status === 200 || answer.status === 410) return JSON.parse(found);
     if (answer.status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
     if (DENIALS.includes(answer.status)) {
-      if (answer.status !== told) console.error(`the owner refuses the key: ${(told = answer.status)}`);
+      say(`the owner refuses the key: ${answer.status}`);
       await pause(1000);
       continue;
     }
     if (!OUTAGES.includes(answer.status)) throw new SetAside(`the owner answered ${answer.status}`);
-    if (found.includes('"not_yet_visible"') && Date.now() > patience) throw new SetAside("the owner shows no state this new");
+    if (!found.includes('"not_yet_visible"')) say(`the owner cannot be asked: ${answer.status}`);
+    else if (Date.now() > patience) throw new SetAside("the owner shows no state this new");
     await pause(1000 * (Number(answer.headers.get("retry-after")) || 1));
   }
 }

@@ -47,6 +47,7 @@ function idOf(AMQPMessage $message): string
 
 define('AMQP_URL', setting('AMQP_URL'));
 define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
+preg_match('~\Ahttps?://~i', OWNER) || throw new RuntimeException('TIDINGS_URL does not begin with http:// or https://');
 define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
 define('QUEUE', setting('TIDINGS_QUEUE'));
 define('MARK', QUEUE . '.resync'); // a queue that is there as long as a resync is owed, whatever becomes of this process
@@ -112,18 +113,24 @@ final class Consumer
         }
     }
 
-    /** Status, body, and the seconds after which to ask again. */
+    /** Status, body, and the seconds after which to ask again. Without an answer the status is 0, and in place of a body is why. */
     private function ask(string $path): array
     {
+        $key = apiKey();
+        if ($key === '') { // moved away, in the middle of being replaced
+            return [0, 'no key', 1];
+        }
         $after = 1;
         $header = function ($http, string $line) use (&$after): int {
             $after = preg_match('/^retry-after: *(\d{1,4})\s*$/i', $line, $found) ? (int) $found[1] : $after;
             return strlen($line);
         };
         curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,
-            CURLOPT_HEADERFUNCTION => $header, CURLOPT_HTTPHEADER => ['Authorization: Bearer ' . apiKey()]]);
+            CURLOPT_HEADERFUNCTION => $header, CURLOPT_HTTPHEADER => ['Authorization: Bearer ' . $key]]);
         $body = curl_exec($this->http);
-        return [$body === false ? 0 : curl_getinfo($this->http, CURLINFO_RESPONSE_CODE), $body, $after];
+        return $body === false
+            ? [0, curl_strerror(curl_errno($this->http)), $after] // curl_error() may quote what came
+            : [curl_getinfo($this->http, CURLINFO_RESPONSE_CODE), $body, $after];
     }
 
     /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
@@ -132,18 +139,25 @@ final class Consumer
         if (apiKey() === '') {
             throw new RuntimeException('there is no key in TIDINGS_API_KEY_FILE');
         }
-        [$status] = $this->ask('/v1/users?limit=1');
+        [$status, $body] = $this->ask('/v1/users?limit=1');
+        if ($status === 0) {
+            fwrite(STDERR, "the owner cannot be asked: $body\n");
+        }
         if (in_array($status, DENIALS, true)) {
             fwrite(STDERR, "the owner refuses the key: $status\n");
             exit(1);
         }
     }
 
-    /** What the owner says, asked for as long as it takes. */
+    /** What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch. */
     private function fetch(string $path): array
     {
         $patience = microtime(true) + PATIENCE_S;
-        $told = null;
+        $told = [];
+        $say = function (string $text) use (&$told): void {
+            isset($told[$text]) || fwrite(STDERR, "$text\n");
+            $told[$text] = true;
+        };
         while (true) {
             [$status, $body, $after] = $this->ask($path);
             if ($status === 200 || $status === 410) {
@@ -154,17 +168,16 @@ final class Consumer
                 throw new SetAside('the owner never knew this user');
             }
             if (in_array($status, DENIALS, true)) {
-                if ($status !== $told) {
-                    fwrite(STDERR, "the owner refuses the key: $status\n");
-                }
-                $told = $status;
+                $say("the owner refuses the key: $status");
                 $this->pause(1);
                 continue;
             }
             if (!in_array($status, OUTAGES, true)) {
                 throw new SetAside("the owner answered $status");
             }
-            if (str_contains((string) $body, '"not_yet_visible"') && microtime(true) > $patience) {
+            if (!str_contains($body, '"not_yet_visible"')) {
+                $say('the owner cannot be asked: ' . ($status ?: $body));
+            } elseif (microtime(true) > $patience) {
                 throw new SetAside('the owner shows no state this new');
             }
             $this->pause($after);

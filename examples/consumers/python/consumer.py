@@ -32,6 +32,8 @@ PATIENCE_S = os.environ.get("TIDINGS_PATIENCE_S", "30")  # for a state that the 
 KEYS = sys.argv[1:] or ["#"]
 if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", PATIENCE_S):
     sys.exit("TIDINGS_PATIENCE_S is not a number of seconds")
+if not re.match("https?://", OWNER, re.IGNORECASE):
+    sys.exit("TIDINGS_URL does not begin with http:// or https://")
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
@@ -60,6 +62,12 @@ def complain(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def complain_once(told, text):
+    if text not in told:
+        complain(text)
+    told.add(text)
+
+
 class Consumer:
     def __init__(self):
         self.seen = Memory()  # message ids
@@ -78,13 +86,14 @@ class Consumer:
             raise Stop
 
     def fetch(self, path):
-        """What the owner says, asked for as long as it takes."""
+        """What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch."""
         patience = time.monotonic() + float(PATIENCE_S)
-        told = None
+        told = set()
         while True:
             try:
                 status, headers, body = ask(path)
-            except (OSError, HTTPException):
+            except (OSError, HTTPException) as error:
+                complain_once(told, f"the owner cannot be asked: {kind(error)}")
                 self.pause(1)
                 continue
             if status in (200, 410):
@@ -92,14 +101,14 @@ class Consumer:
             if status == 404:  # no deletion: that is 410
                 raise SetAside("the owner never knew this user")
             if status in DENIALS:
-                if status != told:
-                    complain(f"the owner refuses the key: {status}")
-                told = status
+                complain_once(told, f"the owner refuses the key: {status}")
                 self.pause(1)
                 continue
             if status not in OUTAGES:
                 raise SetAside(f"the owner answered {status}")
-            if b'"not_yet_visible"' in body and time.monotonic() > patience:
+            if b'"not_yet_visible"' not in body:
+                complain_once(told, f"the owner cannot be asked: {status}")
+            elif time.monotonic() > patience:
                 raise SetAside("the owner shows no state this new")
             after = headers.get("Retry-After", "")
             self.pause(int(after) if after.isdecimal() else 1)
@@ -207,10 +216,16 @@ def check_key():
     key()  # here, where it is no outage that there is none
     try:
         status, _, _ = ask("/v1/users?limit=1")
-    except (OSError, HTTPException):
-        return
+    except (OSError, HTTPException) as error:
+        return complain(f"the owner cannot be asked: {kind(error)}")
     if status in DENIALS:
         sys.exit(f"the owner refuses the key: {status}")
+
+
+def kind(error):
+    """Without its text, which may quote what came. urllib wraps the error that says more."""
+    reason = getattr(error, "reason", None)
+    return type(reason if isinstance(reason, Exception) else error).__name__
 
 
 def ask(path):

@@ -7,6 +7,7 @@
 require "bunny"
 require "json"
 require "net/http"
+require "set"
 
 AMQP_URL = ENV.fetch("AMQP_URL")
 OWNER = URI(ENV.fetch("TIDINGS_URL"))
@@ -16,6 +17,7 @@ MARK = "#{QUEUE}.resync" # a queue that is there as long as a resync is owed, wh
 DECLARE = ENV["TIDINGS_DECLARE"] != "no"
 PATIENCE_S = ENV.fetch("TIDINGS_PATIENCE_S", "30") # for a state that the owner has told of and does not show
 KEYS = ARGV.empty? ? ["#"] : ARGV
+abort "TIDINGS_URL does not begin with http:// or https://" unless OWNER.is_a?(URI::HTTP)
 abort "TIDINGS_PATIENCE_S is not a number of seconds" unless /\A\d{1,9}(\.\d+)?\z/.match?(PATIENCE_S)
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
@@ -67,14 +69,16 @@ end
 def check_key
   code = ask("/v1/users?limit=1").code
   abort "the owner refuses the key: #{code}" if DENIALS.include?(code)
-rescue *NETWORK
+rescue *NETWORK => error
+  warn "the owner cannot be asked: #{error.class}"
   HTTP.finish if HTTP.started?
 end
 
-# What the owner says, asked for as long as it takes.
+# What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
 def fetch(path)
   patience = now + PATIENCE_S.to_f
-  told = nil
+  told = Set.new
+  say = ->(text) { warn text if told.add?(text) }
   loop do
     answer = ask(path)
     found = JSON.parse(answer.body) rescue {}
@@ -82,14 +86,16 @@ def fetch(path)
     when "200", "410" then return found
     when "404" then raise SetAside, "the owner never knew this user" # no deletion: that is 410
     when *DENIALS
-      warn "the owner refuses the key: #{told = answer.code}" if told != answer.code
+      say.("the owner refuses the key: #{answer.code}")
       pause(1)
     when *OUTAGES
+      say.("the owner cannot be asked: #{answer.code}") if found["code"] != "not_yet_visible"
       raise SetAside, "the owner shows no state this new" if found["code"] == "not_yet_visible" && now > patience
       pause(Float(answer["Retry-After"] || 1, exception: false) || 1)
     else raise SetAside, "the owner answered #{answer.code}"
     end
-  rescue *NETWORK
+  rescue *NETWORK => error
+    say.("the owner cannot be asked: #{error.class}") # its text may quote what came
     HTTP.finish if HTTP.started?
     pause(1)
   end
