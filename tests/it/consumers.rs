@@ -11,8 +11,8 @@ use std::{
 };
 
 use lapin::{
-    BasicProperties, Channel, Connection,
-    options::{BasicGetOptions, BasicPublishOptions, QueueDeleteOptions},
+    BasicProperties, Channel, Confirmation, Connection,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use serde_json::{Value, json};
@@ -165,6 +165,8 @@ impl Consumer {
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_QUEUE", name.to_string()),
             ("TIDINGS_PATIENCE_S", "0".to_owned()),
+            // A story that unbinds a queue does not want it bound anew.
+            ("TIDINGS_CHECK_S", "3600".to_owned()),
         ];
         let settings: Vec<_> = settings.map(|(name, value)| (name.to_owned(), value)).into();
         let (process, lines, log) = spawn(language, &settings);
@@ -209,6 +211,32 @@ impl Consumer {
     /// Deletes its queue under it.
     async fn lose_queue(&self) {
         self.channel.queue_delete(self.name.queue().into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+
+    /// Deletes the owner's exchange, and with it every binding to it. Nobody is told.
+    async fn lose_exchange(&self, house: &House) {
+        let exchange = house.exchange.as_str().into();
+        self.channel.exchange_delete(exchange, ExchangeDeleteOptions::default()).await.unwrap();
+    }
+
+    /// Publishes an old notice of this user through the exchange until a queue is bound to take it.
+    async fn is_bound_for(&self, house: &House, user: Uuid) {
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let (event, occurred_at) = (Event::Created, OffsetDateTime::now_utc());
+        let told =
+            Notice { message_id: Uuid::new_v4(), user_id: user, version: 1, event, occurred_at, traceparent: None };
+        let (properties, body) = told.to_message("urn:test");
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        eventually("a binding", async || {
+            let (exchange, key) = (house.exchange.as_str().into(), "user.created".into());
+            let sent = channel.basic_publish(exchange, key, options, &body, properties.clone()).await.unwrap();
+            match sent.await.unwrap() {
+                Confirmation::Ack(None) => Ok(()),
+                _ => Err(self.log()),
+            }
+        })
+        .await;
     }
 
     /// Waits until somebody consumes from its queue.
@@ -533,6 +561,53 @@ async fn heals(db: PgPool, language: Language) {
     consumer.end().await;
 }
 
+/// An exchange that is deleted takes the bindings along, and nobody is told. Who finds none reads everybody once there is one, though its
+/// queue looks as if nothing was missed: at a look while it listens, as the next process, or after its connection was lost. The owner is
+/// kept from the broker meanwhile, as it would make another one soon.
+async fn misses_its_exchange(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.restart(&[("TIDINGS_CHECK_S", "0.2")]).await;
+    consumer.listens().await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("user.created", &ana, 1, json!({})));
+    house.broker.down();
+    consumer.lose_exchange(&house).await;
+    consumer.complains("no exchange").await;
+    consumer.process.kill().await.unwrap();
+    // Told by an exchange to which nobody is bound.
+    house.broker.up();
+    let bo = house.user(json!({})).await;
+    house.settle().await;
+    consumer.restart(&[]).await;
+    for user in [ana, bo] {
+        assert_eq!(consumer.next().await, line("resync", &user, 1, json!({})));
+    }
+    consumer.listens().await;
+
+    house.broker.down();
+    consumer.broker.down();
+    consumer.lose_exchange(&house).await;
+    consumer.broker.up();
+    consumer.complains("no exchange").await;
+    house.broker.up();
+    let cy = house.user(json!({})).await;
+    assert_eq!(consumer.next().await, line("resync", &cy, 1, json!({})));
+    consumer.listens().await;
+
+    // A lost binding cannot be seen. It is made anew with the next look, and no resync is owed.
+    consumer.restart(&[("TIDINGS_CHECK_S", "0.2")]).await;
+    consumer.listens().await;
+    let (queue, exchange) = (consumer.name.queue(), house.exchange.as_str());
+    consumer.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
+    consumer.is_bound_for(&house, ana).await;
+    assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    assert_eq!(consumer.resyncs(), 0, "{}", consumer.log());
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
+    consumer.end().await;
+}
+
 /// Whoever is killed in the middle of a resync leaves a queue that looks as if nothing was missed. The next process reads everybody all
 /// the same; the one after it has no need to.
 async fn resyncs_to_the_end(db: PgPool, language: Language) {
@@ -630,8 +705,9 @@ async fn refuses_nonsense(db: PgPool, language: Language) {
     let house = House::open(db).await;
     let mut consumer = Consumer::start(&house, language).await;
     let no_number = ["soon", "-1", "NaN"].map(|it| ("TIDINGS_PATIENCE_S", it, "is not a number of seconds"));
+    let no_number = no_number.into_iter().chain([("TIDINGS_CHECK_S", "often", "is not a number of seconds")]);
     let no_address = ("TIDINGS_URL", "localhost:8080", "does not begin with http:// or https://");
-    for (setting, nonsense, why) in no_number.into_iter().chain([no_address]) {
+    for (setting, nonsense, why) in no_number.chain([no_address]) {
         consumer.restart(&[(setting, nonsense)]).await;
         let left = timeout(PATIENCE, consumer.process.wait()).await.expect("it goes on").unwrap();
         assert!(!left.success(), "{}", consumer.log());
@@ -801,6 +877,11 @@ macro_rules! stories {
             #[sqlx::test]
             async fn heals(db: PgPool) {
                 super::told(db, $language, super::heals).await;
+            }
+
+            #[sqlx::test]
+            async fn misses_its_exchange(db: PgPool) {
+                super::told(db, $language, super::misses_its_exchange).await;
             }
 
             #[sqlx::test]

@@ -33,6 +33,7 @@ var (
 	mark     = queue + ".resync" // a queue that is there as long as a resync is owed, whatever becomes of this process
 	declares = os.Getenv("TIDINGS_DECLARE") != "no"
 	patience = seconds("TIDINGS_PATIENCE_S", "30") // for a state that the owner has told of and does not show
+	check    = seconds("TIDINGS_CHECK_S", "10")    // from one look whether the exchange is there to the next
 	keys     = os.Args[1:]
 
 	uuid     = regexp.MustCompile(`^(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
@@ -274,6 +275,11 @@ func resync(ctx context.Context) error {
 	}
 }
 
+func isMissing(err error) bool {
+	refusal := (*amqp.Error)(nil)
+	return errors.As(err, &refusal) && refusal.Code == amqp.NotFound
+}
+
 // Whether a queue exists. A channel is spent when the broker says no.
 func isThere(connection *amqp.Connection, name string) (bool, error) {
 	channel, err := connection.Channel()
@@ -282,7 +288,7 @@ func isThere(connection *amqp.Connection, name string) (bool, error) {
 	}
 	defer channel.Close()
 	_, err = channel.QueueDeclarePassive(name, true, false, false, false, nil)
-	if refusal := (*amqp.Error)(nil); errors.As(err, &refusal) && refusal.Code == amqp.NotFound {
+	if isMissing(err) {
 		return false, nil
 	}
 	return err == nil, err
@@ -331,42 +337,62 @@ func deliver(ctx context.Context, message amqp.Delivery) error {
 	}
 }
 
+func owe(connection *amqp.Connection) error {
+	missed = true
+	if !declares {
+		return nil
+	}
+	channel, err := connection.Channel()
+	if err != nil {
+		return err
+	}
+	defer channel.Close()
+	_, err = channel.QueueDeclare(mark, true, false, false, false, amqp.Table{"x-queue-type": "quorum"})
+	return err
+}
+
+// A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed.
+func prepare(connection *amqp.Connection) (*amqp.Channel, error) {
+	there, err := isThere(connection, queue)
+	if err == nil && (missed || !there) {
+		err = owe(connection) // first: the queue without the mark says that nothing was missed
+	}
+	if err != nil {
+		return nil, err
+	}
+	channel, err := connection.Channel()
+	if err == nil && declares {
+		err = declare(channel)
+	}
+	if err == nil {
+		_, err = channel.QueueDeclarePassive(queue, true, false, false, false, nil)
+	}
+	if isMissing(err) { // no exchange
+		if err := owe(connection); err != nil {
+			return nil, err
+		}
+	}
+	return channel, err
+}
+
 func session(ctx context.Context) error {
 	connection, err := amqp.DialConfig(amqpURL, amqp.Config{Heartbeat: 30 * time.Second, Dial: amqp.DefaultDial(10 * time.Second)})
 	if err != nil {
 		return err
 	}
 	defer connection.Close() // gives back what was not acknowledged
-	there, err := isThere(connection, queue)
-	if err != nil {
-		return err
-	}
-	missed = missed || !there
 	if declares && !missed {
 		if missed, err = isThere(connection, mark); err != nil {
 			return err
 		}
 	}
-	channel, err := connection.Channel()
+	channel, err := prepare(connection)
 	if err != nil {
 		return err
 	}
 	// With room for one: a notification that nobody takes would hold up the library.
 	lost, cancelled := channel.NotifyClose(make(chan *amqp.Error, 1)), channel.NotifyCancel(make(chan string, 1))
 	if err := channel.Qos(20, 0, false); err != nil {
-		return err
-	}
-	if declares && missed { // first: the queue without it says that nothing was missed
-		if _, err := channel.QueueDeclare(mark, true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
-			return err
-		}
-	}
-	if declares {
-		if err := declare(channel); err != nil {
-			return err
-		}
-	}
-	if _, err := channel.QueueDeclarePassive(queue, true, false, false, false, nil); err != nil {
 		return err
 	}
 	// After the bindings and before the first message, so that there is no gap between the two.
@@ -386,9 +412,20 @@ func session(ctx context.Context) error {
 		return err
 	}
 	failures = 0
+	look := time.Now().Add(check)
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
+		case <-time.After(time.Until(look)): // nobody tells when the exchange is deleted, and our bindings with it
+			looked, err := prepare(connection)
+			if err != nil {
+				return err
+			}
+			looked.Close()
+			if missed {
+				return errors.New("lost")
+			}
+			look = time.Now().Add(check)
 		case message, open := <-messages:
 			if open {
 				if err := deliver(ctx, message); err != nil {

@@ -57,6 +57,9 @@ public class Consumer {
     // For a state that the owner has told of and does not show.
     static final Duration PATIENCE = Duration.ofMillis((long) (1000 * seconds("TIDINGS_PATIENCE_S", "30")));
 
+    // From one look whether the exchange is there to the next.
+    static final Duration CHECK = Duration.ofMillis((long) (1000 * seconds("TIDINGS_CHECK_S", "10")));
+
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
     static final Set<Integer> OUTAGES = Set.of(408, 429, 502, 503, 504);
@@ -312,28 +315,51 @@ public class Consumer {
         return factory.newConnection(new ListAddressResolver(List.of(new Address(factory.getHost(), factory.getPort()))));
     }
 
+    void owe(Connection connection) throws IOException, TimeoutException {
+        missed = true;
+        if (!DECLARE) return;
+        Channel channel = connection.createChannel();
+        channel.queueDeclare(MARK, true, false, false, Map.of("x-queue-type", "quorum"));
+        channel.close();
+    }
+
+    /** A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed. */
+    Channel prepare(Connection connection) throws IOException, TimeoutException {
+        if (missed || !isThere(connection, QUEUE)) owe(connection); // first: QUEUE without the mark says that nothing was missed
+        Channel channel = connection.createChannel();
+        try {
+            if (DECLARE) declare(channel);
+            channel.queueDeclarePassive(QUEUE);
+        } catch (IOException refused) {
+            if (reason(refused).contains("NOT_FOUND")) owe(connection); // no exchange
+            throw refused;
+        }
+        return channel;
+    }
+
     void session() throws Exception {
         inbox = new LinkedBlockingQueue<>();
         Connection connection = connect();
         try {
-            missed = missed || !isThere(connection, QUEUE) || (DECLARE && isThere(connection, MARK));
-            Channel channel = connection.createChannel();
+            missed = missed || (DECLARE && isThere(connection, MARK));
+            Channel channel = prepare(connection);
             channel.basicQos(20);
-            // First: QUEUE without it says that nothing was missed.
-            if (DECLARE && missed) channel.queueDeclare(MARK, true, false, false, Map.of("x-queue-type", "quorum"));
-            if (DECLARE) declare(channel);
-            channel.queueDeclarePassive(QUEUE);
             // After the bindings and before the first message, so that there is no gap between the two.
             if (missed) resync();
             if (DECLARE && missed) channel.queueDelete(MARK);
             missed = false;
             String tag = channel.basicConsume(QUEUE, false, into(inbox, channel));
             failures = 0;
+            long look = System.nanoTime() + CHECK.toNanos();
             while (stop.getCount() > 0) {
-                Message message = inbox.take();
+                Message message = inbox.poll(look - System.nanoTime(), TimeUnit.NANOSECONDS);
                 missed |= message == CANCELLED;
                 if (message == LOST || message == CANCELLED) throw new IOException(message == LOST ? "lost" : "cancelled");
-                if (message != LEAVE) deliver(channel, message);
+                if (message != null && message != LEAVE) deliver(channel, message);
+                if (System.nanoTime() - look < 0) continue;
+                prepare(connection).close(); // nobody tells when the exchange is deleted, and our bindings with it
+                if (missed) throw new IOException("lost");
+                look = System.nanoTime() + CHECK.toNanos();
             }
             channel.basicCancel(tag);
         } finally {

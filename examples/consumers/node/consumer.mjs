@@ -13,14 +13,20 @@ const { AMQP_URL, TIDINGS_URL, TIDINGS_EXCHANGE: EXCHANGE = "masterdata", TIDING
 const { TIDINGS_API_KEY, TIDINGS_API_KEY_FILE } = process.env;
 const MARK = `${QUEUE}.resync`; // a queue that is there as long as a resync is owed, whatever becomes of this process
 const DECLARE = process.env.TIDINGS_DECLARE !== "no";
-const PATIENCE_S = process.env.TIDINGS_PATIENCE_S ?? "30"; // for a state that the owner has told of and does not show
+const PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30"); // for a state that the owner has told of and does not show
+const CHECK_S = seconds("TIDINGS_CHECK_S", "10"); // from one look whether the exchange is there to the next
 const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
 for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
   if (!process.env[name]) throw new Error(`${name} is not set`);
 }
 if (!/^https?:\/\//i.test(TIDINGS_URL)) throw new Error("TIDINGS_URL does not begin with http:// or https://");
-if (!/^\d{1,9}(\.\d+)?$/.test(PATIENCE_S)) throw new Error("TIDINGS_PATIENCE_S is not a number of seconds");
 if (!TIDINGS_API_KEY && !TIDINGS_API_KEY_FILE) throw new Error("TIDINGS_API_KEY is not set");
+
+function seconds(name, otherwise) {
+  const value = process.env[name] ?? otherwise;
+  if (!/^\d{1,9}(\.\d+)?$/.test(value)) throw new Error(`${name} is not a number of seconds`);
+  return Number(value);
+}
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
@@ -190,20 +196,48 @@ async function deliver(channel, message) {
   channel.ack(message);
 }
 
+async function owe(connection) {
+  missed = true;
+  if (!DECLARE) return;
+  const channel = await connection.createChannel();
+  await channel.assertQueue(MARK, { arguments: { "x-queue-type": "quorum" } });
+  await channel.close();
+}
+
+// A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed.
+async function prepare(connection) {
+  if (missed || !(await isThere(connection, QUEUE))) await owe(connection); // first: QUEUE without the mark says that nothing was missed
+  const channel = await connection.createChannel();
+  channel.on("error", () => {}); // or the whole process ends; the promise below tells the same
+  try {
+    if (DECLARE) await declare(channel);
+    await channel.checkQueue(QUEUE);
+  } catch (error) {
+    if (error.code === 404) await owe(connection); // no exchange
+    throw error;
+  }
+  return channel;
+}
+
+// Nobody tells when the exchange is deleted, and our bindings with it.
+async function watch(connection, signal) {
+  for (;;) {
+    await sleep(1000 * CHECK_S, undefined, { signal });
+    await (await prepare(connection)).close();
+    if (missed) throw new Error("lost");
+  }
+}
+
 async function session(connection) {
   let end;
   const ended = new Promise((resolve, reject) => (end = (error) => (error ? reject(error) : resolve())));
   ended.catch(() => {}); // it may end before anybody waits for it
   connection.on("error", end).on("close", () => end(new Error("connection closed")));
   stop.signal.addEventListener("abort", () => end());
-  missed ||= !(await isThere(connection, QUEUE)) || (DECLARE && (await isThere(connection, MARK)));
-  const channel = await connection.createChannel();
+  missed ||= DECLARE && (await isThere(connection, MARK));
+  const channel = await prepare(connection);
   channel.on("error", end);
   await channel.prefetch(20);
-  // First: QUEUE without it says that nothing was missed.
-  if (DECLARE && missed) await channel.assertQueue(MARK, { arguments: { "x-queue-type": "quorum" } });
-  if (DECLARE) await declare(channel);
-  await channel.checkQueue(QUEUE);
   // After the bindings and before the first message, so that there is no gap between the two.
   if (missed) await resync();
   if (DECLARE && missed) await channel.deleteQueue(MARK);
@@ -215,10 +249,13 @@ async function session(connection) {
     else end(new Error("cancelled"));
   });
   failures = 0;
+  const over = new AbortController();
+  watch(connection, over.signal).catch(end);
   try {
     await ended;
     await channel.cancel(consumerTag);
   } finally {
+    over.abort();
     await work;
   }
   await channel.close(); // first: with its connection a channel ends at once, and the last acknowledgement would be lost

@@ -53,6 +53,7 @@ define('QUEUE', setting('TIDINGS_QUEUE'));
 define('MARK', QUEUE . '.resync'); // a queue that is there as long as a resync is owed, whatever becomes of this process
 define('DECLARES', getenv('TIDINGS_DECLARE') !== 'no');
 define('PATIENCE_S', seconds('TIDINGS_PATIENCE_S', '30')); // for a state that the owner has told of and does not show
+define('CHECK_S', seconds('TIDINGS_CHECK_S', '10')); // from one look whether the exchange is there to the next
 define('KEYS', array_slice($argv, 1) ?: ['#']);
 
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
@@ -307,19 +308,43 @@ final class Consumer
         }
     }
 
+    private function owe(): void
+    {
+        $this->missed = true;
+        if (DECLARES) {
+            $channel = $this->connection->channel();
+            $channel->queue_declare(MARK, durable: true, auto_delete: false, arguments: new AMQPTable(['x-queue-type' => 'quorum']));
+            $channel->close();
+        }
+    }
+
+    /** A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed. */
+    private function prepare(): AMQPChannel
+    {
+        if ($this->missed || !$this->isThere(QUEUE)) {
+            $this->owe(); // first: QUEUE without the mark says that nothing was missed
+        }
+        $channel = $this->connection->channel();
+        try {
+            if (DECLARES) {
+                $this->declare($channel);
+            }
+            $channel->queue_declare(QUEUE, passive: true);
+        } catch (AMQPProtocolChannelException $refusal) {
+            if ($refusal->amqp_reply_code === 404) { // no exchange
+                $this->owe();
+            }
+            throw $refusal;
+        }
+        return $channel;
+    }
+
     private function session(): void
     {
         $this->connection = connect();
-        $this->missed = $this->missed || !$this->isThere(QUEUE) || (DECLARES && $this->isThere(MARK));
-        $channel = $this->connection->channel();
+        $this->missed = $this->missed || (DECLARES && $this->isThere(MARK));
+        $channel = $this->prepare();
         $channel->basic_qos(0, 20, false);
-        if (DECLARES && $this->missed) { // first: QUEUE without it says that nothing was missed
-            $channel->queue_declare(MARK, durable: true, auto_delete: false, arguments: new AMQPTable(['x-queue-type' => 'quorum']));
-        }
-        if (DECLARES) {
-            $this->declare($channel);
-        }
-        $channel->queue_declare(QUEUE, passive: true);
         // After the bindings and before the first message, so that there is no gap between the two.
         if ($this->missed) {
             $this->resync();
@@ -330,6 +355,7 @@ final class Consumer
         $this->missed = false;
         $tag = $channel->basic_consume(QUEUE, callback: fn(AMQPMessage $message) => $this->deliver($message));
         $this->failures = 0;
+        $look = microtime(true) + CHECK_S;
         while (!$this->stopping) {
             try {
                 $channel->wait(timeout: 1); // then it is time to look whether we should leave
@@ -338,6 +364,13 @@ final class Consumer
             } catch (AMQPBasicCancelException $cancelled) { // the queue was deleted
                 $this->missed = true;
                 throw $cancelled;
+            }
+            if (microtime(true) > $look) { // nobody tells when the exchange is deleted, and our bindings with it
+                $this->prepare()->close();
+                if ($this->missed) {
+                    throw new RuntimeException('lost');
+                }
+                $look = microtime(true) + CHECK_S;
             }
         }
         $channel->basic_cancel($tag);

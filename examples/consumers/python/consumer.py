@@ -28,13 +28,20 @@ EXCHANGE = os.environ.get("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = os.environ["TIDINGS_QUEUE"]
 MARK = f"{QUEUE}.resync"  # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = os.environ.get("TIDINGS_DECLARE") != "no"
-PATIENCE_S = os.environ.get("TIDINGS_PATIENCE_S", "30")  # for a state that the owner has told of and does not show
 KEYS = sys.argv[1:] or ["#"]
-if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", PATIENCE_S):
-    sys.exit("TIDINGS_PATIENCE_S is not a number of seconds")
 if not re.match("https?://", OWNER, re.IGNORECASE):
     sys.exit("TIDINGS_URL does not begin with http:// or https://")
 
+
+def seconds(name, otherwise):
+    value = os.environ.get(name, otherwise)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
+        sys.exit(f"{name} is not a number of seconds")
+    return float(value)
+
+
+PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30")  # for a state that the owner has told of and does not show
+CHECK_S = seconds("TIDINGS_CHECK_S", "10")  # from one look whether the exchange is there to the next
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
 OUTAGES = (408, 429, 502, 503, 504)
@@ -87,7 +94,7 @@ class Consumer:
 
     def fetch(self, path):
         """What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch."""
-        patience = time.monotonic() + float(PATIENCE_S)
+        patience = time.monotonic() + PATIENCE_S
         told = set()
         while True:
             try:
@@ -163,24 +170,42 @@ class Consumer:
         else:
             channel.basic_ack(delivery.delivery_tag)
 
+    def prepare(self):
+        """A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed."""
+        if self.missed or not is_there(self.connection, QUEUE):
+            self.owe()  # first: QUEUE without the mark says that nothing was missed
+        channel = self.connection.channel()
+        try:
+            if DECLARE:
+                declare(channel)
+            channel.queue_declare(QUEUE, passive=True)
+        except ChannelClosedByBroker as error:
+            if error.reply_code == 404:  # no exchange
+                self.owe()
+            raise
+        return channel
+
+    def owe(self):
+        self.missed = True
+        if DECLARE:
+            channel = self.connection.channel()
+            channel.queue_declare(MARK, durable=True, arguments={"x-queue-type": "quorum"})
+            channel.close()
+
     def session(self):
         parameters = pika.URLParameters(AMQP_URL)
         parameters.heartbeat = 30  # longer than a fetch may take
         self.connection = pika.BlockingConnection(parameters)
-        self.missed = self.missed or not is_there(self.connection, QUEUE) or (DECLARE and is_there(self.connection, MARK))
-        channel = self.connection.channel()
+        self.missed = self.missed or (DECLARE and is_there(self.connection, MARK))
+        channel = self.prepare()
         channel.basic_qos(prefetch_count=20)
-        if DECLARE and self.missed:
-            channel.queue_declare(MARK, durable=True, arguments={"x-queue-type": "quorum"})  # first: QUEUE without it says that nothing was missed
-        if DECLARE:
-            declare(channel)
-        channel.queue_declare(QUEUE, passive=True)
         # After the bindings and before the first message, so that there is no gap between the two.
         if self.missed:
             self.resync()
         if DECLARE and self.missed:
             channel.queue_delete(MARK)
         self.missed = False
+        look = time.monotonic() + CHECK_S
         # Once a second the loop looks whether it should leave.
         for delivery, properties, body in channel.consume(QUEUE, inactivity_timeout=1):
             self.failures = 0
@@ -188,6 +213,11 @@ class Consumer:
                 return
             if delivery:
                 self.deliver(channel, delivery, properties, body)
+            if time.monotonic() > look:  # nobody tells when the exchange is deleted, and our bindings with it
+                self.prepare().close()
+                look = time.monotonic() + CHECK_S
+                if self.missed:
+                    return
         self.missed = True  # a loop that ends by itself: the queue was deleted
 
     def run(self):

@@ -15,10 +15,16 @@ EXCHANGE = ENV.fetch("TIDINGS_EXCHANGE", "masterdata")
 QUEUE = ENV.fetch("TIDINGS_QUEUE")
 MARK = "#{QUEUE}.resync" # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = ENV["TIDINGS_DECLARE"] != "no"
-PATIENCE_S = ENV.fetch("TIDINGS_PATIENCE_S", "30") # for a state that the owner has told of and does not show
 KEYS = ARGV.empty? ? ["#"] : ARGV
 abort "TIDINGS_URL does not begin with http:// or https://" unless OWNER.is_a?(URI::HTTP)
-abort "TIDINGS_PATIENCE_S is not a number of seconds" unless /\A\d{1,9}(\.\d+)?\z/.match?(PATIENCE_S)
+
+def seconds(name, otherwise)
+  value = ENV.fetch(name, otherwise)
+  /\A\d{1,9}(\.\d+)?\z/.match?(value) ? value.to_f : abort("#{name} is not a number of seconds")
+end
+
+PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30") # for a state that the owner has told of and does not show
+CHECK_S = seconds("TIDINGS_CHECK_S", "10") # from one look whether the exchange is there to the next
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
 DENIALS = %w[401 403] # nothing is wrong with the message: the key may be about to be replaced
@@ -76,7 +82,7 @@ end
 
 # What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
 def fetch(path)
-  patience = now + PATIENCE_S.to_f
+  patience = now + PATIENCE_S
   told = Set.new
   say = ->(text) { warn text if told.add?(text) }
   loop do
@@ -174,6 +180,26 @@ end
 # Everything that happens comes through one inbox, so that nothing interrupts the work: Bunny would raise in the main thread.
 Inbox = Class.new(Queue) { def raise(*) = push(:lost) }
 
+def owe(connection)
+  $missed = true
+  return unless DECLARE
+  channel = connection.create_channel
+  channel.queue(MARK, durable: true, arguments: { "x-queue-type" => "quorum" })
+  channel.close
+end
+
+# A channel, once all is there that a session stands on, and bound. A queue or an exchange that was not there is a resync that is owed.
+def prepare(connection)
+  owe(connection) if $missed || !connection.queue_exists?(QUEUE) # first: QUEUE without the mark says that nothing was missed
+  channel = connection.create_channel
+  declare(channel) if DECLARE
+  channel.queue(QUEUE, passive: true)
+  channel
+rescue Bunny::NotFound # no exchange
+  owe(connection)
+  raise
+end
+
 def session
   inbox = $inbox = Inbox.new
   # Bunny's log goes to stdout by default. Its own recovery would not tell us what was lost meanwhile.
@@ -181,26 +207,30 @@ def session
   connection = Bunny.new(AMQP_URL, heartbeat: 30, connection_timeout: 10, automatically_recover: false, logger: Logger.new(nil),
                                    recover_from_connection_close: false, session_error_handler: inbox, verify_peer: true)
   connection.start
-  $missed ||= !connection.queue_exists?(QUEUE) || (DECLARE && connection.queue_exists?(MARK))
-  channel = connection.create_channel
+  $missed ||= DECLARE && connection.queue_exists?(MARK)
+  channel = prepare(connection)
   channel.prefetch(20)
-  # First: QUEUE without it says that nothing was missed.
-  channel.queue(MARK, durable: true, arguments: { "x-queue-type" => "quorum" }) if DECLARE && $missed
-  declare(channel) if DECLARE
-  queue = channel.queue(QUEUE, passive: true)
   # After the bindings and before the first message, so that there is no gap between the two.
   resync if $missed
   channel.queue_delete(MARK) if DECLARE && $missed
   $missed = false
+  queue = channel.queue(QUEUE, passive: true)
   consumer = queue.subscribe(manual_ack: true, on_cancellation: ->(*) { inbox << :cancelled }) { |*message| inbox << message }
   $failures = 0
+  look = now + CHECK_S
+  clock = Thread.new { loop { sleep CHECK_S; inbox << :look if inbox.empty? } }
   until $stopping || (message = inbox.pop) == :stop
     $missed = true if message == :cancelled # the queue was deleted
-    raise Bunny::Exception, message.to_s if message.is_a?(Symbol)
-    deliver(channel, *message)
+    raise Bunny::Exception, message.to_s if %i[lost cancelled].include?(message)
+    deliver(channel, *message) unless message == :look
+    next unless message == :look || now > look
+    prepare(connection).close # nobody tells when the exchange is deleted, and our bindings with it
+    raise Bunny::Exception, "lost" if $missed
+    look = now + CHECK_S
   end
   consumer.cancel
 ensure
+  clock&.kill
   connection&.close rescue nil # gives back what was not acknowledged
 end
 
