@@ -283,7 +283,8 @@ impl Consumer {
             match ended {
                 Ended::Left => return Ok(()),
                 Ended::Refused(error) if gap == Gap::FirstStart => return Err(error),
-                Ended::QueueLost => gap = Gap::QueueLost,
+                // An exchange may go between the look for it and the declaration; our bindings went with it.
+                Ended::QueueLost | Ended::Refused(StartError::NoExchange(_)) => gap = Gap::QueueLost,
                 Ended::Refused(_) | Ended::Lost(_) => {}
             }
             if began.elapsed() > GOOD_SESSION {
