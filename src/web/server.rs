@@ -51,6 +51,11 @@ const BACKLOG: u32 = 1024;
 /// what comes after them.
 const FINISHING: Duration = Duration::from_secs(DRAIN_BOUND.as_secs() / 2);
 
+/// For what comes while the process starts, until it hears that this takes longer.
+const STARTING: Duration = Duration::from_secs(2);
+/// What is answered at once all the while.
+const PROBES: [&str; 2] = ["/healthz", "/readyz"];
+
 /// Where the connection of a request comes from: the client, or a proxy before it.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub SocketAddr);
@@ -72,17 +77,31 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 pub struct Door {
     meanwhile: TowerToHyperService<Router>,
     app: OnceLock<TowerToHyperService<Router>>,
+    is_open: CancellationToken,
 }
 
 impl Door {
     pub fn new(meanwhile: Router) -> Arc<Self> {
-        Arc::new(Self { meanwhile: TowerToHyperService::new(meanwhile), app: OnceLock::new() })
+        let (app, is_open) = (OnceLock::new(), CancellationToken::new());
+        Arc::new(Self { meanwhile: TowerToHyperService::new(meanwhile), app, is_open })
     }
 
     /// From now on each request meets `app`, also on connections that are there already.
     pub fn open(&self, app: Router) {
         // Once.
         let _ = self.app.set(TowerToHyperService::new(app));
+        self.is_open.cancel();
+    }
+
+    /// Most starts take a moment: what comes meanwhile waits for the app, and hears only then that it is not there. A probe wants to know now.
+    async fn wait(&self, path: &str) {
+        if self.app.get().is_none() && !PROBES.contains(&path) {
+            let _ = timeout(STARTING, self.is_open.cancelled()).await;
+        }
+    }
+
+    fn leads_to(&self) -> &TowerToHyperService<Router> {
+        self.app.get().unwrap_or(&self.meanwhile)
     }
 }
 
@@ -208,9 +227,10 @@ impl Service<Request<Incoming>> for AtPeer {
             // The connection ends, and this with it.
             return Box::pin(std::future::pending());
         };
-        let answer = self.door.app.get().unwrap_or(&self.door.meanwhile).call(request);
+        let door = self.door.clone();
         Box::pin(async move {
-            let answer = answer.await;
+            door.wait(request.uri().path()).await;
+            let answer = door.leads_to().call(request).await;
             drop(at_work);
             answer
         })
@@ -223,5 +243,40 @@ async fn turn_away(mut stream: TcpStream) {
     if stream.write_all(&words).await.is_ok() && stream.shutdown().await.is_ok() {
         let mut unread = [0; 4096];
         while stream.read(&mut unread).await.is_ok_and(|bytes| bytes > 0) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+
+    use super::*;
+    use crate::web::{LimitSettings, Proxies};
+
+    #[tokio::test]
+    async fn what_comes_while_the_process_starts_waits_for_the_app_and_a_probe_does_not() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let limits = LimitSettings { connections: 9, requests: 9, rate: None, proxies: Proxies::default() };
+        let door = Door::new(Router::new().route("/healthz", get("alive")).fallback("not yet"));
+        let serving = tokio::spawn(serve(listener, door.clone(), Limits::new(limits), stop.clone()));
+        let ask = async |path: &str| {
+            let mut line = TcpStream::connect(address).await.unwrap();
+            let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            line.write_all(head.as_bytes()).await.unwrap();
+            line
+        };
+        let heard = async |mut line: TcpStream| {
+            let mut answer = String::new();
+            line.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let early = ask("/v1/users").await;
+        assert!(heard(ask("/healthz").await).await.ends_with("alive"));
+        door.open(Router::new().fallback("the app"));
+        let answer = heard(early).await;
+        assert!(answer.ends_with("the app"), "{answer}");
+        stop.cancel();
+        serving.await.unwrap();
     }
 }
