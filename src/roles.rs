@@ -28,7 +28,7 @@ use crate::{
     feed::{self, Feed},
     lead,
     lifecycle::{Roles, leave_on_signal},
-    ops::{Looks, Ops, Starting},
+    ops::{self, Looks, Ops, Starting},
     outbox::Bell,
     profile::Schema,
     relay::{Relay, Status},
@@ -227,7 +227,7 @@ impl Port {
             format!("cannot listen on {address}; free it, or choose another with --listen or TIDINGS_LISTEN")
         })?;
         let address = listener.local_addr()?;
-        let door = Door::new(app::while_starting(starting.clone(), limits.clone()));
+        let door = Door::new(ops::PROBES, app::while_starting(starting.clone(), limits.clone()));
         let answering = Roles::new(stop.clone());
         // In a task of the runtime: from the main thread each connection would have to be handed over to the runtime's threads, behind
         // all that is handed over already.

@@ -41,7 +41,7 @@ use crate::{
 
 mod starting;
 
-pub use starting::{Starting, routes_while_starting};
+pub use starting::{PROBES, Starting, routes_while_starting};
 
 /// For a look at the database: a probe that hangs is as bad as one that fails.
 const LOOK: Duration = Duration::from_secs(2);

@@ -26,9 +26,14 @@ impl Starting {
     }
 }
 
+/// Where [`routes_while_starting`] lead.
+pub const PROBES: &[&str] = &[HEALTHZ, READYZ];
+const HEALTHZ: &str = "/healthz";
+const READYZ: &str = "/readyz";
+
 /// The operator's questions, as far as they can be answered.
 pub fn routes_while_starting(starting: Starting) -> Router {
-    Router::new().route("/healthz", get(healthz)).route("/readyz", get(not_ready_yet)).with_state(starting)
+    Router::new().route(HEALTHZ, get(healthz)).route(READYZ, get(not_ready_yet)).with_state(starting)
 }
 
 async fn not_ready_yet(State(Starting(why)): State<Starting>) -> Response {

@@ -214,7 +214,10 @@ impl Watch {
     }
 
     async fn expire(&mut self, line: &mut Line, rows: &[(Registered, Option<Look>)]) -> Result<(), Error> {
-        for (row, _) in rows.iter().filter(|(row, _)| row.expires_at().is_some_and(|at| at <= row.as_of)) {
+        let is_expired = |row: &&Registered| row.expires_at().is_some_and(|at| at <= row.as_of);
+        let expired: Vec<&Registered> = rows.iter().map(|(row, _)| row).filter(is_expired).collect();
+        self.memory.kept.retain(|name| expired.iter().any(|row| row.name() == name));
+        for row in expired {
             self.expire_one(line, row).await?;
         }
         Ok(())
@@ -225,7 +228,6 @@ impl Watch {
         let name = row.name();
         match self.registrar.expire(line, name).await {
             Ok(deleted) => {
-                self.memory.kept.remove(name);
                 deleted.iter().for_each(|lost| tell_expired(row, lost));
                 Ok(())
             }

@@ -53,8 +53,6 @@ const FINISHING: Duration = Duration::from_secs(DRAIN_BOUND.as_secs() / 2);
 
 /// For what comes while the process starts, until it hears that this takes longer.
 const STARTING: Duration = Duration::from_secs(2);
-/// What is answered at once all the while.
-const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
 /// Where the connection of a request comes from: the client, or a proxy before it.
 #[derive(Debug, Clone, Copy)]
@@ -75,15 +73,18 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// What a port leads to: to a few answers while the process starts, and from then on to the app.
 pub struct Door {
+    /// Paths that lead there at once.
+    at_once: &'static [&'static str],
     meanwhile: TowerToHyperService<Router>,
     app: OnceLock<TowerToHyperService<Router>>,
     is_open: CancellationToken,
 }
 
 impl Door {
-    pub fn new(meanwhile: Router) -> Arc<Self> {
+    /// What is not asked for at these paths waits for the app, for a moment, before `meanwhile` answers it too.
+    pub fn new(at_once: &'static [&'static str], meanwhile: Router) -> Arc<Self> {
         let (app, is_open) = (OnceLock::new(), CancellationToken::new());
-        Arc::new(Self { meanwhile: TowerToHyperService::new(meanwhile), app, is_open })
+        Arc::new(Self { at_once, meanwhile: TowerToHyperService::new(meanwhile), app, is_open })
     }
 
     /// From now on each request meets `app`, also on connections that are there already.
@@ -93,9 +94,9 @@ impl Door {
         self.is_open.cancel();
     }
 
-    /// Most starts take a moment: what comes meanwhile waits for the app, and hears only then that it is not there. A probe wants to know now.
+    /// Most starts take a moment: what comes meanwhile need not hear that the app is not there.
     async fn wait(&self, path: &str) {
-        if self.app.get().is_none() && !PROBES.contains(&path) {
+        if self.app.get().is_none() && !self.at_once.contains(&path) {
             let _ = timeout(STARTING, self.is_open.cancelled()).await;
         }
     }
@@ -258,7 +259,7 @@ mod tests {
         let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
         let limits = LimitSettings { connections: 9, requests: 9, rate: None, proxies: Proxies::default() };
-        let door = Door::new(Router::new().route("/healthz", get("alive")).fallback("not yet"));
+        let door = Door::new(&["/healthz"], Router::new().route("/healthz", get("alive")).fallback("not yet"));
         let serving = tokio::spawn(serve(listener, door.clone(), Limits::new(limits), stop.clone()));
         let ask = async |path: &str| {
             let mut line = TcpStream::connect(address).await.unwrap();
