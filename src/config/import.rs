@@ -109,7 +109,7 @@ impl Import {
             faults.note::<(), _>("--import-id", Err("is for standard input: a file has a journal, which keeps it"));
         }
         if self.report.as_deref().is_some_and(|report| self.reads(report)) {
-            faults.note::<(), _>("--report", Err("is the file to import, or its journal; what is there would be lost"));
+            faults.note::<(), _>("--report", Err("is a file that is read or the journal; what is there would be lost"));
         }
         let concurrency = self.concurrency.into();
         let (url, trust, namespace, import_id) = (url?, trust?, namespace?, import_id?);
@@ -129,6 +129,10 @@ impl Import {
 
     /// Whether `path` is what it reads from.
     fn reads(&self, path: &Path) -> bool {
+        let named = [&self.api.api_key_file, &self.api.ca_file, &self.namespace_file, &self.profile_schema];
+        if named.into_iter().flatten().any(|file| is_same(path, file)) {
+            return true;
+        }
         if self.file.as_os_str() == "-" {
             return is_same(path, Path::new("/dev/stdin"));
         }

@@ -1,6 +1,6 @@
 //! Book: what became of the lines, kept in the journal, told in the report, shown as progress.
 
-use std::{path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::anyhow;
 use uuid::Uuid;
@@ -27,6 +27,7 @@ pub struct Book {
     progress: Progress,
     import_id: Uuid,
     input: Input,
+    /// Of the file when it was begun; unknown for standard input.
     size_bytes: Option<u64>,
     dry_run: bool,
     key_setting: String,
@@ -40,13 +41,16 @@ impl Book {
         settings: &ImportSettings,
         journal: Option<Journal>,
         place: Place,
+        size_bytes: Option<u64>,
     ) -> anyhow::Result<Self> {
-        let mut report = Report::to(import.report.as_deref())?;
+        // A journal tells again what was refused before; without one that stands in the report alone.
+        let goes_on = journal.is_none() && import.from_line.is_some();
+        let mut report = Report::to(import.report.as_deref(), goes_on)?;
         let tally = journal.as_ref().map(|journal| journal.tally).unwrap_or_default();
         if let Some(journal) = &journal {
             journal.refusals(|refused| report.add(&refused))?;
         }
-        let progress = Progress::new(place, settings.size_bytes);
+        let progress = Progress::new(place, size_bytes);
         let kept = journal.as_ref().map(Journal::import_id).or(settings.import_id);
         let import_id = kept.unwrap_or_else(Uuid::new_v4);
         let input = settings.input.clone();
@@ -59,7 +63,7 @@ impl Book {
             progress,
             import_id,
             input,
-            size_bytes: settings.size_bytes,
+            size_bytes,
             dry_run: import.dry_run,
             key_setting: import.api.key_setting(),
         };
@@ -106,6 +110,12 @@ impl Book {
                 format!("`tidings import - --import-id {import_id} --from-line {next}` goes on with the same lines")
             }
         }
+    }
+
+    /// The file, when it has more than was read.
+    fn longer(&self) -> Option<&Path> {
+        let Input::File(file) = &self.input else { return None };
+        fs::metadata(file).is_ok_and(|found| found.len() > self.place.offset).then_some(file.as_path())
     }
 
     /// Everything before `end` is settled, the last line by `outcome`.
@@ -180,6 +190,7 @@ impl Book {
         if is_to_be_told && ended.as_ref().is_some_and(|why| !is_stopped(why)) {
             progress.say(&again);
         }
+        // No line is read beyond what was there at the start: when all of that is settled, only a late Ctrl-C can have ended it.
         match ended.filter(|_| !is_done) {
             Some(why) if is_stopped(&why) => {
                 Err(anyhow!("ended before the end, after line {}\nhint: {again}", place.line))
@@ -196,6 +207,13 @@ impl Book {
                 let Place { line, offset } = place;
                 Err(anyhow!(
                     "the file became shorter meanwhile: it ended with line {line}, after {offset} of {size_bytes} bytes"
+                ))
+            }
+            None if let Some(file) = self.longer() => {
+                let (line, next, file) = (place.line, place.line + 1, file.display());
+                Err(anyhow!(
+                    "the file became longer meanwhile: what came after line {line} was not read\n\
+                     hint: `tail -n +{next} {file}` has it; import it as a file of its own"
                 ))
             }
             None if refused > 0 => Err(anyhow!("{refused} of {} lines were refused", place.line)),

@@ -73,6 +73,8 @@ pub struct Journal {
     path: PathBuf,
     file: File,
     head: Head,
+    /// The length of the first line, with its end.
+    head_bytes: u64,
     pub place: Place,
     pub tally: Tally,
     /// Refusals since the last time that it was written.
@@ -111,17 +113,18 @@ impl Journal {
         }
     }
 
-    fn new(file: File, path: PathBuf, Kept { head, place, tally, .. }: Kept) -> Self {
-        Self { path, file, head, place, tally, unwritten: vec![], synced: Instant::now() }
+    fn new(file: File, path: PathBuf, Kept { head, head_bytes, place, tally, .. }: Kept) -> Self {
+        Self { path, file, head, head_bytes, place, tally, unwritten: vec![], synced: Instant::now() }
     }
 
     /// On the disk before anything is sent: ids are made from what it holds.
     fn begin(mut file: File, path: PathBuf, head: Head) -> anyhow::Result<Self> {
+        let line = lines(&[&head])?;
         file.set_len(0)?;
         file.rewind()?;
-        file.write_all(&lines(&[&head])?)?;
+        file.write_all(&line)?;
         file.sync_all()?;
-        Ok(Self::new(file, path, Kept::new(head)))
+        Ok(Self::new(file, path, Kept::new(head, line.len() as u64)))
     }
 
     /// Forgets what was, and says that everything before `place` is settled.
@@ -129,16 +132,25 @@ impl Journal {
     /// # Errors
     /// When it cannot be written.
     pub fn begin_at(&mut self, place: Place) -> anyhow::Result<()> {
-        self.file.set_len(0)?;
-        self.file.rewind()?;
-        self.file.write_all(&lines(&[&self.head])?)?;
-        (self.place, self.tally) = (place, Tally::default());
+        self.forget()?;
+        self.place = place;
         self.write()?;
         Ok(self.file.sync_all()?)
     }
 
+    /// All but the first line, which stays where it is: a crash that took it would take with it what ids were made from.
+    fn forget(&mut self) -> anyhow::Result<()> {
+        (self.place, self.tally) = (Place::default(), Tally::default());
+        Ok(self.file.set_len(self.head_bytes)?)
+    }
+
     pub fn import_id(&self) -> Uuid {
         self.head.import_id
+    }
+
+    /// Of the file when it was begun.
+    pub fn size_bytes(&self) -> u64 {
+        self.head.size_bytes
     }
 
     /// Nothing is left to do.
@@ -220,6 +232,7 @@ const FORM: u32 = 1;
 /// What a journal held.
 struct Kept {
     head: Head,
+    head_bytes: u64,
     place: Place,
     tally: Tally,
     /// To the end of what counts. A crash may have left half a line behind it.
@@ -227,8 +240,8 @@ struct Kept {
 }
 
 impl Kept {
-    fn new(head: Head) -> Self {
-        Self { head, place: Place::default(), tally: Tally::default(), bytes: 0 }
+    fn new(head: Head, head_bytes: u64) -> Self {
+        Self { head, head_bytes, place: Place::default(), tally: Tally::default(), bytes: head_bytes }
     }
 
     /// `None` when the journal is empty, or has half a first line.
@@ -240,7 +253,7 @@ impl Kept {
         };
         let head: Head = serde_json::from_slice(&line)?;
         ensure!(head.tidings_import == FORM, "it was written by another version");
-        let mut kept = Self { bytes, ..Self::new(head) };
+        let mut kept = Self::new(head, bytes);
         while let Some((line, length)) = next(&mut reader)? {
             bytes += length;
             match serde_json::from_slice(&line) {
@@ -342,6 +355,32 @@ mod tests {
         let journal = open(&input).unwrap();
         assert_eq!((journal.import_id(), journal.place.line, journal.tally), (id, 1, Tally::default()));
         assert_eq!(told(&journal), [0; 0]);
+    }
+
+    /// Whenever a crash comes: behind the first line there may be nothing, or any part of what is written.
+    #[test]
+    fn beginning_elsewhere_keeps_the_first_line_at_each_step() {
+        let input = input("1\n2\n3\n");
+        let mut journal = open(&input).unwrap();
+        let (id, path) = (journal.import_id(), path_of(&input));
+        let head = std::fs::read(&path).unwrap();
+        journal.settle(Place { line: 2, offset: 4 }, Tally { refused: 1, ..Tally::default() }, Some(refused(2)));
+        journal.write().unwrap();
+        drop(journal);
+        let mut journal = open(&input).unwrap();
+        journal.forget().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), head);
+        let place = Place { line: 1, offset: 2 };
+        journal.begin_at(place).unwrap();
+        drop(journal);
+        let whole = std::fs::read(&path).unwrap();
+        for length in head.len()..=whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let journal = open(&input).unwrap();
+            let expected = if length == whole.len() { place } else { Place::default() };
+            assert_eq!((journal.import_id(), journal.place), (id, expected), "{length}");
+            assert_eq!((journal.tally, told(&journal)), (Tally::default(), vec![]), "{length}");
+        }
     }
 
     #[test]

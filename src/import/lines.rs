@@ -35,11 +35,13 @@ pub enum Text {
 pub struct Lines<R> {
     input: R,
     place: Place,
+    size_bytes: Option<u64>,
 }
 
 impl<R: BufRead> Lines<R> {
-    pub fn new(input: R, place: Place) -> Self {
-        Self { input, place }
+    /// `size_bytes` is that of a file when it was begun, and unknown for standard input.
+    pub fn new(input: R, place: Place, size_bytes: Option<u64>) -> Self {
+        Self { input, place, size_bytes }
     }
 
     /// Passes over lines until `line` were passed. False when there are not so many.
@@ -60,6 +62,10 @@ impl<R: BufRead> Lines<R> {
     pub fn next(&mut self) -> io::Result<Option<Piece>> {
         let (mut line, mut too_long) = (Vec::new(), false);
         let began = self.place.offset;
+        // What is appended meanwhile is left alone; a line that was half there is read to its end.
+        if self.size_bytes.is_some_and(|size_bytes| began >= size_bytes) {
+            return Ok(None);
+        }
         loop {
             let read = match self.input.fill_buf() {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -101,7 +107,7 @@ mod tests {
     use super::*;
 
     fn read(text: &[u8], buffer_bytes: usize) -> Vec<(String, u64, u64)> {
-        let mut lines = Lines::new(io::BufReader::with_capacity(buffer_bytes, text), Place::default());
+        let mut lines = Lines::new(io::BufReader::with_capacity(buffer_bytes, text), Place::default(), None);
         let mut found = vec![];
         while let Some(Piece { text, end }) = lines.next().unwrap() {
             let text = match text {
@@ -137,9 +143,18 @@ mod tests {
 
     #[test]
     fn one_may_begin_further_on() {
-        let mut lines = Lines::new(&b"a\nb\nc\n"[..], Place::default());
+        let mut lines = Lines::new(&b"a\nb\nc\n"[..], Place::default(), None);
         assert!(lines.skip_to(2).unwrap());
         assert_eq!(lines.place(), Place { line: 2, offset: 4 });
         assert!(!lines.skip_to(9).unwrap());
+    }
+
+    #[test]
+    fn what_was_appended_is_left_alone_and_no_line_is_torn() {
+        for (size_bytes, end) in [(0, 0), (1, 2), (2, 2), (3, 4), (4, 4), (9, 6)] {
+            let mut lines = Lines::new(&b"a\nb\nc\n"[..], Place::default(), Some(size_bytes));
+            while lines.next().unwrap().is_some() {}
+            assert_eq!(lines.place(), Place { line: end / 2, offset: end }, "{size_bytes}");
+        }
     }
 }

@@ -319,7 +319,9 @@ fn open(
         input = Box::new(opened);
     }
     let input: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(BITE_BYTES, input));
-    let mut lines = Lines::new(input, place);
+    // As the journal saw it, by which it tells whether everything is settled.
+    let size_bytes = journal.as_ref().map(Journal::size_bytes).or(settings.size_bytes);
+    let mut lines = Lines::new(input, place, size_bytes);
     if let Some(from_line) = import.from_line {
         if !lines.skip_to(from_line - 1)? {
             bail!("there is no line {from_line}");
@@ -328,7 +330,7 @@ fn open(
             journal.begin_at(lines.place())?;
         }
     }
-    let book = Book::open(import, settings, journal, lines.place())?;
+    let book = Book::open(import, settings, journal, lines.place(), size_bytes)?;
     Ok((book, lines))
 }
 

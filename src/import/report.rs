@@ -4,7 +4,7 @@
 //! Not here, on purpose: values. A line is found again by its number.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
@@ -25,11 +25,14 @@ pub struct Report {
 }
 
 impl Report {
+    /// A new one, or the one that is there if the import `goes_on` with it.
+    ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn to(path: Option<&Path>) -> anyhow::Result<Self> {
+    pub fn to(path: Option<&Path>, goes_on: bool) -> anyhow::Result<Self> {
         let open = |path: &Path| {
-            let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+            let file = OpenOptions::new().create(true).write(true).append(goes_on).truncate(!goes_on).open(path);
+            let file = file.with_context(|| format!("cannot write {}", path.display()))?;
             Ok::<_, anyhow::Error>((path.to_owned(), BufWriter::new(file)))
         };
         Ok(Self { file: path.map(open).transpose()?, ..Self::default() })

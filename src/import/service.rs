@@ -203,11 +203,9 @@ impl Service {
     /// Then somebody who is there already is only touched at a version at which he has it, as `seen` if he was looked up.
     pub async fn put(&self, id: Uuid, seen: Option<i64>, person: &Person) -> Result<Put, Ended> {
         let mut condition = seen.map_or_else(|| self.first_condition(person), Condition::Version);
-        let mut failures = 0;
         for _ in 0..ROUNDS {
-            let Some(answer) = self.ask(1, || self.replacement(id, condition, &person.body)).await? else {
-                let detail = "the connection breaks whenever this line is sent, while others are answered";
-                return Ok(Outcome::Refused(Refused::here("no_answer", detail, vec![])).into());
+            let Some(answer) = self.ask_again(|| self.replacement(id, condition, &person.body)).await? else {
+                return Ok(Outcome::Refused(no_answer()).into());
             };
             let by_external_id = person.by_external_id();
             if answer.status == StatusCode::PRECONDITION_FAILED
@@ -218,9 +216,10 @@ impl Service {
                     Some(Met::Him(version)) => Condition::Version(version),
                     Some(Met::Nobody) | None => Condition::Absent,
                     Some(Met::Another) => match self.who_has(external_id).await? {
-                        Some(holder) if holder.id != id => return Ok(Put::HeldBy(holder)),
-                        Some(holder) => Condition::Version(holder.version),
-                        None => return Ok(Outcome::of_another().into()),
+                        Ok(Some(holder)) if holder.id != id => return Ok(Put::HeldBy(holder)),
+                        Ok(Some(holder)) => Condition::Version(holder.version),
+                        Ok(None) => return Ok(Outcome::of_another().into()),
+                        Err(refused) => return Ok(Outcome::Refused(refused).into()),
                     },
                 };
                 continue;
@@ -236,17 +235,12 @@ impl Service {
                 (200, ..) => return Ok(Outcome::Replaced.into()),
                 (401, ..) => return Err(Ended::Unknown(self.about_the_key())),
                 (403, code, _) if code != "field_forbidden" => return Err(Ended::Forbidden(code.to_owned())),
-                (409, "external_id_taken", Some(external_id)) => {
-                    match self.who_has(external_id).await? {
-                        Some(holder) if holder.id != id => return Ok(Put::HeldBy(holder)),
-                        // Whoever had it was deleted meanwhile, or it is he himself by now.
-                        _ => {}
-                    }
-                }
-                (500, ..) if failures + 1 < FAILURES => {
-                    failures += 1;
-                    self.pace.hold("500", Duration::ZERO);
-                }
+                (409, "external_id_taken", Some(external_id)) => match self.who_has(external_id).await? {
+                    Ok(Some(holder)) if holder.id != id => return Ok(Put::HeldBy(holder)),
+                    // Whoever had it was deleted meanwhile, or it is he himself by now.
+                    Ok(_) => {}
+                    Err(refused) => return Ok(Outcome::Refused(refused).into()),
+                },
                 (status, ..) if is_no_refusal(status, code) => {
                     return Err(Ended::Stranger(self.url.clone(), answer.status));
                 }
@@ -361,7 +355,8 @@ impl Service {
         self.request(Method::PUT, &format!("/v1/users/{id}"), condition, body.clone())
     }
 
-    async fn who_has(&self, external_id: &str) -> Result<Option<Holder>, Ended> {
+    /// Who has this external id, if anybody; or why that cannot be told, which refuses the line.
+    async fn who_has(&self, external_id: &str) -> Result<Result<Option<Holder>, Refused>, Ended> {
         #[derive(Deserialize)]
         struct Page {
             users: Vec<Holder>,
@@ -369,13 +364,13 @@ impl Service {
         let mut query = Url::parse("http://localhost/v1/users").expect("this is a URL");
         query.query_pairs_mut().append_pair("external_id", external_id);
         let path = format!("/v1/users?{}", query.query().unwrap_or_default());
-        let Some(answer) = self.ask(1, || self.request(Method::GET, &path, None, Bytes::new())).await? else {
-            return Ok(None);
-        };
-        if answer.status == StatusCode::NOT_FOUND {
-            return Ok(None);
-        }
-        Ok(self.read::<Page>(answer)?.users.first().copied())
+        let get = || self.request(Method::GET, &path, None, Bytes::new());
+        let Some(answer) = self.ask_again(get).await? else { return Ok(Err(no_answer())) };
+        Ok(match answer.status {
+            StatusCode::NOT_FOUND => Ok(None),
+            StatusCode::INTERNAL_SERVER_ERROR => Err(answer.problem.refusal(500)),
+            _ => Ok(self.read::<Page>(answer)?.users.first().copied()),
+        })
     }
 
     /// What an answer to a question says.
@@ -404,6 +399,18 @@ impl Service {
         headers.extend(self.key.clone().map(|key| (AUTHORIZATION, key)));
         headers.extend(condition);
         request
+    }
+
+    /// About one user; a 500 is an answer only when it comes time after time.
+    async fn ask_again(&self, request: impl Fn() -> Request<Full<Bytes>>) -> Result<Option<Answer>, Ended> {
+        for _ in 1..FAILURES {
+            let answer = self.ask(1, &request).await?;
+            if answer.as_ref().is_none_or(|answer| answer.status != StatusCode::INTERNAL_SERVER_ERROR) {
+                return Ok(answer);
+            }
+            self.pace.hold("500", Duration::ZERO);
+        }
+        self.ask(1, request).await
     }
 
     /// Sends a request about so many `users` until it is answered. `None` when it never is, although others are meanwhile.
@@ -549,6 +556,11 @@ impl Outage {
 /// An answer that nobody gives who keeps users: a redirection, or a 404 for a PUT that creates. A 500 anybody may give, and without a word.
 fn is_no_refusal(status: u16, code: &str) -> bool {
     status < 400 || matches!(status, 404 | 405 | 426) || (code.is_empty() && status != 500)
+}
+
+fn no_answer() -> Refused {
+    let detail = "the connection breaks whenever this line is sent, while others are answered";
+    Refused::here("no_answer", detail, vec![])
 }
 
 fn is_code(code: &str) -> bool {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
+    io::Write as _,
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
@@ -12,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
+use axum::{Json, Router, http::Uri};
 use reqwest::{Method, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -549,9 +550,15 @@ async fn of_standard_input_nobody_is_doubled_who_goes_on_as_the_hint_says(db: Pg
         input.write_all(text.as_bytes()).await.unwrap();
         under_way
     };
+    let report = file("");
+    let reported = || {
+        let text = std::fs::read_to_string(&report).unwrap();
+        let line = |line: &str| serde_json::from_str::<Value>(line).unwrap()["line"].as_u64().unwrap();
+        text.lines().map(line).collect::<Vec<_>>()
+    };
     proxy.hold_answers();
     let url = through(&format!("{}/", house.service.url), &proxy);
-    let under_way = send(&url, &["-", "--concurrency", "7"]).await;
+    let under_way = send(&url, &["-", "--concurrency", "7", "--report", name(&report)]).await;
     eventually("a user who is there and not settled", async || match living(&house).await {
         0 => Err(under_way.said.lock().unwrap().clone()),
         _ => Ok(()),
@@ -562,11 +569,14 @@ async fn of_standard_input_nobody_is_doubled_who_goes_on_as_the_hint_says(db: Pg
     ended.says(&["ended before the end, after line 1\n", "--from-line 2"]);
     let hint = ended.said.split("`tidings import ").nth(1).and_then(|hint| hint.split('`').next());
     let hint: Vec<&str> = hint.unwrap_or_else(|| panic!("no command in {}", ended.said)).split(' ').collect();
+    let hint = [&hint[..], &["--report", name(&report)]].concat();
     send(&house.service.url, &hint).await.ends().await.well();
     assert_eq!((living(&house).await, doubled(&house).await), (19, 0));
+    assert_eq!(reported(), [1], "what was refused before stands nowhere else");
     // The same lines from the beginning, as after a kill that left no hint.
     let all: Vec<&str> = hint.iter().copied().filter(|word| !["--from-line", "2"].contains(word)).collect();
     send(&house.service.url, &all).await.ends().await.says(&["0 users created, 19 brought up to date, 1 refused"]);
+    assert_eq!(reported(), [1], "it is written anew");
     // It is told as well when something else ends it.
     let astray = send(&format!("{}/nowhere", house.service.url), &["-"]).await.ends().await;
     astray.says(&["what answers at", "`tidings import - --import-id ", " --from-line 2` goes on with the same lines"]);
@@ -588,6 +598,22 @@ async fn a_dry_run_tells_what_is_wrong_and_sends_nothing(db: PgPool) {
     checked.says(&["1 lines could be sent, 3 refused", "line 2: profile_invalid: /profile/first_name"]);
     assert_eq!(living(&house).await, 0);
     assert!(!PathBuf::from(format!("{}.import", lines.display())).exists());
+}
+
+/// It keeps no journal, which would tell again what was refused before.
+#[tokio::test]
+async fn a_dry_run_that_begins_further_on_adds_to_the_report() {
+    let (lines, report) = (file("{\n"), file(""));
+    let check = async |arguments: &[&str]| {
+        let all = [&[name(&lines), "--dry-run", "--report", name(&report)], arguments].concat();
+        import("http://127.0.0.1:1", &all).await.says(&["1 refused"]);
+        std::fs::read_to_string(&report).unwrap()
+    };
+    let first = check(&[]).await;
+    std::fs::write(&lines, "{\n[\n").unwrap();
+    let both = check(&["--from-line", "2"]).await;
+    assert!(both.starts_with(&first) && first.contains("\"line\":1,"), "{both}");
+    assert!(both[first.len()..].starts_with("{\"line\":2,"), "{both}");
 }
 
 /// It keeps no journal: the same command would begin anew.
@@ -619,7 +645,7 @@ async fn a_report_over_what_is_read_is_refused() {
         for how in [&[][..], &["--dry-run"]] {
             let refused = import(NOBODY, &[&[name(&lines), "--report", report], how].concat()).await;
             assert_eq!(refused.code, Some(2), "{report} {how:?}: {refused:?}");
-            refused.says(&["--report: is the file to import, or its journal"]);
+            refused.says(&["--report: is a file that is read or the journal"]);
             assert_eq!(std::fs::read_to_string(&lines).unwrap(), "{\n", "{report} {how:?}");
         }
     };
@@ -636,6 +662,13 @@ async fn a_report_over_what_is_read_is_refused() {
     let from_stdin = Import::spawn(from_stdin).ends().await;
     assert_eq!(from_stdin.code, Some(2), "{from_stdin:?}");
     assert_eq!(std::fs::read_to_string(&lines).unwrap(), "{\n");
+    for setting in ["--api-key-file", "--ca-file", "--namespace-file", "--profile-schema"] {
+        let named = file("kept");
+        let refused = import(NOBODY, &[name(&lines), setting, name(&named), "--report", name(&named)]).await;
+        assert_eq!(refused.code, Some(2), "{setting}: {refused:?}");
+        refused.says(&["--report: is a file that is read or the journal"]);
+        assert_eq!(std::fs::read_to_string(&named).unwrap(), "kept", "{setting}");
+    }
 }
 
 #[sqlx::test]
@@ -662,6 +695,33 @@ async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
     assert_eq!(living(&house).await as usize, text[..left].lines().count());
 }
 
+#[sqlx::test]
+async fn of_a_file_that_becomes_longer_meanwhile_what_was_there_is_in_and_the_rest_is_told(db: PgPool) {
+    let house = House::open(db).await;
+    const LINES: usize = 10_000;
+    let (lines, _) = lines(LINES);
+    house.postgres.down();
+    let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
+    eventually("an outage that is told", async || {
+        let said = under_way.said.lock().unwrap().clone();
+        if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
+    })
+    .await;
+    // Before it can have read to the end. Neither line is looked at, not even to be refused.
+    let mut longer = std::fs::OpenOptions::new().append(true).open(&lines).unwrap();
+    longer.write_all(b"{\"profile\":{\"nickname\":\"later\"}}\n{\n").unwrap();
+    house.postgres.up();
+    let ended = under_way.ends().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let hint = format!("hint: `tail -n +{} {}` has it", LINES + 1, lines.display());
+    ended.says(&["the file became longer meanwhile: what came after line 10000 was not read", &hint, ", 0 refused"]);
+    assert_eq!(living(&house).await as usize, LINES);
+    let tail = Command::new("tail").args(["-n", &format!("+{}", LINES + 1), name(&lines)]).output().await.unwrap();
+    let rest = file(&String::from_utf8(tail.stdout).unwrap());
+    import(&house.service.url, &[name(&rest)]).await.says(&["1 users created", "1 of 2 lines were refused"]);
+    assert_eq!((living(&house).await as usize, doubled(&house).await), (LINES + 1, 0));
+}
+
 /// Here by what is no tidings, and gives no reason.
 #[tokio::test]
 async fn a_line_that_meets_a_500_each_time_is_sent_five_times_and_refused() {
@@ -681,6 +741,34 @@ async fn a_line_that_meets_a_500_each_time_is_sent_five_times_and_refused() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     ended.says(&["line 1: 500 no_reason", "line 2: 500 no_reason", "2 of 2 lines were refused"]);
     assert_eq!(asked.load(Ordering::SeqCst), 2 * 5);
+}
+
+/// Another user has the external id, and who asks for him meets a 500 so often.
+#[tokio::test]
+async fn who_has_an_external_id_is_asked_five_times_before_the_line_is_refused() {
+    for (failures, words) in [(4, "0 users created, 1 brought up to date, 0 refused"), (5, "line 1: 500 no_reason")] {
+        let (holder, asked) = (Uuid::new_v4(), Arc::<AtomicUsize>::default());
+        let answer = {
+            let asked = asked.clone();
+            async move |method: Method, uri: Uri| {
+                if method == Method::GET {
+                    let failed = asked.fetch_add(1, Ordering::SeqCst) < failures;
+                    let status = if failed { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK };
+                    (status, Json(json!({ "users": [{ "id": holder, "version": 3 }] })))
+                } else if uri.path().ends_with(&holder.to_string()) {
+                    (StatusCode::OK, Json(json!({})))
+                } else {
+                    (StatusCode::CONFLICT, Json(json!({ "code": "external_id_taken" })))
+                }
+            }
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+        let lines = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
+        import(&url, &[name(&lines), "--concurrency", "1"]).await.says(&[words]);
+        assert_eq!(asked.load(Ordering::SeqCst), 5, "{failures}");
+    }
 }
 
 #[sqlx::test]
