@@ -72,7 +72,7 @@ impl Language {
             Self::Node => program.arg(example("node/consumer.mjs")),
             Self::Php => program.arg(example("php/consumer.php")),
             // It lives for seconds: optimising it would cost more than it gains.
-            Self::Java => program.args(["-XX:TieredStopAtLevel=1", "-cp", &JAVA, "Consumer"]),
+            Self::Java => program.args(["-XX:TieredStopAtLevel=1", "Consumer"]).env("CLASSPATH", JAVA.as_str()),
             Self::Go => unreachable!("it is its own program"),
         };
         program
@@ -165,8 +165,8 @@ impl Consumer {
             ("TIDINGS_EXCHANGE", house.exchange.clone()),
             ("TIDINGS_QUEUE", name.to_string()),
             ("TIDINGS_PATIENCE_S", "0".to_owned()),
-            // A story that unbinds a queue does not want it bound anew.
-            ("TIDINGS_CHECK_S", "3600".to_owned()),
+            // A story that unbinds a queue does not want it bound anew. More than a timer of 31 bits can hold.
+            ("TIDINGS_CHECK_S", "99999999".to_owned()),
         ];
         let settings: Vec<_> = settings.map(|(name, value)| (name.to_owned(), value)).into();
         let (process, lines, log) = spawn(language, &settings);
@@ -339,6 +339,14 @@ impl Consumer {
         topology::declare(&channel, &source, &subscription, &[]).await.unwrap();
     }
 
+    /// A setting with which it ends at once, and says why.
+    async fn refuses(&mut self, setting: &str, nonsense: &str, why: &str) {
+        self.restart(&[(setting, nonsense)]).await;
+        let left = timeout(PATIENCE, self.process.wait()).await.expect("it goes on").unwrap();
+        assert!(!left.success(), "{}", self.log());
+        self.complains(why).await;
+    }
+
     async fn ask_to_leave(&self) {
         let pid = self.process.id().unwrap().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
@@ -428,6 +436,9 @@ async fn keeps_up(db: PgPool, language: Language) {
     consumer.backfill(bo, 1).await;
     assert_eq!(consumer.next().await, line("user.created", &bo, 1, json!({})));
     assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
+
+    // A look that is years away is not taken at once, again and again.
+    assert!(!consumer.log().contains("TimeoutOverflowWarning"), "{}", consumer.log());
 
     // News of while it was down waits for it. By then there is only the latest state to see, and one look is enough.
     consumer.process.kill().await.unwrap();
@@ -708,10 +719,12 @@ async fn refuses_nonsense(db: PgPool, language: Language) {
     let no_number = no_number.into_iter().chain([("TIDINGS_CHECK_S", "often", "is not a number of seconds")]);
     let no_address = ("TIDINGS_URL", "localhost:8080", "does not begin with http:// or https://");
     for (setting, nonsense, why) in no_number.chain([no_address]) {
-        consumer.restart(&[(setting, nonsense)]).await;
-        let left = timeout(PATIENCE, consumer.process.wait()).await.expect("it goes on").unwrap();
-        assert!(!left.success(), "{}", consumer.log());
-        consumer.complains(&format!("{setting} {why}")).await;
+        consumer.refuses(setting, nonsense, &format!("{setting} {why}")).await;
+    }
+    if matches!(language, Language::Java) {
+        // An error that is no exception is not to look like an end in order.
+        let incomplete = JAVA.replace("slf4j-api", "no-such");
+        consumer.refuses("CLASSPATH", &incomplete, "NoClassDefFoundError").await;
     }
     consumer.end().await;
 }
@@ -773,6 +786,20 @@ async fn leaves_in_order(db: PgPool, language: Language) {
         handled.push(consumer.next().await);
     }
     assert_eq!(handled, [users[0], users[1], last].map(|user| line("user.created", &user, 1, json!({}))));
+    consumer.end().await;
+}
+
+/// A broker that falls silent, as when it is frozen, keeps nobody: asked once, it leaves, also in the middle of a look.
+async fn leaves_a_silent_broker(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    consumer.restart(&[("TIDINGS_CHECK_S", "0.2")]).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    consumer.broker.freeze();
+    eventually("a look", async || if consumer.broker.has_held_back() { Ok(()) } else { Err(consumer.log()) }).await;
+    consumer.ask_to_leave().await;
+    assert!(consumer.leaves().await.is_empty());
     consumer.end().await;
 }
 
@@ -927,6 +954,11 @@ macro_rules! stories {
             #[sqlx::test]
             async fn leaves_a_resync(db: PgPool) {
                 super::told(db, $language, super::leaves_a_resync).await;
+            }
+
+            #[sqlx::test]
+            async fn leaves_a_silent_broker(db: PgPool) {
+                super::told(db, $language, super::leaves_a_silent_broker).await;
             }
         }
     )+};

@@ -1,6 +1,14 @@
 //! A faulty TCP proxy: what stands between the service and its servers when a test says that the network is bad.
 
-use std::{net::SocketAddr, slice, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    slice,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use tokio::{
     io::{self, AsyncReadExt, AsyncWriteExt},
@@ -32,6 +40,7 @@ pub struct Weather {
 pub struct Proxy {
     address: SocketAddr,
     weather: Arc<watch::Sender<Weather>>,
+    held_back: Arc<AtomicBool>,
 }
 
 impl Proxy {
@@ -40,8 +49,9 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (weather, seen) = watch::channel(Weather::default());
-        tokio::spawn(accept(listener, server, seen));
-        Self { address, weather: Arc::new(weather) }
+        let held_back = Arc::<AtomicBool>::default();
+        tokio::spawn(accept(listener, server, seen, held_back.clone()));
+        Self { address, weather: Arc::new(weather), held_back }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -83,6 +93,11 @@ impl Proxy {
         self.set(Weather { hold_answers: true, hold_requests: true, ..Weather::default() });
     }
 
+    /// Whether anything that was said was ever held back.
+    pub fn has_held_back(&self) -> bool {
+        self.held_back.load(Relaxed)
+    }
+
     /// Fair weather: what was held back goes through.
     pub fn up(&self) {
         self.set(Weather::default());
@@ -94,20 +109,25 @@ impl Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, server: SocketAddr, weather: watch::Receiver<Weather>) {
+async fn accept(
+    listener: TcpListener,
+    server: SocketAddr,
+    weather: watch::Receiver<Weather>,
+    held_back: Arc<AtomicBool>,
+) {
     while let Ok((client, _)) = listener.accept().await {
         if weather.borrow().down {
             continue;
         }
-        let weather = weather.clone();
+        let (weather, held_back) = (weather.clone(), held_back.clone());
         tokio::spawn(async move {
             if let Ok(server) = TcpStream::connect(server).await {
                 let (_, _) = (client.set_nodelay(true), server.set_nodelay(true));
                 let ((client_says, to_client), (server_says, to_server)) = (client.into_split(), server.into_split());
                 // When one direction ends, both do: a connection that is half alive helps no test.
                 tokio::select! {
-                    () = pump(client_says, to_server, weather.clone(), |weather| weather.hold_requests) => {}
-                    () = pump(server_says, to_client, weather.clone(), |weather| weather.hold_answers) => {}
+                    () = pump(client_says, to_server, weather.clone(), &held_back, |weather| weather.hold_requests) => {}
+                    () = pump(server_says, to_client, weather.clone(), &held_back, |weather| weather.hold_answers) => {}
                     () = cut(weather) => {}
                 }
             }
@@ -125,11 +145,15 @@ async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut weather: watch::Receiver<Weather>,
+    held_back: &AtomicBool,
     is_held: fn(&Weather) -> bool,
 ) {
     let silences = weather.borrow().silences;
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if is_held(&weather.borrow()) {
+            held_back.store(true, Relaxed);
+        }
         // What was held back when the line is cut is lost.
         if weather.wait_for(|weather| !weather.down && !is_held(weather) && weather.silences == silences).await.is_err()
         {

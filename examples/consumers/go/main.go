@@ -459,6 +459,11 @@ func main() {
 		keys = []string{"#"}
 	}
 	checkKey()
+	go func() {
+		<-ctx.Done()
+		time.Sleep(12 * time.Second) // longer than a request takes
+		os.Exit(0)                   // the broker is silent: what was not acknowledged comes again
+	}()
 	for ctx.Err() == nil {
 		if err := session(ctx); ctx.Err() == nil {
 			log.Printf("session ended: %v", err)

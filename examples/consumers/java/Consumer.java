@@ -90,6 +90,7 @@ public class Consumer {
     final List<String> keys;
     final CountDownLatch stop = new CountDownLatch(1);
     volatile BlockingQueue<Message> inbox = new LinkedBlockingQueue<>();
+    volatile int exitCode = 1; // until it has left in order
     boolean missed;
     int failures;
 
@@ -384,7 +385,7 @@ public class Consumer {
                 failures = Math.min(failures + 1, 6);
             }
         } catch (Stop stop) {
-            // Gladly.
+            exitCode = 0;
         }
     }
 
@@ -403,11 +404,12 @@ public class Consumer {
             consumer.stop.countDown();
             consumer.inbox.add(LEAVE);
             try {
-                main.join();
+                main.join(12_000); // longer than a request takes
             } catch (InterruptedException e) {
                 // Nobody interrupts a hook.
             }
-            Runtime.getRuntime().halt(0);
+            // Still at it: the broker is silent. What was not acknowledged comes again.
+            Runtime.getRuntime().halt(main.isAlive() ? 0 : consumer.exitCode);
         }));
         consumer.run();
     }

@@ -49,8 +49,11 @@ const stop = new AbortController();
 let missed = false;
 let failures = 0;
 
+// Node's timers know 31 bits: what is longer becomes 1 ms.
+const rest = (ms, signal) => sleep(Math.min(ms, 2 ** 31 - 1), undefined, { signal });
+
 // Throws when somebody asks us to leave. Jitter keeps consumers from coming back all at once.
-const pause = (ms) => sleep(ms * (1 + Math.random()), undefined, { signal: stop.signal });
+const pause = (ms) => rest(ms * (1 + Math.random()), stop.signal);
 
 // Read anew for each request when it is in a file: a new key takes effect without a restart.
 const key = async () => (TIDINGS_API_KEY_FILE ? (await readFile(TIDINGS_API_KEY_FILE, "utf8")).trim() : TIDINGS_API_KEY);
@@ -222,46 +225,56 @@ async function prepare(connection) {
 // Nobody tells when the exchange is deleted, and our bindings with it.
 async function watch(connection, signal) {
   for (;;) {
-    await sleep(1000 * CHECK_S, undefined, { signal });
+    await rest(1000 * CHECK_S, signal);
     await (await prepare(connection)).close();
     if (missed) throw new Error("lost");
   }
 }
 
 async function session(connection) {
+  stop.signal.throwIfAborted(); // asked while we connected: nobody would tell us again
   let end;
   const ended = new Promise((resolve, reject) => (end = (error) => (error ? reject(error) : resolve())));
   ended.catch(() => {}); // it may end before anybody waits for it
   connection.on("error", end).on("close", () => end(new Error("connection closed")));
-  stop.signal.addEventListener("abort", () => end());
-  missed ||= DECLARE && (await isThere(connection, MARK));
-  const channel = await prepare(connection);
-  channel.on("error", end);
-  await channel.prefetch(20);
-  // After the bindings and before the first message, so that there is no gap between the two.
-  if (missed) await resync();
-  if (DECLARE && missed) await channel.deleteQueue(MARK);
-  missed = false;
-  let work = Promise.resolve(); // one after the other: amqplib does not wait for a handler before it calls the next
-  const { consumerTag } = await channel.consume(QUEUE, (message) => {
-    missed ||= message === null; // the queue was deleted
-    if (message) work = work.then(() => deliver(channel, message)).catch(end);
-    else end(new Error("cancelled"));
-  });
-  failures = 0;
+  const leave = () => end();
+  stop.signal.addEventListener("abort", leave);
   const over = new AbortController();
-  watch(connection, over.signal).catch(end);
+  let channel;
+  let work = Promise.resolve(); // one after the other: amqplib does not wait for a handler before it calls the next
   try {
+    missed ||= DECLARE && (await isThere(connection, MARK));
+    channel = await prepare(connection);
+    channel.on("error", end);
+    await channel.prefetch(20);
+    // After the bindings and before the first message, so that there is no gap between the two.
+    if (missed) await resync();
+    if (DECLARE && missed) await channel.deleteQueue(MARK);
+    missed = false;
+    const { consumerTag } = await channel.consume(QUEUE, (message) => {
+      missed ||= message === null; // the queue was deleted
+      if (message) work = work.then(() => deliver(channel, message)).catch(end);
+      else end(new Error("cancelled"));
+    });
+    failures = 0;
+    watch(connection, over.signal).catch(end);
     await ended;
     await channel.cancel(consumerTag);
   } finally {
+    stop.signal.removeEventListener("abort", leave);
     over.abort();
     await work;
   }
   await channel.close(); // first: with its connection a channel ends at once, and the last acknowledgement would be lost
 }
 
-for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => stop.abort());
+for (const signal of ["SIGTERM", "SIGINT"]) {
+  process.on(signal, () => {
+    stop.abort();
+    // Longer than a request takes. Then the broker is silent: what was not acknowledged comes again.
+    setTimeout(() => process.exit(0), 12_000).unref();
+  });
+}
 await checkKey();
 while (!stop.signal.aborted) {
   let connection;

@@ -403,13 +403,13 @@ function connect(): AbstractConnection
 {
     $url = parse_url(AMQP_URL) ?: throw new RuntimeException('AMQP_URL is not the address of a broker');
     $config = new AMQPConnectionConfig();
-    $config->setIsSecure($url['scheme'] === 'amqps');
-    if ($config->isSecure()) { // without both of these the library speaks plain AMQP all the same
+    $isSecure = $url['scheme'] === 'amqps';
+    if ($isSecure) { // not by setIsSecure(true), with which the library forgets the RPC timeout
         $config->setNetworkProtocol('ssl');
-        $config->setSslVerify(true);
+        $config->setStreamContext(stream_context_create(['ssl' => ['verify_peer' => true, 'verify_peer_name' => true]]));
     }
     $config->setHost($url['host']);
-    $config->setPort($url['port'] ?? ($config->isSecure() ? 5671 : 5672));
+    $config->setPort($url['port'] ?? ($isSecure ? 5671 : 5672));
     $config->setUser(rawurldecode($url['user'] ?? 'guest'));
     $config->setPassword(rawurldecode($url['pass'] ?? 'guest'));
     $config->setVhost(rawurldecode(substr($url['path'] ?? '', 1)) ?: '/');
@@ -417,13 +417,20 @@ function connect(): AbstractConnection
     $config->setConnectionTimeout(10);
     $config->setReadTimeout(65); // the library wants twice the heartbeat and more
     $config->setWriteTimeout(65);
-    return AMQPConnectionFactory::create($config);
+    $config->setChannelRPCTimeout(10); // by itself the library waits for ever when the broker is silent
+    $connection = AMQPConnectionFactory::create($config);
+    $connection->set_close_on_destruct(false); // or exit() waits for the broker's farewell; run() closes it
+    return $connection;
 }
 
 pcntl_async_signals(true);
 $consumer = new Consumer();
 $consumer->checkKey();
 foreach ([SIGTERM, SIGINT] as $signal) {
-    pcntl_signal($signal, function () use ($consumer): void { $consumer->stopping = true; });
+    pcntl_signal($signal, function () use ($consumer): void {
+        $consumer->stopping = true;
+        pcntl_alarm(12); // longer than a request takes
+    });
 }
+pcntl_signal(SIGALRM, fn() => exit(0)); // the broker is silent: what was not acknowledged comes again
 $consumer->run();

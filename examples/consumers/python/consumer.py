@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -333,8 +334,18 @@ def close(connection):
 if __name__ == "__main__":
     check_key()
     consumer = Consumer()
+
+    def leave(*_):
+        if consumer.stopping:
+            return
+        consumer.stopping = True
+        # Longer than a request takes. Then the broker is silent: what was not acknowledged comes again.
+        late = threading.Timer(12, os._exit, [0])
+        late.daemon = True
+        late.start()
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: setattr(consumer, "stopping", True))
+        signal.signal(name, leave)
     try:
         consumer.run()
     except Stop:

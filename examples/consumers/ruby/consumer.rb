@@ -236,7 +236,14 @@ end
 
 $stdout.sync = true
 $failures = 0
-%w[TERM INT].each { |signal| trap(signal) { ($stopping = true) && $inbox&.push(:stop) } }
+%w[TERM INT].each do |signal|
+  trap(signal) do
+    $stopping = true
+    $inbox&.push(:stop)
+    # Longer than a request takes. Then the broker is silent: what was not acknowledged comes again.
+    Thread.new { sleep 12; exit!(true) }
+  end
+end
 key # here, where it is no outage that there is none
 check_key
 begin
