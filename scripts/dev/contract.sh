@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Contract: a running service is asked everything that openapi.yaml allows, and much that it does not.
-# Promise: a service, a database and an exchange of its own, all of them gone afterwards; nothing else is touched.
+# Promise: a service, a database and a broker of its own, all of them gone afterwards, also when it is interrupted; nothing else is touched.
 
 SCHEMATHESIS_VERSION=4.32.5
 # The id, the subscription and the message of the document's own examples.
@@ -10,16 +10,20 @@ EXAMPLE_SUBSCRIPTION=orders
 # schemathesis [ARGS]: with a key that may do everything, then with one that may do nothing. ARGS go to both runs.
 schemathesis() {
     local tools=$DEV/schemathesis status=0
+    # A name that nobody else has, also where others share the server that was given.
+    CONTRACT=contract_$(tr -d - </proc/sys/kernel/random/uuid)
     require_rust
     take_lock
-    provide linker curl "${OWN_SERVERS[@]}"
-    bring_up_servers
+    # psql comes with Postgres, wherever that runs.
+    provide linker curl postgres rabbitmq
+    [[ -n $GIVEN_DATABASE_URL ]] || start_postgres main
+    DATABASE_URL=${GIVEN_DATABASE_URL:-$(postgres_url)}
+    trap end_contract_service EXIT
+    start_broker "$CONTRACT"
     release_lock
-    use_servers
     get_schemathesis "$tools"
     # Beside an example cargo builds the dependencies as it does for tests: where those were built, nothing is left to do.
     build --example replay
-    trap end_contract_service EXIT
     start_contract_service
     seed_contract_service
     ask_everything "$tools" "$CONTRACT_KEY" "$@" || status=1
@@ -40,29 +44,41 @@ get_schemathesis_by_pip() {
 }
 
 start_contract_service() {
-    local ready=$DEV/run/contract.ready
-    contract_psql "drop database if exists contract with (force)"
-    contract_psql "create database contract"
-    CONTRACT_DATABASE_URL=$(database_beside contract)
-    # What the last one said must not be taken for what this one says.
+    local ready=$DEV/run/$CONTRACT.ready
+    contract_psql "create database $CONTRACT"
     : >"$ready"
-    DATABASE_URL=$CONTRACT_DATABASE_URL TIDINGS_EXCHANGE=contract TIDINGS_LISTEN=127.0.0.1:0 TIDINGS_RATE_LIMIT=off \
-        "$(binary)" serve >"$ready" 2>"$DEV/log/contract.log" 9>&- &
+    contract_tidings serve >"$ready" 2>"$DEV/log/contract.log" &
     CONTRACT_SERVICE=$!
     until grep -q '^tidings ready on ' "$ready"; do
         kill -0 "$CONTRACT_SERVICE" 2>/dev/null || die "tidings does not get ready" "tail $DEV/log/contract.log"
         pause 0.2
     done
     CONTRACT_URL=$(sed -n 's/^tidings ready on //p' "$ready")
-    CONTRACT_KEY=$(DATABASE_URL=$CONTRACT_DATABASE_URL "$(binary)" client create contract --scope admin --purpose 'asking everything' 2>/dev/null)
+    CONTRACT_KEY=$(contract_tidings client create contract --scope admin --purpose 'asking everything' 2>/dev/null)
+}
+
+# contract_tidings ARGS..: becomes tidings, with the settings of this service and none of those that are in the environment: a
+# DATABASE_URL_FILE there would count for more than our DATABASE_URL.
+contract_tidings() {
+    local url
+    url=$(database_beside "$CONTRACT")
+    unset "${!DATABASE_URL@}" "${!AMQP_@}" "${!TIDINGS_@}"
+    export DATABASE_URL=$url AMQP_URL TIDINGS_RABBITMQ_MANAGEMENT_URL TIDINGS_LISTEN=127.0.0.1:0 TIDINGS_RATE_LIMIT=off
+    AMQP_URL=$(broker_url "$CONTRACT")
+    TIDINGS_RABBITMQ_MANAGEMENT_URL=$(management_url "$CONTRACT")
+    exec "$(binary)" "$@"
 }
 
 end_contract_service() {
+    # Who is impatient twice would leave something behind.
+    trap '' INT TERM HUP
     if [[ -n ${CONTRACT_SERVICE-} ]]; then
         kill "$CONTRACT_SERVICE" 2>/dev/null || true
         wait "$CONTRACT_SERVICE" 2>/dev/null || true
     fi
-    contract_psql "drop database if exists contract with (force)" || true
+    contract_psql "drop database if exists $CONTRACT with (force)" || true
+    (forget_broker "$CONTRACT") || true
+    rm -f "$DEV/run/$CONTRACT.ready" "$DEV"/{ports,log}/{epmd,rabbitmq}-"$CONTRACT"*
 }
 
 contract_psql() { (psql_at "$DATABASE_URL" -qc "$1") >&2; }

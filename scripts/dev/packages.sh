@@ -123,11 +123,16 @@ allow_services() {
 
 unpack_packages() {
     local log=$DEV/log/packages.log folder=$DEV/apt deb
+    # RabbitMQ's own scripts do not quote the folder that they are in.
+    [[ " $* " != *" rabbitmq-server "* || $UNPACKED != *[[:space:]]* ]] ||
+        die "the path of this checkout has a space, and RabbitMQ does not run unpacked in such a one: $ROOT" \
+            "move the checkout, have it installed (sudo apt-get install rabbitmq-server), or give AMQP_URL of one that runs"
     say "unpacking into .dev/debian: $*"
-    rm -f "$UNPACKED/.whole"
     mkdir -p "$UNPACKED" "$folder"/{lists,archives}/partial
     logged "$log" "reading the package lists" private_apt update
     logged "$log" "downloading $*" private_apt install --yes --no-install-recommends --download-only "$@"
+    # Not before: what was unpacked earlier goes on being used when nothing can be downloaded.
+    rm -f "$UNPACKED/.whole"
     for deb in "$folder"/archives/*.deb; do
         logged "$log" "unpacking ${deb##*/}" dpkg-deb --extract "$deb" "$UNPACKED"
     done

@@ -113,12 +113,13 @@ use_tls() {
     realpath "$2" >"$DEV/brokers/$1/tls"
 }
 
-# Only main and brokers with TLS have the management API: it is not what tests hurt, and costs a start some time.
+# Only main, the one of ./dev schemathesis, and brokers with TLS have the management API: it is not what tests hurt, and costs a
+# start some time.
 choose_plugins() {
     local name=$1 home=$DEV/brokers/$1
     echo '[rabbitmq_management].' >"$home/enabled_plugins"
     export RABBITMQ_CONFIG_FILE=$home/rabbitmq.conf
-    if [[ $name == main ]]; then
+    if [[ $name == main || $name == contract_* ]]; then
         printf 'management.tcp.%s\n' 'ip = 127.0.0.1' "port = $(port "rabbitmq-$name-management")" >"$home/rabbitmq.conf"
     elif [[ -s $home/tls ]]; then
         tls_settings "$name" "$(<"$home/tls")" >"$home/rabbitmq.conf"

@@ -60,10 +60,17 @@ is_unknown() {
     [[ $status == 'HTTP/1.1 401 '* ]]
 }
 
-# What a running service was started from: the binary, and all that it reads from its environment. Hashed, as it may
-# contain passwords.
+# What a running service was started from: the binary, all that it reads from its environment, and the files that are named
+# there. Hashed, as it may contain passwords.
 fingerprint() {
-    { stat --format '%i %Y %s' "$(binary)" && env | grep -E '^(DATABASE_URL|AMQP_URL|TIDINGS_|RUST_LOG)' | sort; } | sha256sum
+    local name
+    {
+        stat --format '%i %Y %s' "$(binary)"
+        for name in $(compgen -e | grep -E '^(DATABASE_|AMQP_|TIDINGS_|PG|SSL_CERT_|RUST_LOG)' | sort); do
+            printf '%s=%s\n' "$name" "${!name-}"
+            if [[ -f ${!name-} && -r ${!name-} ]]; then sha256sum <"${!name-}"; fi
+        done
+    } | sha256sum
 }
 
 choose_address() {
