@@ -1,6 +1,7 @@
 //! Needles: values to look for, and the looking. Pure.
 //!
-//! Promise: a value is found however it was written down: as it is, in other case, escaped for JSON or a URL, or as a list of bytes.
+//! Promise: a value is found however it was written down: as it is, in other case, escaped for JSON or a URL, in hexadecimal, or as a list
+//! of bytes.
 //! Not here, on purpose: a way to print one.
 
 use std::collections::HashMap;
@@ -67,7 +68,9 @@ impl Needles {
     fn add(&mut self, user_id: Uuid, field: &str, text: &str) {
         let place = self.origins.len();
         self.origins.push(Origin { field: field.to_owned(), user_id });
-        for spelling in spellings(text) {
+        // Behind an escape nobody sees that it is the same letter in other case.
+        let cases = [text.to_owned(), text.to_lowercase(), text.to_uppercase()];
+        for spelling in cases.iter().flat_map(|text| spellings(text)) {
             let Some(start) = spelling.first_chunk() else { continue };
             let others = self.by_start.entry(*start).or_default();
             if !others.iter().any(|(other, _)| *other == spelling) {
@@ -78,7 +81,7 @@ impl Needles {
 
     /// Where the values in `text` come from.
     pub fn found_in(&self, text: &[u8]) -> Vec<&Origin> {
-        let text = text.to_ascii_lowercase();
+        let text = folded(&String::from_utf8_lossy(text));
         let mut found: Vec<usize> = vec![];
         for (at, start) in text.windows(SHORTEST_BYTES).enumerate() {
             let Some(spellings) = self.by_start.get(start) else { continue };
@@ -96,7 +99,14 @@ fn is_distinctive(text: &str) -> bool {
     text.len() >= SHORTEST_BYTES && text.chars().any(char::is_alphabetic)
 }
 
-/// How a value may have been written down, in lower case.
+/// What differs by case alone is the same here. By way of the upper case: a letter may have two lower ones (σ and ς), or become several (ß
+/// and SS).
+fn folded(text: &str) -> Vec<u8> {
+    let folded: String = text.chars().flat_map(char::to_uppercase).flat_map(char::to_lowercase).collect();
+    folded.into_bytes()
+}
+
+/// How a value may have been written down.
 fn spellings(text: &str) -> Vec<Vec<u8>> {
     let quoted = Value::from(text).to_string();
     let escaped: String =
@@ -119,10 +129,11 @@ fn spellings(text: &str) -> Vec<Vec<u8>> {
         })
         .collect();
     let in_form = in_url.replace("%20", "+");
+    let hex: String = text.bytes().map(|b| format!("{b:02x}")).collect();
     let bytes: Vec<String> = text.bytes().map(|b| b.to_string()).collect();
-    let all =
-        [text.to_owned(), quoted[1..quoted.len() - 1].to_owned(), escaped, ascii, in_url, in_form, bytes.join(", ")];
-    all.into_iter().map(|spelling| spelling.to_ascii_lowercase().into_bytes()).collect()
+    let quoted = quoted[1..quoted.len() - 1].to_owned();
+    let all = [text.to_owned(), quoted, escaped, ascii, in_url, in_form, hex, bytes.join(", ")];
+    all.iter().map(|spelling| folded(spelling)).collect()
 }
 
 #[cfg(test)]
@@ -155,20 +166,40 @@ mod tests {
         let needles = needles(&json!({ "profile": { "full_name": value } }));
         let spelt = [
             value.to_owned(),
-            value.to_uppercase().replace('Ë', "ë"),
+            value.to_uppercase(),
             format!("{value:?}"),
             json!({ "said": value }).to_string(),
             "x Zo\\u00eb \"Zo\" Ozola".to_owned(),
             "/v1/users?q=Zo%C3%AB%20%22Zo%22%20Ozola&limit=1".to_owned(),
             "q=Zo%C3%AB+%22Zo%22+Ozola".to_owned(),
+            "\\x5A6FC3AB20225A6F22204F7A6F6C61".to_owned(),
             format!("{:?}", value.as_bytes()),
         ];
         for text in &spelt {
             assert_eq!(needles.found_in(text.as_bytes()).len(), 1, "{text}");
         }
+        let among_bytes = [&[0xc3, 0xff, 0][..], value.as_bytes(), &[0xc3]].concat();
+        assert_eq!(needles.found_in(&among_bytes).len(), 1, "not all of it is text");
         for other in ["", "Zoë", "Zoë \"Zo\" Berzina", "0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a"] {
             assert_eq!(needles.found_in(other.as_bytes()).len(), 0, "{other}");
         }
+    }
+
+    #[test]
+    fn every_letter_is_found_in_other_case_and_not_ascii_alone() {
+        let value = "Zoë Bērziņa Straße Ανδρέας";
+        let needles = needles(&json!({ "profile": { "full_name": value } }));
+        let (upper, lower) = (value.to_uppercase(), value.to_lowercase());
+        let mixed = "zoË bĒRziŅa StrASSe ΑΝΔΡέας".to_owned();
+        let hex = |text: &str| text.bytes().map(|b| format!("{b:02X}")).collect::<String>();
+        let escaped =
+            "ZO\\u00CB B\\u0112RZI\\u0145A STRASSE \\u0391\\u039d\\u0394\\u03a1\\u0388\\u0391\\u03a3".to_owned();
+        let in_url =
+            "zo%C3%AB%20b%C4%93rzi%C5%86a%20stra%C3%9Fe%20%CE%B1%CE%BD%CE%B4%CF%81%CE%AD%CE%B1%CF%82".to_owned();
+        for text in [hex(&upper), format!("{:?}", lower.as_bytes()), upper, lower, mixed, escaped, in_url] {
+            assert_eq!(needles.found_in(text.as_bytes()).len(), 1, "{text}");
+        }
+        assert_eq!(needles.found_in("Zoe Berzina Strasse Ανδρέας".as_bytes()).len(), 0);
     }
 
     #[test]

@@ -113,18 +113,18 @@ async fn scan_table(
     count: &mut u64,
     found: &mut Found,
 ) -> sqlx::Result<()> {
-    let as_text = |(column, is_bytes): (&String, &bool)| {
-        if *is_bytes { format!("encode({column}, 'escape')") } else { format!("{column}::text") }
+    let as_bytes = |(column, is_bytes): (&String, &bool)| {
+        if *is_bytes { column.clone() } else { format!("convert_to({column}::text, 'UTF8')") }
     };
-    let texts: Vec<String> = columns.iter().zip(are_bytes).map(as_text).collect();
+    let values: Vec<String> = columns.iter().zip(are_bytes).map(as_bytes).collect();
     // Names that the database itself has quoted.
-    let select = AssertSqlSafe(format!("select {} from {table} limit {MOST_ROWS}", texts.join(", ")));
+    let select = AssertSqlSafe(format!("select {} from {table} limit {MOST_ROWS}", values.join(", ")));
     let mut rows = sqlx::query(select).fetch(db);
     while let Some(row) = rows.try_next().await? {
         *count += 1;
         for (place, column) in columns.iter().enumerate() {
-            let text: Option<String> = row.try_get(place)?;
-            found.note(format!("table {name}.{column}"), &needles.found_in(text.unwrap_or_default().as_bytes()));
+            let value: Option<Vec<u8>> = row.try_get(place)?;
+            found.note(format!("table {name}.{column}"), &needles.found_in(&value.unwrap_or_default()));
         }
     }
     Ok(())
