@@ -45,6 +45,8 @@ const LOOK_FOR_QUEUE: Duration = Duration::from_secs(5);
 const WORTH_TELLING: Duration = Duration::from_secs(1);
 /// One that could send nothing for so long gives way to others who wait for a turn.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// Who goes on gives way after so long, however slow or fast. Long enough for the half second between two turns to cost little.
+const TURN: Duration = Duration::from_secs(10);
 /// Messages of this time are sent together, so that a slow rate is not sent one by one.
 const CHUNK_TIME: Duration = Duration::from_millis(20);
 /// For the confirms of a chunk, unless the broker holds us back.
@@ -69,6 +71,7 @@ pub(super) struct Run {
     orders: watch::Receiver<Orders>,
     stop: CancellationToken,
     pace: Pace,
+    began_at: Instant,
     /// Read, and not yet passed.
     ahead: VecDeque<Step>,
     progress: Progress,
@@ -115,8 +118,8 @@ impl Run {
         let (noted, reached) = (backfill.cursor, backfill.cursor);
         let progress = Progress { noted, reached, sent: 0, skipped: 0, noted_at: now };
         let held_up = backfill.waiting_for.map(|why| (now, Some(why)));
-        let (ahead, missing_at) = (VecDeque::new(), None);
-        Self { backfill, broker, connection, line, orders, stop, pace, ahead, progress, held_up, missing_at }
+        let (began_at, ahead, missing_at) = (now, VecDeque::new(), None);
+        Self { backfill, broker, connection, line, orders, stop, pace, began_at, ahead, progress, held_up, missing_at }
     }
 
     /// To its end, to `stop`, or until it gives way.
@@ -150,7 +153,7 @@ impl Run {
             if !self.ahead.is_empty() {
                 let Some(room) = self.await_room(&mut look).await? else { return Ok(false) };
                 self.send(&post, room).await?;
-            } else if self.stop.is_cancelled() {
+            } else if self.stop.is_cancelled() || self.had_its_turn() {
                 return Ok(false);
             }
             if self.progress.is_to_be_noted() {
@@ -213,6 +216,7 @@ impl Run {
             let orders = *self.orders.borrow_and_update();
             self.pace.set(orders.rate_per_s);
             let pause = match self.room(look, orders).await? {
+                Room::For(_) if self.had_its_turn() => return Ok(None),
                 Room::For(0) => self.pace.until(chunk_at(orders.rate_per_s), Instant::now()),
                 Room::For(room) => return Ok(Some(room)),
                 Room::None(why) => {
@@ -286,6 +290,11 @@ impl Run {
             self.held_up = Some((since, Some(why)));
         }
         Ok(())
+    }
+
+    /// Whether others are to go on in its place.
+    fn had_its_turn(&self) -> bool {
+        self.orders.borrow().others_wait && self.began_at.elapsed() > TURN
     }
 
     /// What holds everybody up is waited for in place.

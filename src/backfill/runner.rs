@@ -1,7 +1,7 @@
 //! Runner: carries on every backfill that is to run, some of them side by side.
 //!
-//! Promise: what an operator asks for takes effect within a second, whichever instance leads; and one that cannot go on keeps no other
-//! from its turn for longer than seconds.
+//! Promise: what an operator asks for takes effect within a second, whichever instance leads; and one that is slow, or cannot go on,
+//! keeps no other from its turn for longer than seconds.
 //! Not here, on purpose: memory, but for who had a turn. The table says what is to be done, and is asked twice a second.
 
 use std::{

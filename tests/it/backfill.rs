@@ -509,6 +509,47 @@ async fn who_cannot_go_on_keeps_nobody_from_his_turn(db: PgPool) {
     }
 }
 
+/// Four are slow, as they were asked to be. Whoever comes after them has his turn, they have theirs again, and tell nobody twice.
+#[sqlx::test]
+async fn who_is_slow_keeps_nobody_from_his_turn(db: PgPool) {
+    let house = House::open(db).await;
+    users(&house, 1_000).await;
+    let sends_more_than = async |orders: &Subscribed, before: i64| {
+        eventually("it to go on", async || match show(&house, orders).await["sent"].as_i64().unwrap() {
+            sent if sent > before => Ok(()),
+            sent => Err(sent),
+        })
+        .await;
+    };
+    let mut slow = vec![];
+    for number in 0..4 {
+        let orders = Subscribed::to(&house, &format!("slow-{number}"), &["#"], &[]).await;
+        start(&house, &orders, json!({ "users": "all", "rate_per_s": 1 })).await.ok();
+        slow.push(orders);
+    }
+    for orders in &slow {
+        sends_more_than(orders, 0).await;
+    }
+    let quick = Subscribed::to(&house, "quick", &["#"], &[]).await;
+    start(&house, &quick, json!({ "users": "all" })).await.ok();
+    assert_eq!(await_state(&house, &quick, "done").await["sent"], 1_000);
+    quick.end().await;
+    for orders in &slow {
+        let sent = show(&house, orders).await["sent"].as_i64().unwrap();
+        sends_more_than(orders, sent).await;
+    }
+    for orders in &slow {
+        act(&house, orders, "cancel").await.ok();
+    }
+    stopped(&house).await;
+    for orders in slow {
+        let messages = orders.take().await;
+        assert_eq!(show(&house, &orders).await["sent"], messages.len(), "all that was sent is noted");
+        assert_eq!(told(&messages).len(), messages.len(), "somebody was told twice");
+        orders.end().await;
+    }
+}
+
 #[sqlx::test]
 async fn what_cannot_be_done_is_refused(db: PgPool) {
     let house = House::open(db).await;
