@@ -25,6 +25,7 @@ use tidings_sdk::{
     envelope::{Event, Notice},
     letter::{Letter, Reason},
     mirror::{Keeper, Mirror},
+    owner::{FetchError, Receipt},
     topology::{self, Depth, Source},
 };
 use tokio::{net::TcpListener, sync::Semaphore};
@@ -283,6 +284,27 @@ async fn a_user_whom_the_owner_cannot_show_ends_as_a_dead_letter_alone(db: PgPoo
     assert!(calls.iter().all(|call| call.user != cursed));
     assert_eq!(listener.dead_letters().await, 0);
     listener.end().await;
+}
+
+/// A deletion is not taken for confirmed because something that is not the owner does not know the address.
+#[tokio::test]
+async fn only_the_owner_can_say_that_there_is_nothing_to_confirm() {
+    let refused = |status, code: &str| Err(FetchError::Refused { status, code: code.to_owned() });
+    for (status, said, expected) in [
+        (404, r#"{"code":"user_not_found"}"#, Ok(Receipt::Unwanted)),
+        (409, r#"{"code":"user_not_deleted"}"#, Ok(Receipt::Unwanted)),
+        (404, r#"{"code":"subscription_not_found"}"#, Ok(Receipt::UnknownSubscription)),
+        (404, "no such page", refused(404, "")),
+        (404, r#"{"code":"route_not_found"}"#, refused(404, "route_not_found")),
+        (409, "", refused(409, "")),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let owner = owner_at(&format!("http://{}", listener.local_addr().unwrap()));
+        let answer = move || async move { (StatusCode::from_u16(status).unwrap(), said) };
+        tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+        let receipt = owner.confirm_deletion(Uuid::new_v4(), &"orders".parse().unwrap()).await;
+        assert_eq!(receipt, expected, "{status} {said}");
+    }
 }
 
 /// Nor does he hold up a mirror: it has the others and listens, and has him as soon as he can be shown.

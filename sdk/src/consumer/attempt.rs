@@ -22,7 +22,7 @@ use super::{
 use crate::{
     envelope::{Event, Notice},
     letter::Reason,
-    owner::Owner,
+    owner::{Owner, Receipt},
     subscription::SubscriptionName,
 };
 
@@ -224,8 +224,12 @@ impl<H: Handler> Attempts<H> {
     /// Why the owner could not be told.
     async fn say_done(&self, user: Uuid) -> Result<(), String> {
         match timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)).await {
+            Ok(Ok(Receipt::Kept)) => {
+                tracing::debug!(subscription = %self.subscription, user_id = %user, "a deletion is confirmed");
+                Ok(())
+            }
             Ok(Ok(receipt)) => {
-                tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is confirmed");
+                tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is done, and the owner keeps no receipt of it");
                 Ok(())
             }
             Ok(Err(why)) => Err(why.to_string()),

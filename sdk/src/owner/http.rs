@@ -348,7 +348,7 @@ impl Answer {
     }
 
     /// The stable code of a problem; what stands before us may answer without one.
-    fn code(&self) -> String {
+    pub(super) fn code(&self) -> String {
         #[derive(Deserialize)]
         struct Problem {
             code: String,

@@ -10,7 +10,12 @@ mod http;
 pub use feed::{Change, Changes, Cursor, Held, State};
 pub use http::{Connections, FetchError, InvalidKey, InvalidUrl, KeyFileError, connections};
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use hyper::{
     StatusCode,
@@ -112,8 +117,10 @@ pub enum Fetched {
 #[non_exhaustive]
 pub enum Receipt {
     Kept,
-    /// There is nothing to confirm: the user lives, nobody ever had the id, or the subscription is not registered with this owner.
+    /// There is nothing to confirm: the user lives, or nobody ever had the id.
     Unwanted,
+    /// The subscription is not registered with this owner, or the client that this key is of does not stand for it: nothing was kept.
+    UnknownSubscription,
 }
 
 /// The owner, by its URL. Cheap to clone; clones share connections, and gather what they ask for at the same time.
@@ -258,11 +265,29 @@ impl Owner {
         let ask = Ask::post(&format!("/v1/deletions/{user}/receipts"), &json!({ "subscription": subscription }))
             .with(TRACEPARENT, self.trace.map(|trace| trace.to_string()));
         let answer = self.http.ask(ask).await?;
-        match answer.status {
-            status if status.is_success() => Ok(Receipt::Kept),
-            StatusCode::NOT_FOUND | StatusCode::CONFLICT => Ok(Receipt::Unwanted),
+        match (answer.status, answer.code().as_str()) {
+            (status, _) if status.is_success() => Ok(Receipt::Kept),
+            (StatusCode::NOT_FOUND, "user_not_found") | (StatusCode::CONFLICT, "user_not_deleted") => {
+                Ok(Receipt::Unwanted)
+            }
+            (StatusCode::NOT_FOUND, "subscription_not_found") => {
+                tell_unknown(subscription);
+                Ok(Receipt::UnknownSubscription)
+            }
+            // Not the owner's own word: the address is wrong, or somebody stands between.
             _ => Err(answer.refusal()),
         }
+    }
+}
+
+/// Once in a process: it is so for each deletion.
+fn tell_unknown(subscription: &SubscriptionName) {
+    static TOLD: Mutex<BTreeSet<SubscriptionName>> = Mutex::new(BTreeSet::new());
+    if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(subscription.clone()) {
+        tracing::warn!(
+            %subscription,
+            "the owner keeps no receipts for this subscription: it is not registered, or the key's client does not stand for it"
+        );
     }
 }
 
