@@ -59,8 +59,10 @@ begin
   grant select, insert, update on deletion_duties to tidings_api;
   grant select, insert, update on deletion_duties to tidings_relay;
 
-  -- deletion_receipts, deletions_looked_at: who has confirmed, and who is reminded; the API's.
+  -- deletion_receipts, deletions_looked_at: who has confirmed, and who is reminded; the API's. The relay's process asks who is late, as such
+  -- a subscription does not expire.
   grant select, insert, update, delete on deletion_receipts to tidings_api;
+  grant select (subscription, confirmed_at) on deletion_receipts to tidings_relay;
   grant select, update on deletions_looked_at to tidings_api;
 
   -- clients, client_keys: read by the API, which notes when a key was used. Only the owner makes, changes or revokes one.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The broker's users of tidings, each with the rights it needs and no more. Run it where rabbitmqctl works, as often as you like.
-# Promise: passwords come from stdin and are on no command line; a user that is there keeps its password, and gets its rights anew;
-# a virtual host that is not there yet is made.
+# Promise: passwords come from stdin and are on no command line; a user that is there keeps its password, and gets its rights and its
+# tag anew; a virtual host that is not there yet is made.
 set -euo pipefail
 
 help() {
@@ -49,7 +49,7 @@ is_among() {
 need_queue() { [[ -n $1 ]] || { help >&2 && exit 2; }; }
 
 give() {
-    local role=$1 name=$2 all password given=()
+    local role=$1 name=$2 all password given=() tag=()
     all=$(rights "$role" "${3-}")
     mapfile -t given <<<"$all"
     # rabbitmqctl would take what is on stdin, whatever it is asked.
@@ -61,7 +61,9 @@ give() {
     fi
     "${CTL[@]}" -q list_vhosts </dev/null | is_among "$VHOST" || "${CTL[@]}" -q add_vhost "$VHOST" </dev/null
     "${CTL[@]}" -q set_permissions -p "$VHOST" "$name" "${given[@]}" </dev/null
-    [[ $role != monitor ]] || "${CTL[@]}" -q set_user_tags "$name" monitoring </dev/null
+    # The least that the management API answers. Who is no monitor has none, not even one from before.
+    [[ $role != monitor ]] || tag=(management)
+    "${CTL[@]}" -q set_user_tags "$name" "${tag[@]}" </dev/null
 }
 
 case ${1-help} in

@@ -18,7 +18,7 @@ use crate::{
     ops::{self, Ops, Starting},
     subscriptions::{self, Subscriptions},
     users::{self, Users},
-    web::{self, Code, Limits, Problem, ProblemBody, manners, method_not_allowed, route_not_found},
+    web::{self, Code, Limits, Problem, ProblemBody, manners, method_not_allowed, route_not_found, to_the_end},
 };
 
 #[derive(OpenApi)]
@@ -98,17 +98,23 @@ pub struct Desks {
 ///
 /// # Errors
 /// When a document cannot be written.
-pub fn full(clients: &Clients, desks: Desks, ops: Ops, limits: Limits, telling: &Source) -> anyhow::Result<Router> {
-    let files = Docs::new(openapi()?, docs::asyncapi(telling)?);
+pub fn full(
+    clients: &Clients,
+    desks: Desks,
+    ops: Ops,
+    limits: Limits,
+    (vhost, telling): (&str, &Source),
+) -> anyhow::Result<Router> {
+    let files = Docs::new(openapi()?, docs::asyncapi_at(vhost, telling)?);
     let observing = deletions::observing(&desks.deletions);
     let app = Router::new()
         .merge(guarded(users::routes(), clients, desks.users))
         .merge(guarded(feed::routes(), clients, desks.feed))
-        .merge(guarded(subscriptions::routes(), clients, desks.subscriptions))
-        .merge(guarded(dead_letters::routes(), clients, desks.dead_letters))
-        .merge(guarded(backfill::routes(), clients, desks.backfills))
+        .merge(registry(guarded(subscriptions::routes(), clients, desks.subscriptions)))
+        .merge(registry(guarded(dead_letters::routes(), clients, desks.dead_letters)))
+        .merge(registry(guarded(backfill::routes(), clients, desks.backfills)))
         .merge(guarded(deletions::routes(), clients, desks.deletions))
-        .merge(guarded(clients::routes(), clients, desks.processing))
+        .merge(registry(guarded(clients::routes(), clients, desks.processing)))
         .merge(Router::from(ops::routes()).with_state(ops))
         .merge(Router::from(docs::routes()).with_state(files))
         .merge(docs::pages());
@@ -119,6 +125,11 @@ pub fn full(clients: &Clients, desks: Desks, ops: Ops, limits: Limits, telling: 
 /// The routes of a feature, behind the door.
 fn guarded<T: Clone + Send + Sync + 'static>(routes: OpenApiRouter<Guarded<T>>, clients: &Clients, desk: T) -> Router {
     Router::from(routes).with_state(Guarded::new(clients, desk))
+}
+
+/// Routes about subscriptions, which keep a session of the database or a channel of the broker busy for a while.
+fn registry(routes: Router) -> Router {
+    routes.layer(middleware::from_fn(to_the_end))
 }
 
 /// The operator's questions alone, for an instance that only relays.

@@ -19,8 +19,10 @@ use url::Url;
 
 use crate::telemetry::with_causes;
 
+mod rights;
 mod server_log;
 
+pub use rights::{API_ROLE, LACKING, RELAY_ROLE};
 pub use server_log::SETTINGS as SERVER_LOG_SETTINGS;
 
 /// Until a new connection stands. An API that cannot have one in this time says 503 rather than wait on.
@@ -189,6 +191,16 @@ impl Trouble {
         }
     }
 
+    /// Of a refusal that is mostly a step of an upgrade that was left out: that step.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            // What is asked for is not there.
+            Self::Refused { code, .. } if code == "42P01" || code == "42703" => Some(MIGRATE),
+            Self::Refused { code, .. } if code == "42501" => Some(GRANT),
+            _ => None,
+        }
+    }
+
     /// Whether the statement waited in vain for what somebody else holds: a table, or a row.
     pub fn is_of_a_lock(&self) -> bool {
         matches!(self, Self::Refused { code, .. } if code == LOCK_NOT_AVAILABLE)
@@ -281,16 +293,20 @@ impl Db {
         Ok(connection.close().await?)
     }
 
-    /// Refuses a database that lacks a migration of this binary's: statements on what is not there would fail one after the other.
+    /// Refuses a database on which a step of the upgrade to this binary was left out: statements on what is not there, or not allowed, would
+    /// fail one after the other. `acts_as`: the roles whose rights this process needs.
     ///
     /// # Errors
-    /// When one is missing, or the database does not tell.
-    pub async fn check_migrated(&self) -> anyhow::Result<()> {
+    /// When a migration or a right is missing, or the database does not tell.
+    pub async fn check_upgraded(&self, acts_as: &[&str]) -> anyhow::Result<()> {
         let mut connection = self.maintenance("schema check").await?;
         let applied: Vec<i64> =
             sqlx::query_scalar(APPLIED).fetch_all(&mut connection).await.map_err(Trouble::from).map_err(explained)?;
         let missing = migrations().iter().filter(|migration| !applied.contains(&migration.version)).count();
         anyhow::ensure!(missing == 0, "the database lacks {missing} of this version's migrations\n{MIGRATE}");
+        let lacking =
+            rights::lacking(&mut connection, acts_as).await.map_err(Trouble::from).map_err(explained)?.join(", ");
+        anyhow::ensure!(lacking.is_empty(), "the database does not give this process {lacking}\n{GRANT}");
         Ok(connection.close().await?)
     }
 
@@ -382,18 +398,11 @@ fn not_migrated(error: MigrateError) -> anyhow::Error {
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";
+const GRANT: &str = "hint: this role lacks rights; deploy/postgres-grants.sql gives them, after each migration";
 
 /// A refusal that is mostly a step of an upgrade that was left out, with that step.
 pub fn explained(trouble: Trouble) -> anyhow::Error {
-    let hint = match &trouble {
-        // What is asked for is not there.
-        Trouble::Refused { code, .. } if code == "42P01" || code == "42703" => Some(MIGRATE),
-        Trouble::Refused { code, .. } if code == "42501" => {
-            Some("hint: this role lacks rights; deploy/postgres-grants.sql gives them, after each migration")
-        }
-        _ => None,
-    };
-    match hint {
+    match trouble.hint() {
         Some(hint) => anyhow::anyhow!("{}\n{hint}", trouble.report()),
         None => trouble.into(),
     }

@@ -1,6 +1,7 @@
 //! Lead: work in the background that one instance does while the others stand by.
 //!
-//! Promise: of all instances one leads, as far as the database can tell; one whose session was lost stops within moments.
+//! Promise: of all instances one leads, as far as the database can tell; one whose session was lost stops within moments. Work that fails
+//! again and again is seen in the metrics for as long as it does.
 //! Not here, on purpose: fencing. An instance that was frozen may go on for a moment beside its successor, so whatever a duty does
 //! twice must do no harm.
 
@@ -11,6 +12,11 @@ use std::{
 
 use anyhow::Context;
 use backon::{BackoffBuilder, ExponentialBuilder};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -28,9 +34,11 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: &str = "10s";
 /// For work that was told to stop. What is still under way then is dropped.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// A turn that lasted this long was a good one: the next back-off starts small again.
+/// A turn that lasted this long was a good one: the duty is done again, and the next back-off starts small.
 const GOOD_TURN: Duration = Duration::from_secs(10);
 pub const LONGEST_DELAY: Duration = Duration::from_secs(5);
+/// An interruption that lasts is told of again.
+const TOLD_EVERY: Duration = Duration::from_secs(300);
 
 /// What a leader does.
 pub trait Duty: Send {
@@ -43,55 +51,115 @@ pub trait Duty: Send {
     fn turn(&mut self, stop: &CancellationToken) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
-/// Leads, or stands by, until `stop`.
-pub async fn serve<D: Duty>(mut duty: D, db: Db, stop: CancellationToken) {
-    let mut delays = back_off();
-    // An outage is told once, and the end of it too.
-    let mut is_well = true;
-    while !stop.is_cancelled() {
-        let began = Instant::now();
-        let Err(error) = turn(&mut duty, &db, &stop).await else { break };
-        if began.elapsed() > GOOD_TURN {
-            (delays, is_well) = (back_off(), true);
-        }
-        if std::mem::take(&mut is_well) {
-            tracing::warn!(duty = D::NAME, "interrupted, and will go on when it can: {}", with_causes(&error));
-        } else {
-            tracing::debug!(duty = D::NAME, "still interrupted: {}", with_causes(&error));
-        }
-        let delay = delays.next().unwrap_or(LONGEST_DELAY);
-        let _ = stop.run_until_cancelled(sleep(delay)).await;
+/// What an operator sees of the duties that this instance leads, or cannot ask for.
+#[derive(Clone, Default)]
+pub struct Status(Family<OfDuty, Gauge>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfDuty {
+    duty: &'static str,
+}
+
+impl Status {
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "duty_interrupted",
+            "1: this instance's turn at a duty failed, and none has lasted ten seconds since; absent where another instance leads it",
+            self.0.clone(),
+        );
     }
 }
 
-async fn turn<D: Duty>(duty: &mut D, db: &Db, stop: &CancellationToken) -> anyhow::Result<()> {
+/// How it goes with a duty here. Who stands by remembers: two instances that fail in turn are not well in between.
+struct Course {
+    status: Status,
+    of: OfDuty,
+    /// When it was last told that the duty is interrupted. `None`: it is not.
+    told: Option<Instant>,
+}
+
+impl Course {
+    fn leads(&self) {
+        tracing::info!(duty = self.of.duty, "this instance leads");
+        self.show();
+    }
+
+    fn does_not_lead(&self) {
+        self.status.0.remove(&self.of);
+    }
+
+    fn goes_well(&mut self) {
+        self.told = None;
+        self.show();
+    }
+
+    fn fails(&mut self, error: &anyhow::Error) {
+        let (duty, error) = (self.of.duty, with_causes(error));
+        if self.told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
+            tracing::warn!(duty, "interrupted, and will go on when it can: {error}");
+            self.told = Some(Instant::now());
+        } else {
+            tracing::debug!(duty, "still interrupted: {error}");
+        }
+        self.show();
+    }
+
+    fn show(&self) {
+        self.status.0.get_or_create(&self.of).set(self.told.is_some().into());
+    }
+}
+
+/// Leads, or stands by, until `stop`.
+pub async fn serve<D: Duty>(mut duty: D, db: Db, status: Status, stop: CancellationToken) {
+    let mut delays = back_off();
+    let mut course = Course { status, of: OfDuty { duty: D::NAME }, told: None };
+    while !stop.is_cancelled() {
+        let began = Instant::now();
+        let Err(error) = turn(&mut duty, &db, &mut course, &stop).await else { break };
+        if began.elapsed() > GOOD_TURN {
+            delays = back_off();
+        }
+        course.fails(&error);
+        let delay = delays.next().unwrap_or(LONGEST_DELAY);
+        let _ = stop.run_until_cancelled(sleep(delay)).await;
+    }
+    course.does_not_lead();
+}
+
+async fn turn<D: Duty>(duty: &mut D, db: &Db, course: &mut Course, stop: &CancellationToken) -> anyhow::Result<()> {
     let mut line = db.line(D::NAME, [("idle_session_timeout", IDLE_TIMEOUT)]);
-    match stop.run_until_cancelled(wait_for_lead::<D>(&mut line)).await {
+    match stop.run_until_cancelled(wait_for_lead::<D>(&mut line, course)).await {
         None => return Ok(()),
         Some(leads) => leads?,
     }
-    tracing::info!(duty = D::NAME, "this instance leads");
-    let outcome = while_leading(duty, &mut line, stop).await;
+    course.leads();
+    let outcome = while_leading(duty, &mut line, course, stop).await;
     line.hang_up().await;
     outcome
 }
 
-async fn wait_for_lead<D: Duty>(line: &mut Line) -> anyhow::Result<()> {
+async fn wait_for_lead<D: Duty>(line: &mut Line, course: &Course) -> anyhow::Result<()> {
     loop {
         let asked = line.run(async |session| sqlx::query_scalar(TRY_LEAD).bind(D::KEY).fetch_one(session).await).await;
         if asked.context("the lead cannot be asked for")? {
             return Ok(());
         }
+        course.does_not_lead();
         sleep(STAND_BY).await;
     }
 }
 
-async fn while_leading<D: Duty>(duty: &mut D, line: &mut Line, stop: &CancellationToken) -> anyhow::Result<()> {
+async fn while_leading<D: Duty>(
+    duty: &mut D,
+    line: &mut Line,
+    course: &mut Course,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
     let leads = stop.child_token();
     let mut work = pin!(duty.turn(&leads));
     tokio::select! {
         outcome = &mut work => outcome,
-        lost = lead_lost(line) => {
+        lost = lead_lost(line, course) => {
             leads.cancel();
             // Whatever it still had to say is said in the next turn.
             let _ = timeout(FAREWELL, work).await;
@@ -100,13 +168,17 @@ async fn while_leading<D: Duty>(duty: &mut D, line: &mut Line, stop: &Cancellati
     }
 }
 
-/// Gives the session signs of life, until it is over.
-async fn lead_lost(line: &mut Line) -> anyhow::Error {
+/// Gives the session signs of life, until it is over; the turn was a good one once it has lasted.
+async fn lead_lost(line: &mut Line, course: &mut Course) -> anyhow::Error {
+    let began = Instant::now();
     loop {
         sleep(SIGN_OF_LIFE).await;
         let alive = line.run_in_session(async |session| sqlx::query("select 1").execute(session).await).await;
         if let Err(lost) = alive {
             return lost.into();
+        }
+        if began.elapsed() > GOOD_TURN {
+            course.goes_well();
         }
     }
 }

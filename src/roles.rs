@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::{self, Desks},
     backfill::{Backfills, Runner},
-    broker::Broker,
+    broker::{Broker, DEFAULT_VHOST},
     clients::{self, Clients, Processing},
     config,
     db::{self, Db, Trouble},
@@ -37,7 +37,7 @@ use crate::{
     web::{self, Door, LimitSettings, Limits},
 };
 
-/// How long a starting instance waits for its database.
+/// How often a starting instance looks for its database, a second after each time in vain. A look itself may take some seconds.
 const PATIENCE: u32 = 30;
 
 const FELL: &str = "a role fell, see the log";
@@ -64,7 +64,7 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let watching = settings.watching.parse(&mut faults);
     let deadline = settings.erasure.parse(&mut faults);
     let limits = settings.limits.parse(&mut faults);
-    let management = broker.as_ref().and_then(|broker| settings.watching.management(broker, &mut faults));
+    let management = broker.as_ref().and_then(|broker| settings.management.open(broker, &mut faults));
     faults.none()?;
     let (Some(db), Some(address), Some(schema), Some(watching), Some(deadline), Some(limits), Some(source)) =
         (db, address, schema, watching, deadline, limits, source)
@@ -78,7 +78,8 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let (limits, starting) = (within_descriptors(limits), Starting::default());
     let port = Port::open(address, &starting, &limits, &stop)?;
     let looks = async {
-        await_database(&db, migrates, &starting).await?;
+        let acts_as: &[&str] = if relays { &[db::API_ROLE, db::RELAY_ROLE] } else { &[db::API_ROLE] };
+        await_database(&db, migrates, acts_as, &starting).await?;
         if !asks_nobody {
             patiently(&starting, async || clients::check(&db).await).await?;
         }
@@ -88,13 +89,17 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     found?;
 
     let (keeping, telling) = (Roles::new(stop.clone()), Roles::new(stop.clone()));
+    let vhost = broker.as_ref().map_or(DEFAULT_VHOST, Broker::vhost).to_owned();
     let broker = broker.map(|broker| broker.noting_missing(subscriptions::note_missing_exchange(&db)));
-    let (bell, queries) = (Bell::default(), db.pool("queries", 4, []));
-    let telling_stop = CancellationToken::new();
+    // Plans are not made for what is asked for: auto_explain would write it into the log.
+    let (bell, queries) = (Bell::default(), db.pool("queries", 4, users::BY_KEY));
+    // About subscriptions: counting takes a while, and no reader of users waits behind it.
+    let records = db.pool("records", 4, [("plan_cache_mode", "force_generic_plan")]);
+    let (telling_stop, duties) = (CancellationToken::new(), lead::Status::default());
     let registry = broker.as_ref().map(Broker::as_registry);
     let desk = registry.clone().map(Desk::new);
-    let letters = DeadLetters::new(queries.clone(), registry);
-    let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &telling_stop));
+    let letters = DeadLetters::new(records.clone(), registry);
+    let status = broker.map(|broker| tell(&telling, &db, broker, watching, &bell, &duties, &telling_stop));
     telling.spawn("hints", bell.clone().pass_on(db.line("hints", db::LOCALLY), telling_stop.clone()));
     let schema = Arc::new(schema);
     let clients = if asks_nobody {
@@ -104,24 +109,25 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
         Clients::open(&db, queries.clone(), tokens, &keeping)
     };
     let feed = Feed::open(&db);
-    let subscriptions = Subscriptions::new(&db, queries.clone(), schema.clone(), desk, management, watching.idle_after);
+    let subscriptions = Subscriptions::new(&db, records.clone(), schema.clone(), desk, management, watching.idle_after);
     telling.spawn("idempotency keys", users::purge(db.line("purge", []), telling_stop.clone()));
     let ledger = Ledger::new(&db, deadline);
     let deletions = Deletions::open(&db, ledger.clone(), &keeping);
-    telling.spawn("deletions", lead::serve(Reminder::new(&db, deadline), db.clone(), telling_stop.clone()));
+    let reminder = Reminder::new(&db, deadline);
+    telling.spawn("deletions", lead::serve(reminder, db.clone(), duties.clone(), telling_stop.clone()));
     let looks = Looks::new(&db);
     let serving = Some((clients.clone(), deletions.clone()));
-    let ops = Ops::new(queries.clone(), looks.clone(), serving, status, &limits.traffic);
+    let ops = Ops::new(queries.clone(), looks.clone(), serving, status, &duties, &limits.traffic);
     let desks = Desks {
         users: Users::open(&db, queries.clone(), schema.clone(), bell, requires_if_match, &keeping),
         feed: feed.clone(),
         subscriptions: subscriptions.clone(),
         dead_letters: letters,
-        backfills: Backfills::new(queries.clone()),
+        backfills: Backfills::new(records.clone()),
         deletions,
-        processing: Processing::new(queries.clone(), schema),
+        processing: Processing::new(records.clone(), schema),
     };
-    let app = app::full(&clients, desks, ops, limits, &source)?;
+    let app = app::full(&clients, desks, ops, limits, (&vhost, &source))?;
     drop(clients);
 
     let answered = port.answer(app).await?;
@@ -129,7 +135,14 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let kept = keeping.ended().await;
     telling_stop.cancel();
     let told = telling.ended().await;
-    tokio::join!(feed.close(), subscriptions.close(), ledger.close(), db::close(&queries), looks.close());
+    tokio::join!(
+        feed.close(),
+        subscriptions.close(),
+        ledger.close(),
+        db::close(&queries),
+        db::close(&records),
+        looks.close()
+    );
     ensure!(answered && kept && told, FELL);
     Ok(())
 }
@@ -182,7 +195,7 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     let broker = settings.amqp.open(&mut faults);
     let address = settings.listen.parse(&mut faults);
     let watching = settings.watching.parse(&mut faults);
-    let limits = settings.limits.parse(&mut faults);
+    let limits = settings.connections.parse(&mut faults);
     faults.none()?;
     let (Some(db), Some(broker), Some(address), Some(watching), Some(limits)) = (db, broker, address, watching, limits)
     else {
@@ -194,14 +207,15 @@ pub async fn relay(settings: config::Relay, mut faults: config::Faults) -> anyho
     warn_of_listeners(&db, Some(&broker), None);
     let (limits, starting) = (within_descriptors(limits), Starting::default());
     let port = Port::open(address, &starting, &limits, &stop)?;
-    let looks = await_database(&db, false, &starting);
+    let looks = await_database(&db, false, &[db::RELAY_ROLE], &starting);
     let Some(found) = stop.run_until_cancelled(looks).await else { return port.close().await };
     found?;
     let telling = Roles::new(stop.clone());
     let broker = broker.noting_missing(subscriptions::note_missing_exchange(&db));
-    let status = tell(&telling, &db, broker, watching, &Bell::default(), &stop);
+    let duties = lead::Status::default();
+    let status = tell(&telling, &db, broker, watching, &Bell::default(), &duties, &stop);
     let (queries, looks) = (db.pool("queries", 1, []), Looks::new(&db));
-    let ops = Ops::new(queries.clone(), looks.clone(), None, Some(status), &limits.traffic);
+    let ops = Ops::new(queries.clone(), looks.clone(), None, Some(status), &duties, &limits.traffic);
     let answered = port.answer(app::ops_only(ops, limits)).await?;
     let told = telling.ended().await;
     tokio::join!(db::close(&queries), looks.close());
@@ -259,6 +273,7 @@ fn tell(
     broker: Broker,
     watching: config::Watched,
     bell: &Bell,
+    duties: &lead::Status,
     stop: &CancellationToken,
 ) -> (Status, subscriptions::Status) {
     let (status, watched) = (Status::default(), subscriptions::Status::default());
@@ -267,8 +282,8 @@ fn tell(
     let watch = Watch::new(db.clone(), Desk::new(registry.clone()), watched.clone(), idle_after, check_every);
     telling.spawn("subscriptions watch", watch.run(stop.clone()));
     let (collector, runner) = (Collector::new(db, registry.clone()), Runner::new(db, registry));
-    telling.spawn("dead letters", lead::serve(collector, db.clone(), stop.clone()));
-    telling.spawn("backfill", lead::serve(runner, db.clone(), stop.clone()));
+    telling.spawn("dead letters", lead::serve(collector, db.clone(), duties.clone(), stop.clone()));
+    telling.spawn("backfill", lead::serve(runner, db.clone(), duties.clone(), stop.clone()));
     let relay = Relay::new(db.clone(), broker, bell.clone(), status.clone());
     telling.spawn("relay", relay.run(stop.clone()));
     telling.spawn("ear", bell.clone().listen(db.clone(), stop.clone()));
@@ -286,8 +301,9 @@ fn within_descriptors(mut settings: LimitSettings) -> Limits {
     Limits::new(settings)
 }
 
-/// A database that is up, keeps what it is given, and has our tables: this instance makes them, or else somebody has.
-async fn await_database(db: &Db, migrate: bool, starting: &Starting) -> anyhow::Result<()> {
+/// A database that is up, keeps what it is given, and has our tables: this instance makes them, or else somebody has, and gave the rights of
+/// the roles that it acts as.
+async fn await_database(db: &Db, migrate: bool, acts_as: &[&str], starting: &Starting) -> anyhow::Result<()> {
     starting.waits("it is asked for the first time");
     patiently(starting, async || db.check_durability().await).await?;
     for line in db.told_to_the_log().await {
@@ -297,7 +313,7 @@ async fn await_database(db: &Db, migrate: bool, starting: &Starting) -> anyhow::
         starting.waits("its schema is being brought up to date, by this instance or another");
         patiently(starting, async || bring_up_to_date(db).await).await
     } else {
-        patiently(starting, async || db.check_migrated().await).await
+        patiently(starting, async || db.check_upgraded(acts_as).await).await
     }
 }
 

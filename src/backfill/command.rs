@@ -11,7 +11,7 @@ use tokio::time::sleep;
 
 use super::{Action, Backfill, Backfills, Plan, Start, State, http::Progress};
 use crate::{
-    config::{BackfillAction, BackfillStart, Faults, SubscriptionServers},
+    config::{BackfillAction, BackfillStart, Database, Faults},
     json::{Fault, MAX_FAULTS},
 };
 
@@ -29,20 +29,20 @@ pub async fn run(action: BackfillAction, mut faults: Faults) -> anyhow::Result<(
         BackfillAction::Cancel(asked) => (asked, Some(Action::Cancel)),
     };
     let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
-    let backfills = open(&asked.servers, &mut faults);
+    let backfills = open(&asked.database, &mut faults);
     faults.none()?;
     let (Some(name), Some(backfills)) = (name, backfills) else { unreachable!("no faults, so all are there") };
     let now = match action {
         None => backfills.get(&name).await?,
         Some(action) => backfills.act(&name, action).await?,
     };
-    print(&name, &now, asked.servers.json)
+    print(&name, &now, asked.json)
 }
 
 async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.backfill.name.parse::<SubscriptionName>());
     let plan = plan(&asked, &mut faults);
-    let backfills = open(&asked.backfill.servers, &mut faults);
+    let backfills = open(&asked.backfill.database, &mut faults);
     faults.none()?;
     let (Some(name), Some(plan), Some(backfills)) = (name, plan, backfills) else {
         unreachable!("no faults, so all are there")
@@ -53,7 +53,7 @@ async fn start(asked: BackfillStart, mut faults: Faults) -> anyhow::Result<()> {
         sleep(LOOK).await;
         now = backfills.get(&name).await?;
     }
-    print(&name, &now, asked.backfill.servers.json)?;
+    print(&name, &now, asked.backfill.json)?;
     ensure!(!asked.follow || now.state == State::Done, "it was cancelled");
     Ok(())
 }
@@ -105,6 +105,6 @@ fn words(backfill: &Backfill) -> String {
     format!("{state}, {percent} %: {sent} sent and {skipped} skipped of {about}{total}{eta}")
 }
 
-fn open(servers: &SubscriptionServers, faults: &mut Faults) -> Option<Backfills> {
-    Some(Backfills::new(servers.database.open(faults)?.pool("command", 4, [])))
+fn open(database: &Database, faults: &mut Faults) -> Option<Backfills> {
+    Some(Backfills::new(database.open(faults)?.pool("command", 4, [])))
 }

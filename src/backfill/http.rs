@@ -20,7 +20,7 @@ use super::{
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine},
     json::Fault,
-    web::{Body, Code, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, refuses},
+    web::{Body, Code, Id, NoParams, Params, Place, Plain, Problem, Refusals, body_invalid, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Backfills>> {
@@ -54,12 +54,14 @@ refuses!(
                headers(("Location" = String, description = "Where to look at it"))),
         Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Start>, Starting)>))]
 async fn start(
-    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Allowed { caller, desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     let plan = asked.plan().map_err(body_invalid)?;
     let started = backfills.start(&name, &plan).await?;
     let location = [(header::LOCATION, format!("/v1/subscriptions/{name}/backfill"))];
@@ -71,10 +73,12 @@ async fn start(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Finding)>))]
 async fn show(
-    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Allowed { caller, desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<Progress>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     Ok(Json(Progress::of(&name, &backfills.get(&name).await?)))
 }
 
@@ -85,11 +89,13 @@ async fn show(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn pause(
-    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Allowed { caller, desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<Progress>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     act(&backfills, &name, Action::Pause).await
 }
 
@@ -98,11 +104,13 @@ async fn pause(
     params(("name" = crate::web::Name, Path, description = "The subscription"), NewRate),
     responses((status = 200, description = "How far it is", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NewRate>, Finding, Acting)>))]
 async fn resume(
-    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Allowed { caller, desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
     Plain: Plain,
     Params(asked): Params<NewRate>,
+    place: Place,
 ) -> Result<Json<Progress>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range()));
     let rate = asked.rate_per_s.map(|rate| within(&RATES, rate).ok_or_else(invalid)).transpose()?;
     act(&backfills, &name, Action::Resume(rate)).await
@@ -113,11 +121,13 @@ async fn resume(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "How far it was", body = Progress), Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Finding, Acting)>))]
 async fn cancel(
-    Allowed { desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
+    Allowed { caller, desk: backfills, .. }: Allowed<ManageSubscriptions, Backfills>,
     Mine(name): Mine,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<Progress>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     act(&backfills, &name, Action::Cancel).await
 }
 

@@ -52,6 +52,9 @@ const FRAME_BYTES: u32 = 32 * 1024;
 /// AMQP 0-9-1 short strings, which names and routing keys are, hold 255 bytes.
 const NAME_LIMIT_BYTES: usize = 200;
 
+/// The virtual host that a broker begins with.
+pub const DEFAULT_VHOST: &str = "/";
+
 /// How everything is published: what no queue takes comes back.
 pub const PUBLISHED: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
 
@@ -77,11 +80,15 @@ pub fn parse_url(url: &SecretString) -> anyhow::Result<AMQPUri> {
 /// The name of an exchange that may be ours.
 ///
 /// # Errors
-/// When the broker would not take it.
+/// When the broker would not take it, or whoever deletes a subscription would delete it too.
 pub fn parse_exchange(name: &str) -> anyhow::Result<String> {
     ensure!(
         (1..=NAME_LIMIT_BYTES).contains(&name.len()) && !name.starts_with("amq."),
         "expected a name of 1 to {NAME_LIMIT_BYTES} bytes that does not begin with \"amq.\""
+    );
+    ensure!(
+        !name.ends_with(".fields"),
+        "expected a name that does not end in \".fields\": the exchange of a subscription is called so, and goes with it"
     );
     Ok(name.to_owned())
 }
@@ -377,7 +384,7 @@ mod tests {
 
     #[test]
     fn names_are_checked_before_the_broker_sees_them() {
-        for exchange in ["", "amq.topic", &"x".repeat(201)] {
+        for exchange in ["", "amq.topic", "people.fields", &"x".repeat(201)] {
             assert!(parse_exchange(exchange).is_err(), "{exchange}");
         }
         for prefix in ["", ".", "a..b", "a.*", "#"] {
@@ -419,6 +426,19 @@ mod tests {
         let (properties, _) = widest.to_message(&cloudevents_source(&"x".repeat(NAME_LIMIT_BYTES)));
         let bytes = gen_properties(&properties)(Vec::new().into()).unwrap().position;
         assert!((16 * 1024..u64::from(FRAME_BYTES) / 4 * 3).contains(&bytes), "{bytes}");
+    }
+
+    #[test]
+    fn a_virtual_host_is_known_by_its_name_and_not_as_the_url_writes_it() {
+        for (url, vhost) in [
+            ("amqp://ana:s3cret@host", DEFAULT_VHOST),
+            ("amqp://host/%2f", "/"),
+            ("amqps://host/tidings?heartbeat=5", "tidings"),
+            ("amqp://host/user%20data", "user data"),
+        ] {
+            let uri = parse_url(&url.into()).unwrap();
+            assert_eq!(Broker::new(uri, Trust::default(), "masterdata".into(), None).vhost(), vhost, "{url}");
+        }
     }
 
     #[test]

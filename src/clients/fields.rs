@@ -15,7 +15,7 @@ use super::{
 use crate::{
     db::{self, Trouble},
     profile::{FieldSet, Schema},
-    web::{Code, NoParams, Params, Problem, Refusals},
+    web::{Code, NoParams, Params, Place, Problem, Refusals},
 };
 
 /// What the record is made of. Cheap to clone.
@@ -51,7 +51,9 @@ pub fn routes() -> OpenApiRouter<Guarded<Processing>> {
 async fn list(
     Allowed { caller, desk: processing, .. }: Allowed<ManageSubscriptions, Processing>,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<FieldsRead>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     let mut readers = processing.readers().await.map_err(|trouble| {
         tracing::warn!("a query failed: {}", trouble.report());
         Problem::from(Code::DatabaseUnavailable)

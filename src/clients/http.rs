@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     db::is_loopback,
-    json::{Fault, step},
+    json::Fault,
     web::{Code, Meter, Name, Place, Problem, refuses},
 };
 
@@ -179,11 +179,10 @@ fn forbidden(scope: Scope) -> Problem {
         .with_header_value(header::WWW_AUTHENTICATE, challenge)
 }
 
-/// Fields outside a client's list, each with its place below `root`.
-pub(crate) fn field_forbidden<'f>(root: &str, fields: impl IntoIterator<Item = &'f str>) -> Problem {
-    let faults = fields
-        .into_iter()
-        .map(|name| Fault::new(step(root, name), "field_forbidden", "this client may not have to do with this field"));
+/// Fields outside a client's list stand at these places of its document.
+pub(crate) fn field_forbidden(pointers: impl IntoIterator<Item = String>) -> Problem {
+    const WHY: &str = "this client may not have to do with this field";
+    let faults = pointers.into_iter().map(|pointer| Fault::new(pointer, "field_forbidden", WHY));
     Problem::from(Code::FieldForbidden).with_errors(faults.collect())
 }
 

@@ -151,6 +151,11 @@ impl Caller {
         Some(View(u32::from_be_bytes([a, b, c, d])))
     }
 
+    /// The fields that go away when a document of its does not have them: what it may write, but nothing that it reads around.
+    pub fn replaces(&self) -> FieldSet {
+        if self.may(Scope::ReadUsers) { self.writes.and(&self.reads) } else { self.writes.clone() }
+    }
+
     fn seen(&self) -> FieldSet {
         if self.may(Scope::ReadUsers) { self.reads.clone() } else { FieldSet::none() }
     }

@@ -16,11 +16,11 @@ pub use deletions::{DeletionsAction, DeletionsOverdue, DeletionsServers, Deletio
 pub use faults::{Faults, WrongSettings, duration};
 pub use import::{Import, ImportSettings, Input};
 pub use servers::{Amqp, Api, DEFAULT_EXCHANGE, Database, ManagementApi};
-pub use serving::{Erasure, Jwt, Limits, Listen, Watched, Watching};
+pub use serving::{Connections, Erasure, Jwt, Limits, Listen, Watched, Watching};
 pub use subscriptions::{
     BackfillAction, BackfillOf, BackfillResume, BackfillStart, DeadLettersAction, DeadLettersList, DeadLettersPurge,
     DeadLettersRedrive, Subscription, SubscriptionAction, SubscriptionDelete, SubscriptionList, SubscriptionPut,
-    SubscriptionRecovered, SubscriptionServers, SubscriptionShow,
+    SubscriptionRecovered, SubscriptionServers, SubscriptionShow, SubscriptionView,
 };
 
 use std::{
@@ -161,6 +161,8 @@ pub struct Serve {
     #[command(flatten)]
     pub watching: Watching,
     #[command(flatten)]
+    pub management: ManagementApi,
+    #[command(flatten)]
     pub erasure: Erasure,
     #[command(flatten)]
     pub limits: Limits,
@@ -222,7 +224,7 @@ pub struct Relay {
     #[command(flatten)]
     pub watching: Watching,
     #[command(flatten)]
-    pub limits: Limits,
+    pub connections: Connections,
 }
 
 #[derive(Debug, Args)]

@@ -6,14 +6,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
 
-use super::{
-    ManagementApi,
-    faults::{Faults, duration, named, number, path},
-};
+use super::faults::{Faults, duration, named, number, path};
 use crate::{
-    broker::Broker,
     clients::Tokens,
-    subscriptions::Management,
     web::{LimitSettings, Proxies},
 };
 
@@ -72,8 +67,6 @@ pub struct Watching {
     /// Between two looks at all subscriptions.
     #[arg(long, env = "TIDINGS_SUBSCRIPTION_CHECK_EVERY", default_value = "10s", value_name = "DURATION")]
     pub subscription_check_every: String,
-    #[command(flatten)]
-    pub api: ManagementApi,
 }
 
 /// How subscriptions are watched.
@@ -94,10 +87,6 @@ impl Watching {
         let check_every = faults.note("TIDINGS_SUBSCRIPTION_CHECK_EVERY", in_time);
         Some(Watched { idle_after: idle_after?, check_every: check_every? })
     }
-
-    pub fn management(&self, broker: &Broker, faults: &mut Faults) -> Option<Management> {
-        self.api.open(broker, faults)
-    }
 }
 
 #[derive(Debug, Args)]
@@ -113,13 +102,27 @@ impl Erasure {
     }
 }
 
-/// What clients may take.
 #[derive(Debug, Args)]
-pub struct Limits {
+pub struct Connections {
     /// Connections at once. Fewer if the limit of open files is lower. At the cap those are ended first that have kept us waiting
     /// longest.
     #[arg(long, env = "TIDINGS_MAX_CONNECTIONS", default_value = "10000", value_name = "NUMBER")]
     pub max_connections: String,
+}
+
+impl Connections {
+    /// The limits where there is no `/v1`, which all the others are for.
+    pub fn parse(&self, faults: &mut Faults) -> Option<LimitSettings> {
+        let connections = faults.note("TIDINGS_MAX_CONNECTIONS", number(&self.max_connections))?;
+        Some(LimitSettings { connections, requests: connections, rate: None, proxies: Proxies::default() })
+    }
+}
+
+/// What clients may take.
+#[derive(Debug, Args)]
+pub struct Limits {
+    #[command(flatten)]
+    pub connections: Connections,
     /// Requests to /v1 under way at once; more are answered 503.
     #[arg(long, env = "TIDINGS_MAX_REQUESTS", default_value = "1024", value_name = "NUMBER")]
     pub max_requests: String,
@@ -134,13 +137,13 @@ pub struct Limits {
 
 impl Limits {
     pub fn parse(&self, faults: &mut Faults) -> Option<LimitSettings> {
-        let connections = faults.note("TIDINGS_MAX_CONNECTIONS", number(&self.max_connections));
+        let limits = self.connections.parse(faults);
         let requests = faults.note("TIDINGS_MAX_REQUESTS", number(&self.max_requests));
         let rate = match self.rate_limit.as_str() {
             "off" => Some(None),
             rate => faults.note("TIDINGS_RATE_LIMIT", rate.parse().map(Some)),
         };
         let proxies = faults.note("TIDINGS_TRUSTED_PROXIES", Proxies::parse(&self.trusted_proxies));
-        Some(LimitSettings { connections: connections?, requests: requests?, rate: rate?, proxies: proxies? })
+        Some(LimitSettings { requests: requests?, rate: rate?, proxies: proxies?, ..limits? })
     }
 }

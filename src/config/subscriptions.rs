@@ -40,15 +40,22 @@ pub enum SubscriptionAction {
     Backfill(BackfillAction),
 }
 
-/// What every command about subscriptions needs.
+/// Where subscriptions are: registered, and declared.
 #[derive(Debug, Args)]
 pub struct SubscriptionServers {
     #[command(flatten)]
     pub database: Database,
     #[command(flatten)]
     pub amqp: Amqp,
+}
+
+/// What a command needs that shows subscriptions.
+#[derive(Debug, Args)]
+pub struct SubscriptionView {
     #[command(flatten)]
-    pub api: ManagementApi,
+    pub servers: SubscriptionServers,
+    #[command(flatten)]
+    pub management: ManagementApi,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -81,13 +88,13 @@ pub struct SubscriptionPut {
     #[arg(long, env = "TIDINGS_PROFILE_SCHEMA", value_name = "FILE", value_parser = path())]
     pub profile_schema: Option<PathBuf>,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub view: SubscriptionView,
 }
 
 #[derive(Debug, Args)]
 pub struct SubscriptionList {
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub view: SubscriptionView,
 }
 
 #[derive(Debug, Args)]
@@ -96,7 +103,7 @@ pub struct SubscriptionShow {
     #[arg(value_name = "NAME")]
     pub name: String,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub view: SubscriptionView,
 }
 
 #[derive(Debug, Args)]
@@ -105,7 +112,7 @@ pub struct SubscriptionRecovered {
     #[arg(value_name = "NAME")]
     pub name: String,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub database: Database,
 }
 
 #[derive(Debug, Args)]
@@ -139,7 +146,10 @@ pub struct DeadLettersList {
     #[arg(long, value_name = "REASON")]
     pub reason: Option<String>,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub database: Database,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +182,7 @@ pub struct DeadLettersPurge {
     #[arg(long)]
     pub yes: bool,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub database: Database,
 }
 
 #[derive(Debug, Subcommand)]
@@ -195,7 +205,10 @@ pub struct BackfillOf {
     #[arg(value_name = "NAME")]
     pub name: String,
     #[command(flatten)]
-    pub servers: SubscriptionServers,
+    pub database: Database,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

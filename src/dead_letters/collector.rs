@@ -1,6 +1,7 @@
 //! Collector: carries letters from the subscriptions' dead-letter queues to the table.
 //!
-//! Promise: a letter is acknowledged only when its row is committed; a crash in between brings it again, to the same row.
+//! Promise: a letter is acknowledged only when its row is committed; a crash in between brings it again, to the same row. Of no
+//! subscription more than [`store::MOST`] are taken: the others stay in its queue.
 //! Not here, on purpose: declaring a queue. A subscription without one has no letters yet.
 
 use std::{
@@ -165,12 +166,23 @@ async fn collect_from(
     arrivals: &Arrivals,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
+    let (pool, of) = (queries.clone(), name.clone());
+    let mut room = db::ask(async move { store::room(&pool, &of).await }).await?;
+    ensure!(
+        room > 0,
+        "{} of them are kept; what came after them stays in queue {:?} until some are put back or dropped",
+        store::MOST,
+        name.dead_queue()
+    );
     request(channel.basic_qos(BATCH, BasicQosOptions::default())).await?;
     let mut batches = listen(channel, name).await?.ready_chunks(BATCH.into());
-    while let Some(Ok(Some(batch))) = stop.run_until_cancelled(timeout(RENEWAL, batches.next())).await {
+    while room > 0
+        && let Some(Ok(Some(batch))) = stop.run_until_cancelled(timeout(RENEWAL, batches.next())).await
+    {
         let batch: Vec<Delivery> = batch.into_iter().collect::<Result<_, _>>().context("the channel is lost")?;
         let letters: Vec<DeadLetter> = batch.iter().map(DeadLetter::open).collect();
         let reasons: Vec<Reason> = letters.iter().map(|letter| letter.reason).collect();
+        room -= letters.len() as i64;
         let (pool, of) = (queries.clone(), name.clone());
         db::ask(async move { store::keep(&pool, &of, &letters).await }).await?;
         let Some(last) = batch.last() else { continue };

@@ -7,9 +7,7 @@ use tidings_sdk::{letter::Reason, subscription::SubscriptionName};
 use uuid::Uuid;
 
 use super::{DeadLetter, DeadLetters, Selection, http::Shown};
-use crate::config::{
-    DeadLettersAction, DeadLettersList, DeadLettersPurge, DeadLettersRedrive, Faults, SubscriptionServers,
-};
+use crate::config::{Amqp, Database, DeadLettersAction, DeadLettersList, DeadLettersPurge, DeadLettersRedrive, Faults};
 
 const PAGE: i64 = 500;
 
@@ -27,14 +25,14 @@ pub async fn run(action: DeadLettersAction, faults: Faults) -> anyhow::Result<()
 async fn list(asked: DeadLettersList, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
     let reason = asked.reason.as_deref().and_then(|reason| faults.note("--reason", parse_reason(reason)));
-    let letters = open(&asked.servers, false, &mut faults);
+    let letters = open(&asked.database, None, &mut faults);
     faults.none()?;
     let (Some(name), Some(letters)) = (name, letters) else { unreachable!("no faults, so all are there") };
     let mut after = 0;
     loop {
         let page = letters.list(&name, after, PAGE, reason).await?;
         for letter in page.letters {
-            print(letter, asked.servers.json)?;
+            print(letter, asked.json)?;
         }
         match page.next {
             Some(next) => after = next,
@@ -67,7 +65,7 @@ fn print(letter: DeadLetter, as_json: bool) -> anyhow::Result<()> {
 async fn redrive(asked: DeadLettersRedrive, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
     let selection = faults.note("--message, --reason or --all", selection(&asked));
-    let letters = open(&asked.servers, true, &mut faults);
+    let letters = open(&asked.servers.database, Some(&asked.servers.amqp), &mut faults);
     faults.none()?;
     let (Some(name), Some(selection), Some(letters)) = (name, selection, letters) else {
         unreachable!("no faults, so all are there")
@@ -104,7 +102,7 @@ fn selection(asked: &DeadLettersRedrive) -> anyhow::Result<Selection> {
 async fn purge(asked: DeadLettersPurge, mut faults: Faults) -> anyhow::Result<()> {
     let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
     let reason = asked.reason.as_deref().and_then(|reason| faults.note("--reason", parse_reason(reason)));
-    let letters = open(&asked.servers, false, &mut faults);
+    let letters = open(&asked.database, None, &mut faults);
     faults.none()?;
     let (Some(name), Some(letters)) = (name, letters) else { unreachable!("no faults, so all are there") };
     let up_to = letters.last_place(&name).await?;
@@ -126,8 +124,8 @@ fn parse_reason(name: &str) -> anyhow::Result<Reason> {
     known.ok_or_else(|| anyhow!("the reasons are {all}"))
 }
 
-fn open(servers: &SubscriptionServers, with_broker: bool, faults: &mut Faults) -> Option<DeadLetters> {
-    let db = servers.database.open(faults);
-    let broker = if with_broker { servers.amqp.open(faults).map(|broker| broker.as_registry()) } else { None };
+fn open(database: &Database, amqp: Option<&Amqp>, faults: &mut Faults) -> Option<DeadLetters> {
+    let db = database.open(faults);
+    let broker = amqp.and_then(|amqp| amqp.open(faults)).map(|broker| broker.as_registry());
     Some(DeadLetters::new(db?.pool("command", 4, []), broker))
 }

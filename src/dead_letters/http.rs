@@ -19,7 +19,7 @@ use crate::{
     json::Fault,
     telemetry::with_causes,
     web::{
-        Body, Code, Cursor, MessageId, NoParams, Params, Plain, Problem, Refusals, body_invalid, cursor,
+        Body, Code, Cursor, MessageId, NoParams, Params, Place, Plain, Problem, Refusals, body_invalid, cursor,
         invalid_cursor, read_cursor, refuses,
     },
 };
@@ -48,10 +48,12 @@ refuses!(
     params(("name" = crate::web::Name, Path, description = "The subscription"), PageAfter),
     responses((status = 200, description = "A page of dead letters", body = Page), Refusals<(ManageSubscriptions, Mine, Params<PageAfter>, Cursor, Reading)>))]
 async fn list(
-    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Allowed { caller, desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     Params(page): Params<PageAfter>,
+    place: Place,
 ) -> Result<Json<Page>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
         return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
@@ -75,12 +77,14 @@ async fn list(
     responses((status = 200, description = "What was done, and what is left", body = Done),
         Refusals<(ManageSubscriptions, Mine, Plain, Params<NoParams>, Body<Redrive>, Reading, Redriving)>))]
 async fn redrive(
-    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Allowed { caller, desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     let selection = asked.selection().map_err(body_invalid)?;
     let up_to = letters.last_place(&name).await?;
     Ok(Json(letters.redrive(&name, &selection, up_to).await?.into()))
@@ -95,11 +99,13 @@ async fn redrive(
     responses((status = 200, description = "How many were dropped", body = Purged),
         Refusals<(ManageSubscriptions, Mine, Plain, Params<Purge>, Reading, Confirming)>))]
 async fn purge(
-    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Allowed { caller, desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     Plain: Plain,
     Params(asked): Params<Purge>,
+    place: Place,
 ) -> Result<Json<Purged>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     if asked.confirm.as_deref() != Some(name.as_str()) {
         let count = letters.count(&name, asked.reason).await?;
         let detail = format!("this would drop {count} dead letters for good; repeat it with confirm={name}");
@@ -116,12 +122,14 @@ async fn purge(
     responses((status = 204, description = "It is gone"),
         Refusals<(ManageSubscriptions, Mine, MessageId, Plain, Params<NoParams>, Reading, Missing)>))]
 async fn forget(
-    Allowed { desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
+    Allowed { caller, desk: letters, .. }: Allowed<ManageSubscriptions, DeadLetters>,
     Mine(name): Mine,
     MessageId(message_id): MessageId,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<StatusCode, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     letters.forget(&name, message_id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -236,7 +244,7 @@ struct Page {
     /// For the page after this one; null on the last page.
     #[schema(required = true)]
     next: Option<String>,
-    /// All letters of the subscription, whatever the filter.
+    /// All letters of the subscription that are kept, 100,000 at most, whatever the filter.
     total: i64,
     /// The same by reason.
     #[schema(example = json!({ "handler_failed": 12, "malformed": 1 }))]

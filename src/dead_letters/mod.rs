@@ -13,7 +13,9 @@ mod store;
 pub use collector::Collector;
 pub use http::{Redrive, routes};
 pub use model::{DeadLetter, Left, Redriven, Selection};
-pub use store::{COUNTS, DROP, FORGET, KEEP, KNOWN, LAST_PLACE, LEFT, NAMES, PAGE, PURGE, REASONS, TAKE, counts};
+pub use store::{
+    COUNT, COUNTS, DROP, FORGET, KEEP, KNOWN, LAST_PLACE, LEFT, NAMES, PAGE, PURGE, REASONS, TAKE, counts,
+};
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -14,21 +14,33 @@ use uuid::Uuid;
 
 use crate::broker;
 
-/// The document for an owner that publishes there.
+/// The document for an owner that publishes there, in the virtual host that a broker begins with.
 ///
 /// # Errors
 /// When it cannot be written as YAML.
 pub fn asyncapi(source: &Source) -> anyhow::Result<String> {
-    Ok(yaml_serde::to_string(&document(source))?)
+    asyncapi_at(broker::DEFAULT_VHOST, source)
+}
+
+/// The same in another virtual host.
+///
+/// # Errors
+/// When it cannot be written as YAML.
+pub fn asyncapi_at(vhost: &str, source: &Source) -> anyhow::Result<String> {
+    Ok(yaml_serde::to_string(&document_at(vhost, source))?)
 }
 
 pub fn document(source: &Source) -> Value {
+    document_at(broker::DEFAULT_VHOST, source)
+}
+
+fn document_at(vhost: &str, source: &Source) -> Value {
     let notices = samples();
     let names: Vec<&str> = notices.iter().map(|notice| notice.event.name()).collect();
     let messages: Map<String, Value> =
         notices.iter().map(|notice| (key(notice.event.name()), message(notice, source))).collect();
-    let mut channels: Map<String, Value> = names.iter().map(|name| (key(name), channel(name, source))).collect();
-    channels.insert("again".to_owned(), again(&names));
+    let mut channels: Map<String, Value> = names.iter().map(|name| (key(name), channel(name, vhost, source))).collect();
+    channels.insert("again".to_owned(), again(&names, vhost));
     let mut operations: Map<String, Value> =
         names.iter().map(|name| (format!("tell-{}", key(name)), operation(&key(name), &[name]))).collect();
     operations.insert("tell-again".to_owned(), operation("again", &names));
@@ -90,19 +102,19 @@ fn reference(channel: &str, name: &str) -> Value {
     json!({ "$ref": format!("#/channels/{channel}/messages/{}", key(name)) })
 }
 
-fn channel(name: &str, source: &Source) -> Value {
+fn channel(name: &str, vhost: &str, source: &Source) -> Value {
     json!({
         "address": source.prefixed(name),
         "title": name,
         "description": "Bind a queue of your own to the exchange by this routing key.",
         "servers": [{ "$ref": "#/servers/broker" }],
         "messages": { key(name): { "$ref": format!("#/components/messages/{}", key(name)) } },
-        "bindings": exchange(&source.exchange, "topic"),
+        "bindings": exchange(&source.exchange, "topic", vhost),
     })
 }
 
 /// The way to one subscription alone.
-fn again(names: &[&str]) -> Value {
+fn again(names: &[&str], vhost: &str) -> Value {
     let messages: Map<String, Value> = names
         .iter()
         .map(|name| (key(name), json!({ "$ref": format!("#/components/messages/{}", key(name)) })))
@@ -114,14 +126,14 @@ fn again(names: &[&str]) -> Value {
                         subscription's name, which stands here as NAME, and leads to its queue.",
         "servers": [{ "$ref": "#/servers/broker" }],
         "messages": messages,
-        "bindings": exchange("NAME", "direct"),
+        "bindings": exchange("NAME", "direct", vhost),
     })
 }
 
-fn exchange(name: &str, kind: &str) -> Value {
+fn exchange(name: &str, kind: &str, vhost: &str) -> Value {
     json!({ "amqp": {
         "is": "routingKey",
-        "exchange": { "name": name, "type": kind, "durable": true, "autoDelete": false, "vhost": "/" },
+        "exchange": { "name": name, "type": kind, "durable": true, "autoDelete": false, "vhost": vhost },
         "bindingVersion": "0.3.0",
     } })
 }
@@ -313,6 +325,18 @@ mod tests {
     fn what_a_field_header_is_called_is_what_the_pattern_says() {
         let name: FieldName = "job_title".parse().unwrap();
         assert_eq!(envelope::field_header(&name), format!("{FIELD}job_title"));
+    }
+
+    #[test]
+    fn every_exchange_is_in_the_virtual_host_of_the_deployment() {
+        let source = Source { exchange: "masterdata".to_owned(), prefix: None };
+        for (document, vhost) in [(document(&source), "/"), (document_at("user data", &source), "user data")] {
+            let channels = document["channels"].as_object().unwrap();
+            assert_eq!(channels.len(), Event::NAMES.len() + 1);
+            for channel in channels.values() {
+                assert_eq!(channel["bindings"]["amqp"]["exchange"]["vhost"], vhost);
+            }
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use axum::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::Config;
 
-pub use asyncapi::{Seen, asyncapi, document as asyncapi_document};
+pub use asyncapi::{Seen, asyncapi, asyncapi_at, document as asyncapi_document};
 pub use examples::finish;
 pub use headers::declare;
 

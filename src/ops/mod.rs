@@ -33,7 +33,7 @@ use crate::{
     db::{self, Db},
     dead_letters,
     deletions::{Deletions, Ledger},
-    outbox,
+    lead, outbox,
     relay::{self, Complaints},
     subscriptions, telemetry,
     web::{Code, Problem, Refusals, Traffic},
@@ -106,6 +106,7 @@ impl Ops {
         looks: Looks,
         serving: Option<(Clients, Deletions)>,
         telling: Option<(relay::Status, subscriptions::Status)>,
+        duties: &lead::Status,
         traffic: &Traffic,
     ) -> Self {
         let (pending, oldest_seconds) = (Gauge::default(), Gauge::<f64, AtomicU64>::default());
@@ -123,7 +124,7 @@ impl Ops {
         let dead_letters = Family::<OfSubscription, Gauge>::default();
         registry.register(
             "dead_letters",
-            "Messages that a subscription could not handle and that are kept; exact below 100,000, more show as so many; absent when the \
+            "Messages that a subscription could not handle and that are kept; at most 100,000 are; absent when the \
              database does not answer",
             dead_letters.clone(),
         );
@@ -145,6 +146,7 @@ impl Ops {
             (clients, deletions.ledger().clone())
         });
         let (clients, ledger) = serving.unzip();
+        duties.register(&mut registry);
         traffic.register(&mut registry);
         telemetry::register(&mut registry);
         let relay = telling.map(|(relay, watch)| {

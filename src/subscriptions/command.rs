@@ -19,7 +19,10 @@ use super::{
     Asker, Desk, Error, Put, Subscriptions, View, Waiting, Wish, desk::Trouble, management::Unregistered, store,
 };
 use crate::{
-    config::{self, Faults, SubscriptionAction, SubscriptionPut, SubscriptionServers, WrongSettings},
+    config::{
+        self, Faults, ManagementApi, SubscriptionAction, SubscriptionPut, SubscriptionRecovered, SubscriptionServers,
+        WrongSettings,
+    },
     json::Fault,
     telemetry::with_causes,
 };
@@ -33,36 +36,33 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
     match action {
         SubscriptionAction::Put(put) => Box::pin(register(put, faults)).await,
         SubscriptionAction::List(list) => {
-            let (_, subscriptions) = open(None, &list.servers, None, false, faults)?;
+            let asked = list.view;
+            let (_, subscriptions) = open(None, &asked.servers, Some(&asked.management), None, false, faults)?;
             let looked = async {
                 let listing = subscriptions.view_all(&Asker::Operator).await?;
                 say_why_not(&subscriptions, &listing.subscriptions).await;
                 Ok(listing)
             };
             let listing = ended(&subscriptions, looked).await?;
-            if list.servers.json {
+            if asked.json {
                 return print_json(&listing);
             }
             print_table(&listing.subscriptions)?;
             print_unregistered(listing.unregistered.as_deref())
         }
         SubscriptionAction::Show(show) => {
-            let (name, subscriptions) = open(Some(&show.name), &show.servers, None, false, faults)?;
+            let (name, asked) = (Some(show.name.as_str()), show.view);
+            let (name, subscriptions) = open(name, &asked.servers, Some(&asked.management), None, false, faults)?;
             let looked = async {
                 let view = subscriptions.view(&named(name)).await?;
                 say_why_not(&subscriptions, std::slice::from_ref(&view)).await;
                 Ok(view)
             };
-            print(&ended(&subscriptions, looked).await?, show.servers.json)
+            print(&ended(&subscriptions, looked).await?, asked.json)
         }
-        SubscriptionAction::Recovered(recovered) => {
-            let (name, subscriptions) = open(Some(&recovered.name), &recovered.servers, None, false, faults)?;
-            ended(&subscriptions, subscriptions.recovered(&named(name))).await?;
-            eprintln!("{} misses nothing any more", recovered.name);
-            Ok(())
-        }
+        SubscriptionAction::Recovered(recovered) => recover(&recovered, faults).await,
         SubscriptionAction::Delete(delete) => {
-            let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, false, faults)?;
+            let (name, subscriptions) = open(Some(&delete.name), &delete.servers, None, None, false, faults)?;
             ended(&subscriptions, subscriptions.delete(named(name), delete.discard_waiting, Asker::Operator)).await?;
             eprintln!("{} is deleted", delete.name);
             Ok(())
@@ -75,7 +75,8 @@ pub async fn run(action: SubscriptionAction, faults: Faults) -> anyhow::Result<(
 async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()> {
     let expires_after = put.expires_after.as_deref().map(config::duration).transpose();
     let expires_after = faults.note("--expires-after", expires_after).flatten();
-    let (name, subscriptions) = open(Some(&put.name), &put.servers, put.profile_schema.as_deref(), true, faults)?;
+    let (name, asked, schema) = (Some(put.name.as_str()), put.view, put.profile_schema.as_deref());
+    let (name, subscriptions) = open(name, &asked.servers, Some(&asked.management), schema, true, faults)?;
     let name = named(name);
     let wish = Wish {
         routing_keys: put.keys,
@@ -94,7 +95,20 @@ async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()
         Put::Created => eprintln!("{name} is registered and declared: its queue misses nothing from now on"),
         Put::Changed => eprintln!("{name} is registered and declared as asked for now"),
     }
-    print(&view, put.servers.json)
+    print(&view, asked.json)
+}
+
+/// The registry alone keeps a loss: no broker is asked.
+async fn recover(asked: &SubscriptionRecovered, mut faults: Faults) -> anyhow::Result<()> {
+    let name = faults.note("NAME", asked.name.parse::<SubscriptionName>());
+    let (db, schema) = (asked.database.open(&mut faults), config::schema(None, &mut faults));
+    faults.none()?;
+    let (Some(name), Some(db), Some(schema)) = (name, db, schema) else { unreachable!("no faults, so all are there") };
+    let queries = db.pool("queries", 4, []);
+    let subscriptions = Subscriptions::new(&db, queries, Arc::new(schema), None, None, IDLE_AFTER);
+    subscriptions.recovered(&name).await.map_err(explained)?;
+    eprintln!("{name} misses nothing any more");
+    Ok(())
 }
 
 /// Where the broker told nothing of a subscription, why.
@@ -118,6 +132,7 @@ async fn ended<T>(subscriptions: &Subscriptions, verb: impl Future<Output = Resu
 fn open(
     name: Option<&str>,
     servers: &SubscriptionServers,
+    management: Option<&ManagementApi>,
     schema: Option<&Path>,
     may_be_first: bool,
     mut faults: Faults,
@@ -126,7 +141,7 @@ fn open(
     let db = servers.database.open(&mut faults);
     let broker = servers.amqp.open(&mut faults);
     let schema = config::schema(schema, &mut faults);
-    let management = broker.as_ref().and_then(|broker| servers.api.open(broker, &mut faults));
+    let management = broker.as_ref().zip(management).and_then(|(broker, api)| api.open(broker, &mut faults));
     faults.none()?;
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
         unreachable!("no faults, so all are there")

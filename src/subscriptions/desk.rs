@@ -148,6 +148,13 @@ impl Desk {
         Ok(parts)
     }
 
+    /// Whether a part is there that few subscriptions have, and that is deleted with any.
+    pub async fn has_more(&self, name: &SubscriptionName) -> Result<bool, Trouble> {
+        let mut channel = self.channel().await?;
+        let resync = self.depth(&mut channel, &name.resync_queue()).await?;
+        Ok(resync.is_some() || topology::has_exchange(&channel, &name.fields_exchange()).await?)
+    }
+
     async fn depth(&self, channel: &mut Channel, queue: &str) -> Result<Option<Depth>, Trouble> {
         match topology::depth(channel, queue).await {
             Ok(depth) => Ok(Some(depth)),

@@ -15,7 +15,7 @@ use super::{Asker, Error, Listing, Put, Subscriptions, View, Waiting, Wish, desk
 use crate::{
     clients::{Allowed, Guarded, ManageSubscriptions, Mine, field_forbidden},
     telemetry::with_causes,
-    web::{Body, Code, Name, NoParams, Params, Plain, Problem, Refusals, refuses},
+    web::{Body, Code, Name, NoParams, Params, Place, Plain, Problem, Refusals, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Subscriptions>> {
@@ -86,12 +86,17 @@ async fn put(
     Name(name): Name,
     Plain: Plain,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
     Body(registration): Body<Registration>,
 ) -> Result<Response, Problem> {
-    let strangers: Vec<&str> =
-        registration.fields.iter().map(String::as_str).filter(|field| !caller.may_declare.has(field)).collect();
+    place.turn_at_the_registry(&caller.client).await?;
+    let fields = registration.fields.iter().enumerate();
+    let strangers: Vec<String> = fields
+        .filter(|(_, field)| !caller.may_declare.has(field))
+        .map(|(number, _)| format!("/fields/{number}"))
+        .collect();
     if !strangers.is_empty() {
-        return Err(field_forbidden("/fields", strangers));
+        return Err(field_forbidden(strangers));
     }
     let asker = Asker::of(&caller);
     let put = subscriptions.put(name.clone(), registration.into(), asker).await?;
@@ -109,10 +114,12 @@ async fn put(
     params(("name" = crate::web::Name, Path, description = "The subscription")),
     responses((status = 200, description = "The subscription", body = View), Refusals<(ManageSubscriptions, Mine, Params<NoParams>, Missing, Reading)>))]
 async fn get(
-    Allowed { desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
+    Allowed { caller, desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
     Mine(name): Mine,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<View>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     Ok(Json(subscriptions.view(&name).await?))
 }
 
@@ -122,7 +129,9 @@ async fn get(
 async fn list(
     Allowed { caller, desk: subscriptions, .. }: Allowed<ManageSubscriptions, Subscriptions>,
     Params(NoParams {}): Params<NoParams>,
+    place: Place,
 ) -> Result<Json<Listing>, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     Ok(Json(subscriptions.view_all(&Asker::of(&caller)).await?))
 }
 
@@ -140,7 +149,9 @@ async fn delete(
     Mine(name): Mine,
     Plain: Plain,
     Params(deletion): Params<Deletion>,
+    place: Place,
 ) -> Result<StatusCode, Problem> {
+    place.turn_at_the_registry(&caller.client).await?;
     subscriptions.delete(name, deletion.waiting.is_some(), Asker::of(&caller)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -189,7 +200,7 @@ impl From<Error> for Problem {
             }
             Error::Adopted => Self::new(
                 Code::NameTaken,
-                "a queue of this name is at the broker, and nobody registered it; an administrator can, if it is yours",
+                "a queue of this name, or a part of one, is at the broker, and nobody registered it; an administrator can, if it is yours",
             ),
             error @ Error::Full => Self::new(Code::TooManySubscriptions, error.to_string()),
             Error::NotFound => Code::SubscriptionNotFound.into(),

@@ -100,7 +100,7 @@ pub enum Error {
     Taken(String),
     #[error("the name is that of the owner's exchange")]
     NameOfExchange,
-    #[error("a queue of this name is at the broker, and nobody registered it")]
+    #[error("a queue of this name, or a part of one, is at the broker, and nobody registered it")]
     Adopted,
     #[error("there are {} subscriptions already, or {} of this client", store::MOST, store::MOST_OF_ONE)]
     Full,

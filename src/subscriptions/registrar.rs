@@ -113,9 +113,10 @@ impl Registrar {
         }
     }
 
-    /// Whether the broker has its queue: an application that declares for itself is not to find it in another's hands.
+    /// Whether the broker has its queue, or what would be deleted with it: an application that declares for itself is not to find it in
+    /// another's hands.
     async fn is_declared(&self, name: &SubscriptionName) -> Result<bool, Error> {
-        Ok(self.desk.look(name).await?.work.is_some())
+        Ok(self.desk.look(name).await?.work.is_some() || self.desk.has_more(name).await?)
     }
 
     /// Declares what is registered, on a line that is somebody's own. What is registered then; `None` when it is not any more.

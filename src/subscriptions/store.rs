@@ -119,7 +119,7 @@ update subscriptions
  where name = $1
 ";
 
-/// When the watch has looked at all queues.
+/// When the watch has seen all queues.
 pub const LOOKED: &str = "
 insert into subscriptions_looked_at (looked_at) values ($1)
 on conflict (only_row) do update set looked_at = excluded.looked_at

@@ -75,7 +75,8 @@ impl Watch {
             let settings = [("idle_session_timeout", LEADER_IDLE_TIMEOUT), ("lock_timeout", "4s")];
             let mut line = self.db.line("subscriptions watch", settings);
             if let Err(trouble) = self.session(&mut line, &stop).await {
-                tracing::warn!("the watch over the subscriptions begins anew: {}", trouble.report());
+                let hint = trouble.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+                tracing::warn!("the watch over the subscriptions begins anew: {}{hint}", trouble.report());
             }
             line.hang_up().await;
             self.status.hide();
@@ -134,7 +135,7 @@ impl Watch {
         self.tell_idle(&rows);
         self.expire(line, &rows).await?;
         self.status.show(&rows, self.idle_after);
-        if let Some(began_at) = began_at {
+        if let Some(began_at) = began_at.filter(|_| saw_all(&rows)) {
             line.run_in_session(async |db| store::looked(db, began_at).await).await?;
         }
         self.memory.looks = rows.into_iter().filter_map(|(row, look)| Some((row.name().clone(), look?))).collect();
@@ -233,15 +234,29 @@ impl Watch {
             }
             Err(Error::Busy) => Ok(()),
             Err(Error::Broker(trouble)) if !trouble.is_away() => {
-                if self.memory.kept.insert(name.clone()) {
-                    let trouble = anyhow::Error::from(trouble);
-                    tracing::warn!(subscription = %name, "has expired and cannot be deleted: {}", with_causes(&trouble));
-                }
+                self.tell_kept(name, trouble.into());
+                Ok(())
+            }
+            // One that refuses everybody ends the next look, which begins with a statement.
+            Err(Error::Database(trouble @ Trouble::Refused { .. })) => {
+                self.tell_kept(name, trouble.into());
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
+
+    fn tell_kept(&mut self, name: &SubscriptionName, why: anyhow::Error) {
+        if self.memory.kept.insert(name.clone()) {
+            tracing::warn!(subscription = %name, "has expired and cannot be deleted: {}", with_causes(&why));
+        }
+    }
+}
+
+/// Whether the broker showed all that it had. One that it did not show and that is found gone later was last seen when all were: what was
+/// told to it since is to be told anew.
+fn saw_all(rows: &[(Registered, Option<Look>)]) -> bool {
+    rows.iter().all(|(row, look)| look.is_some() || row.declared_revision == 0)
 }
 
 fn tell_expired(row: &Registered, lost: &Waiting) {

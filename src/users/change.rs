@@ -36,8 +36,8 @@ pub enum Verb {
     Create(Fields),
     /// Merge this patch (RFC 7396) into the profile.
     Amend(Fields),
-    /// Put these in place of the fields that are within those the client may write; the others stay as they are. Or create the user
-    /// under the client's own id.
+    /// Put these in place of all that are within those of which the client has the whole; the others stay as they are. Or create the
+    /// user under the client's own id.
     Replace {
         fields: Fields,
         within: FieldSet,
@@ -183,7 +183,7 @@ impl Change {
             }
             Verb::Replace { fields, within } => {
                 let (before, mut after) = (user.profile.fields(), fields.clone());
-                let stay = before.iter().filter(|(name, _)| !within.has(name));
+                let stay = before.iter().filter(|(name, _)| !within.has(name) && !fields.contains_key(*name));
                 after.extend(stay.map(|(name, value)| (name.clone(), value.clone())));
                 self.update(user, profile::changed_fields(&before, &after), after, schema)
             }

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     clients::{Allowed, Caller, Guarded, ReadUsers, WriteUsers, field_forbidden},
-    json::Fault,
+    json::{Fault, step},
     profile::{EXTERNAL_ID, Fields, TOO_LARGE},
     web::{
         Code, Cursor, Id, IdempotencyKey, NoParams, NoPrecondition, Params, Place, Precondition, Problem,
@@ -201,7 +201,7 @@ async fn replace(
     Document { profile, external_id }: Document,
 ) -> Result<Seen, Problem> {
     check_fields(&caller, &profile, &external_id)?;
-    let verb = Verb::Replace { fields: profile, within: caller.writes.clone() };
+    let verb = Verb::Replace { fields: profile, within: caller.replaces() };
     let change = Change { external_id, condition, ..Change::new(UserId(id), verb, trace) };
     Ok(users.change(key.claimed(&caller, change)).await?.seen_by(&caller))
 }
@@ -324,11 +324,11 @@ struct Page {
 /// Every field that is to be written has to be one that the caller may write.
 pub fn check_fields(caller: &Caller, fields: &Fields, external_id: &Naming) -> Result<(), Problem> {
     if *external_id != Naming::Stays && !caller.writes.has(EXTERNAL_ID) {
-        return Err(field_forbidden("", vec![EXTERNAL_ID]));
+        return Err(field_forbidden([step("", EXTERNAL_ID)]));
     }
     match caller.writes.strangers(fields) {
         strangers if strangers.is_empty() => Ok(()),
-        strangers => Err(field_forbidden("/profile", strangers)),
+        strangers => Err(field_forbidden(strangers.into_iter().map(|name| step("/profile", name)))),
     }
 }
 

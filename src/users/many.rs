@@ -158,7 +158,7 @@ impl Entry {
     fn replacement(self, caller: &Caller, trace: Traceparent) -> Result<Change, Problem> {
         let Self { id, condition, document: Document { profile, external_id } } = self;
         check_fields(caller, &profile, &external_id)?;
-        let verb = Verb::Replace { fields: profile, within: caller.writes.clone() };
+        let verb = Verb::Replace { fields: profile, within: caller.replaces() };
         Ok(Change { external_id, condition, ..Change::new(id, verb, trace) })
     }
 }

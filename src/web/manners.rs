@@ -19,7 +19,7 @@ use tidings_sdk::trace::Traceparent;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Code, Limits, Problem};
+use super::{Code, Limits, Place, Problem};
 
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client may name its request, within these limits: the name goes into our log.
@@ -55,6 +55,11 @@ pub fn may_be_done() {
 
 fn is_perhaps_done() -> bool {
     MAY_BE_DONE.with(Cell::get)
+}
+
+/// A layer further in: what was begun is done to its end although its client hangs up; its place and its turn are kept meanwhile.
+pub async fn to_the_end(place: Place, request: Request, next: Next) -> Result<Response, Problem> {
+    place.to_the_end(REQUEST_ID.scope(request_id(), next.run(request))).await
 }
 
 /// The innermost layer around every route.

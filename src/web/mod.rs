@@ -29,7 +29,7 @@ pub use code::Code;
 pub use etag::{AnyTag, EntityTags, NoPrecondition, Precondition, ReadCondition, View, etag, etag_of_view};
 pub use idempotency::{IdempotencyKey, KeyOfRequest, Plain};
 pub use limits::{LimitSettings, Limits};
-pub use manners::{Trace, manners, may_be_done, method_not_allowed, route_not_found};
+pub use manners::{Trace, manners, may_be_done, method_not_allowed, route_not_found, to_the_end};
 pub use meter::{Meter, Price};
 pub use params::{Cursor, Id, MessageId, Name, NoParams, Params, cursor, invalid_cursor, read_cursor};
 pub use places::Place;

@@ -1,8 +1,8 @@
 //! Places: how many requests may be under way at once.
 //!
 //! Promise: more than this many are never worked on at the same time; who finds no place hears 503 `overloaded` at once. A client who
-//! is slow to send its body holds no place meanwhile. Of large bodies no client has more than its share in hand. Long answers are made in
-//! turn.
+//! is slow to send its body holds no place meanwhile. Of large bodies no client has more than its share in hand. Long answers are made, and
+//! the registry is asked, in turn.
 //! Not here, on purpose: how often a client may ask (see `rate`).
 
 use std::{
@@ -30,6 +30,8 @@ const LARGE_BODIES: usize = 32;
 const LARGE_BODIES_OF_ONE: usize = LARGE_BODIES / 2;
 /// Requests that change many users and are worked on at once: while two are written, another is planned.
 const LONG_WRITES: usize = 3;
+/// Requests about subscriptions, and what belongs to them, that are worked on at once. Some wait for the broker.
+const AT_THE_REGISTRY: usize = 8;
 /// Of all places, those whose requests of one client may wait for a turn are one in so many: nobody's line takes all of them.
 const LINE_SHARE: usize = 4;
 
@@ -39,6 +41,7 @@ pub struct Places {
     large_bodies: LargeBodies,
     turns: Turns,
     writing_turns: Turns,
+    registry_turns: Turns,
     traffic: Traffic,
 }
 
@@ -52,6 +55,7 @@ impl Places {
             large_bodies: LargeBodies::default(),
             turns: Turns::new((cores / 2).max(1), line_limit),
             writing_turns: Turns::new(LONG_WRITES, line_limit),
+            registry_turns: Turns::new(AT_THE_REGISTRY, line_limit),
             traffic,
         }
     }
@@ -148,6 +152,15 @@ impl Place {
     /// `overloaded` when too many such requests of this client wait already.
     pub async fn turn_to_write(&self, client: &Arc<str>) -> Result<(), Problem> {
         self.turn_of(&self.places.writing_turns, client, "too many requests of this client to change many users wait")
+            .await
+    }
+
+    /// Waits until `client` may ask the registry. The turn is kept until the answer is there.
+    ///
+    /// # Errors
+    /// `overloaded` when too many such requests of this client wait already.
+    pub async fn turn_at_the_registry(&self, client: &Arc<str>) -> Result<(), Problem> {
+        self.turn_of(&self.places.registry_turns, client, "too many requests of this client about subscriptions wait")
             .await
     }
 

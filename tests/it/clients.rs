@@ -312,6 +312,39 @@ async fn a_client_with_a_field_list_sees_only_these_fields(db: PgPool) {
     assert_eq!(house.get(&ana).await.ok().version(), 3);
 }
 
+/// What it read is not the whole, and its tag says so of no more than it saw.
+#[sqlx::test]
+async fn who_puts_back_what_he_read_takes_nothing_away_that_he_does_not_see(db: PgPool) {
+    let house = House::open(db).await;
+    let whole = json!({ "first_name": "Ana", "city": "Riga", "email": "ana@example.org" });
+    let ana = house.user(whole.clone()).await;
+    let user = format!("/v1/users/{ana}");
+    let crm = Holder::new(&house, "crm --scope users:read,users:write,subscriptions").await;
+    let path = format!("/v1/subscriptions/crm.{}", Uuid::new_v4().simple());
+    crm.put(&path, registration(&["user.deleted"], &["city"])).await.ok();
+    let read = eventually("its client to read what it declares", async || match crm.get(&user).await.ok() {
+        answer if answer.body["profile"] == json!({ "city": "Riga" }) => Ok(answer),
+        answer => Err(answer),
+    })
+    .await;
+    let put = crm.request(Method::PUT, &user).header("if-match", read.etag.unwrap());
+    Answer::to(put.json(&json!({ "profile": { "city": "Oslo" } }))).await.ok();
+    let entry = json!({ "users": [{ "id": ana, "profile": { "city": "Bonn", "email": "a@example.org" } }] });
+    crm.post("/v1/users:batchReplace", entry).await.ok();
+    let mut kept = whole;
+    (kept["city"], kept["email"]) = ("Bonn".into(), "a@example.org".into());
+    assert_eq!(house.get(&ana).await.ok().body["profile"], kept);
+    // What it sees goes, and of the rest what it names.
+    crm.put(&user, json!({ "profile": {} })).await.ok();
+    crm.patch(&ana, json!({ "email": null })).await.ok();
+    assert_eq!(house.get(&ana).await.ok().body["profile"], json!({ "first_name": "Ana" }));
+    // Who reads nobody replaces what he may write.
+    let writer = Holder::new(&house, "writer --scope users:write").await;
+    writer.put(&user, json!({ "profile": { "city": "Riga" } })).await.ok();
+    assert_eq!(house.get(&ana).await.ok().body["profile"], json!({ "city": "Riga" }));
+    house.request(Method::DELETE, &path).send().await.unwrap();
+}
+
 #[sqlx::test]
 async fn a_refusal_tells_nothing_of_fields_that_are_not_the_clients(db: PgPool) {
     // What may stand in one field depends on another.
@@ -401,6 +434,7 @@ async fn what_a_subscription_declares_is_what_its_client_reads(db: PgPool) {
     let path = format!("/v1/subscriptions/{name}");
     let refused = invoices.put(&path, registration(&["user.deleted"], &["city", "email"])).await;
     assert_eq!(refused.refusal(403), "field_forbidden", "more than it may ever read");
+    assert_eq!(refused.body["errors"][0]["pointer"], "/fields/1");
     let registered = invoices.put(&path, registration(&["user.deleted"], &["city"])).await.ok();
     assert_eq!(registered.body["client"], "invoices");
     eventually("its client to read what it declares", async || {

@@ -158,33 +158,90 @@ async fn a_wrong_switch_or_an_empty_path_is_named_with_all_else_that_is_wrong() 
     assert!(lone.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", lone.stderr);
 }
 
+/// Every command, with what it cannot do without.
+const COMMANDS: [&[&str]; 28] = [
+    &["serve"],
+    &["relay"],
+    &["migrate"],
+    &["tail"],
+    &["client", "create", "--scope", "admin", "orders"],
+    &["client", "list"],
+    &["client", "rotate", "orders"],
+    &["client", "revoke", "orders"],
+    &["subscription", "put", "--owner", "o", "--purpose", "p", "orders"],
+    &["subscription", "list"],
+    &["subscription", "show", "orders"],
+    &["subscription", "recovered", "orders"],
+    &["subscription", "delete", "orders"],
+    &["subscription", "dead-letters", "list", "orders"],
+    &["subscription", "dead-letters", "redrive", "--all", "orders"],
+    &["subscription", "dead-letters", "purge", "orders"],
+    &["subscription", "backfill", "start", "orders"],
+    &["subscription", "backfill", "show", "orders"],
+    &["subscription", "backfill", "pause", "orders"],
+    &["subscription", "backfill", "resume", "orders"],
+    &["subscription", "backfill", "cancel", "orders"],
+    &["deletions", "show", "0193a2b4-7c1e-7d53-9a51-2f5d8c0e4b6a"],
+    &["deletions", "overdue"],
+    &["audit-leaks"],
+    &["import", "-"],
+    &["openapi"],
+    &["asyncapi"],
+    &["healthcheck"],
+];
+
+/// What its help lists of the environment.
+async fn settings_of(command: &[&str]) -> Vec<String> {
+    let help = run(&[command, &["--help"]].concat(), &[]).await.stdout;
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let names = help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap().to_owned());
+    let names: Vec<String> = names.collect();
+    assert!(names.iter().any(|name| name == "TIDINGS_LOG_FORMAT"), "{help}");
+    names
+}
+
 #[tokio::test]
 async fn no_setting_is_refused_before_the_others_are_looked_at() {
-    let commands: [&[&str]; 12] = [
-        &["serve"],
-        &["relay"],
-        &["migrate"],
-        &["tail"],
-        &["client", "create", "--scope", "admin", "orders"],
-        &["client", "list"],
-        &["subscription", "put", "--owner", "o", "--purpose", "p", "orders"],
-        &["subscription", "list"],
-        &["deletions", "overdue"],
-        &["audit-leaks"],
-        &["import", "/nowhere"],
-        &["openapi"],
-    ];
-    for command in commands {
-        let help = run(&[command, &["--help"]].concat(), &[]).await.stdout;
-        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        let names: Vec<&str> =
-            help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap()).collect();
-        assert!(names.contains(&"TIDINGS_LOG_FORMAT"), "{help}");
-        let empty: Vec<_> = names.iter().map(|name| (*name, "")).collect();
+    for command in COMMANDS {
+        let names = settings_of(command).await;
+        let empty: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
         let refused = run(command, &empty).await;
         let all_at_once = ["settings are wrong", "setting is wrong"].iter().any(|words| refused.stderr.contains(words));
         assert!(refused.code == Some(2) && all_at_once, "{command:?}: {refused:?}");
     }
+}
+
+#[tokio::test]
+async fn each_command_lists_files_that_it_reads_and_no_others() {
+    for command in COMMANDS {
+        for name in settings_of(command).await.iter().filter(|name| name.ends_with("_FILE")) {
+            let settings = [
+                ("DATABASE_URL", "postgres://localhost/x"),
+                ("AMQP_URL", "amqp://localhost"),
+                (name.as_str(), "/nowhere"),
+            ];
+            let refused = run(command, &settings).await;
+            let is_named = refused.stderr.contains(&format!("1 setting is wrong\n  {name}: "));
+            assert!(refused.code == Some(2) && is_named, "{command:?} {name}: {refused:?}");
+        }
+    }
+}
+
+/// It may share its environment with `serve`.
+#[tokio::test]
+async fn a_relay_leaves_alone_what_only_the_api_reads() {
+    let of_the_api = [
+        ("TIDINGS_MAX_REQUESTS", "none"),
+        ("TIDINGS_RATE_LIMIT", "none"),
+        ("TIDINGS_TRUSTED_PROXIES", "none"),
+        ("TIDINGS_RABBITMQ_MANAGEMENT_URL_FILE", "/nowhere"),
+    ];
+    let settings = settings_of(&["relay"]).await;
+    let listed: Vec<_> = of_the_api.iter().filter(|(name, _)| settings.iter().any(|listed| listed == name)).collect();
+    assert!(listed.is_empty(), "{listed:?}");
+    let refused = run(&["relay"], &[&of_the_api[..], &[("AMQP_URL", "amqp://localhost")]].concat()).await;
+    assert!(refused.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("no such setting"), "{}", refused.stderr);
 }
 
 #[tokio::test]

@@ -146,6 +146,27 @@ async fn letters_that_cannot_be_kept_yet_stay_at_the_broker(db: PgPool) {
     orders.end().await;
 }
 
+/// A consumer that fails for ever, or its password in the wrong hands, fills its own queue and not the disk of the master data.
+#[sqlx::test]
+async fn no_more_letters_are_collected_than_there_may_be(db: PgPool) {
+    let mut house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    house.service.kill().await;
+    let fill = "
+        insert into dead_letters (subscription, message_id, reason, attempts, redriven, size_bytes)
+        select $1, gen_random_uuid(), 'malformed', 1, 0, 2 from generate_series(1, 100000)";
+    sqlx::query(fill).bind(orders.name.as_str()).execute(&house.db).await.unwrap();
+    bury(&orders, 1).await;
+    house.restart().await;
+    house.logs(&["100000 of them are kept", orders.name.as_str()]).await;
+    let page = list(&house, &orders, "?limit=1").await;
+    assert_eq!((&page["total"], orders.waiting_dead().await), (&json!(100_000), 1));
+    let one = page["dead_letters"][0]["message_id"].as_str().unwrap();
+    delete(&house, &orders.path(&format!("dead-letters/{one}"))).await.ok();
+    await_letters(&house, &orders, 100_000).await;
+    orders.end().await;
+}
+
 #[sqlx::test]
 async fn letters_are_paged_and_filtered_in_the_order_in_which_they_came(db: PgPool) {
     let house = House::open(db).await;

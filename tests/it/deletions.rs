@@ -8,11 +8,12 @@ use std::{
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tidings::clients::{NewClient, Scope};
 use tidings_sdk::{
     consumer::{Consumer, Failure, Handler, News},
     envelope::Event,
     mirror::Mirror,
-    owner::Receipt,
+    owner::{Owner, Receipt},
     subscription::Subscription,
     topology::{self, Source},
 };
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    house::{Answer, House, connect, env, eventually, http_with, owner_at, tidings},
+    house::{Answer, House, connect, env, eventually, http_with, new_client, owner_at, tidings},
     proxy::Proxy,
     sdk::{Diary, SOON},
     sessions,
@@ -541,6 +542,23 @@ async fn an_application_may_confirm_by_itself_or_not_at_all(db: PgPool) {
     assert_eq!(owner.confirm_deletion(Uuid::new_v4(), &name).await, Ok(Receipt::Unwanted));
     assert_eq!(stand(&house, &ana).await, ["orders receipt"]);
     application.end().await;
+    unregister(&house, &orders).await;
+}
+
+/// A subscription that was registered without a client takes nobody's word but an administrator's, and who gives his hears so.
+#[sqlx::test]
+async fn who_does_not_stand_for_a_subscription_hears_that_his_receipt_is_not_kept(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.*"]).await;
+    let key = new_client(&house.db, NewClient::named("orders", [Scope::ReadUsers]).unwrap()).await;
+    let (url, name) = (house.service.url.as_str(), orders.parse().unwrap());
+    let (own, admin) = (Owner::at(url).unwrap().with_key(&key).unwrap(), owner_at(url));
+    let (ana, bo) = (deleted(&house).await, house.user(json!({})).await);
+    assert_eq!(own.confirm_deletion(ana, &name).await, Ok(Receipt::UnknownSubscription));
+    assert_eq!(stand(&house, &ana).await, ["orders pending"]);
+    assert_eq!(admin.confirm_deletion(bo, &name).await, Ok(Receipt::Unwanted), "he lives");
+    assert_eq!(admin.confirm_deletion(ana, &name).await, Ok(Receipt::Kept));
+    assert_eq!(stand(&house, &ana).await, ["orders receipt"]);
     unregister(&house, &orders).await;
 }
 

@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::{
     house::{Answer, House, PATIENCE, eventually, http_with, key, new_client},
     sessions,
+    subscribed::Subscribed,
 };
 
 /// A connection whose every byte is ours.
@@ -295,6 +296,34 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
         under_way(&house, 0.0).await;
         Answer::to(request.try_clone().unwrap()).await.ok();
     }
+}
+
+/// It keeps the sessions busy that look after subscriptions, and no others; and there its turn ends.
+#[sqlx::test]
+async fn one_clients_crowd_at_the_registry_holds_up_nobody_else(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    let other = http_with(&new_client(&house.db, NewClient::named("other", [Scope::Admin]).unwrap()).await);
+    let other = |method, path: &str| other.request(method, format!("{}{path}", house.service.url));
+    let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    let mut held = holder.begin().await.unwrap();
+    sqlx::query("lock table dead_letters").execute(&mut *held).await.unwrap();
+    let letters = orders.path("dead-letters");
+    let crowd = join_all((0..100).map(|_| Answer::to(house.request(Method::GET, &letters))));
+    let others = async {
+        sessions::blocked(&house.db, "tidings records").await;
+        let body = json!({ "profile": { "city": "Riga" } }).to_string();
+        let amend = other(Method::PATCH, &format!("/v1/users/{ana}")).header("idempotency-key", "once").body(body);
+        Answer::to(amend.header("content-type", "application/merge-patch+json")).await.ok();
+        Answer::to(other(Method::GET, "/v1/users")).await.ok();
+        let backfill = Answer::to(other(Method::GET, &orders.path("backfill"))).await;
+        assert_eq!(backfill.refusal(404), "backfill_not_found");
+    };
+    let Either::Right(((), crowd)) = select(crowd, pin!(others)).await else { panic!("the crowd was not held up") };
+    drop(crowd);
+    held.rollback().await.unwrap();
+    orders.end().await;
 }
 
 #[sqlx::test]

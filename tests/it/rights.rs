@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::Path, sync::LazyLock};
 
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
-use reqwest::Client;
+use reqwest::{Client, Method};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::{
@@ -13,9 +13,10 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    house::{House, Service, connect, database_url, env, eventually, file, tidings},
+    house::{Answer, House, Service, connect, database_url, env, eventually, file, tidings},
     load,
     sdk::{Curse, Listener, notice, subscription},
+    subscribed::Subscribed,
 };
 use tidings_sdk::{
     consumer::Consumer,
@@ -177,12 +178,37 @@ async fn a_user_of_a_virtual_host_that_is_not_there_yet_may_begin_at_once() {
     connected.unwrap();
 }
 
+#[sqlx::test]
+async fn the_monitors_user_hears_the_figures_alone_and_as_another_role_nothing(db: PgPool) {
+    let user = format!("tidings-test-{}", Uuid::new_v4().simple());
+    user_of("main", "/", &["monitor", &user], PASSWORD).await;
+    let api = as_user(&env("TIDINGS_RABBITMQ_MANAGEMENT_URL"), &user);
+    let house = House::with(db, &[("TIDINGS_RABBITMQ_MANAGEMENT_URL", &api)]).await;
+    let orders = Subscribed::to(&house, "orders", &["user.deleted"], &[]).await;
+    eventually("all queues, and what is bound to the exchange", async || {
+        let listing = house.page("/v1/subscriptions").await.ok().body;
+        if listing["unregistered"][0]["queue"] == house.audit.queue { Ok(()) } else { Err(listing) }
+    })
+    .await;
+    eventually("one queue", async || {
+        let seen = house.page(&format!("/v1/subscriptions/{}", orders.name)).await.ok().body;
+        if seen["queue"]["unacknowledged"] == 0 { Ok(()) } else { Err(seen) }
+    })
+    .await;
+    let asked = async |what: &str| Client::new().get(format!("{api}/api/{what}")).send().await.unwrap().status();
+    assert_eq!([asked("whoami").await, asked("nodes").await], [200, 401]);
+    user_of("main", "/", &["consumer", &user, orders.name.as_str()], "").await;
+    assert_eq!(asked("whoami").await, 401);
+    orders.end().await;
+    unmake("users", &user).await;
+}
+
 /// At a broker of very many users and virtual hosts, the first ones of which are looked for: nobody stops to read there.
 #[tokio::test]
 async fn who_is_among_many_users_is_found() {
     let ctl = r#"case "$2" in
         list_users | list_vhosts) echo ana && seq 100000 ;;
-        set_permissions) ;;
+        set_permissions | set_user_tags) ;;
         *) exit 1 ;;
     esac"#;
     let ctl = format!("bash {}", file(ctl).display());
@@ -226,6 +252,8 @@ async fn no_role_may_more_than_it_needs(db: PgPool) {
         ("relay", "select * from client_keys"),
         ("relay", "select * from clients"),
         ("relay", "select * from changes"),
+        ("relay", "select user_id from deletion_receipts"),
+        ("relay", "delete from deletion_receipts"),
         ("relay", "update subscriptions set client = null"),
         ("relay", "update subscriptions set routing_keys = '{#}'"),
         ("api", "delete from users"),
@@ -254,7 +282,8 @@ async fn no_role_may_more_than_it_needs(db: PgPool) {
     }
 }
 
-async fn session(db: &PgPool, role: &str) -> PgConnection {
+/// A session of the test's own as one of the roles.
+pub async fn session(db: &PgPool, role: &str) -> PgConnection {
     PgConnection::connect(&as_user(&database_url(db), &format!("{OURS}{role}"))).await.unwrap()
 }
 
@@ -291,6 +320,36 @@ async fn the_relay_alone_tells_as_its_own_role(db: PgPool) {
     for service in [&house.service, &relay] {
         assert!(!service.log().contains("the database has"), "the roles keep values out of the log: {}", service.log());
     }
+}
+
+/// Whoever watches asks for what is owed before it lets one go, and takes its dead letters with it.
+#[sqlx::test]
+async fn the_relay_alone_watches_and_lets_expire_as_its_own_role(db: PgPool) {
+    let mut house = House::with(db, &[("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "1s")]).await;
+    let path = format!("/v1/subscriptions/{}", subscription(&house).name);
+    let wish = json!({ "routing_keys": ["user.deleted"], "owner": "a-team", "purpose": "a test" });
+    Answer::to(house.request(Method::PUT, &path).json(&wish)).await.ok();
+    house.service.kill().await;
+    let api = house.another(&["serve", "--no-relay"]).await;
+    let relay = house.another(&["relay"]).await;
+    house.service = api;
+    let letter = "
+        insert into dead_letters (subscription, message_id, reason, attempts, redriven, size_bytes)
+        select name, gen_random_uuid(), 'malformed', 1, 0, 0 from subscriptions
+    ";
+    sqlx::query(letter).execute(&house.db).await.unwrap();
+    sqlx::query("update subscriptions set expires_after_s = 2").execute(&house.db).await.unwrap();
+    eventually("it to expire", async || {
+        let seen = house.page(&path).await;
+        if seen.status == 404 { Ok(()) } else { Err((seen.status, relay.log())) }
+    })
+    .await;
+    eventually("the watch to go on", async || {
+        let metrics = reqwest::get(format!("{}/metrics", relay.url)).await.unwrap().text().await.unwrap();
+        if metrics.contains("\ntidings_subscriptions_watching 1\n") { Ok(()) } else { Err(metrics) }
+    })
+    .await;
+    assert!(!relay.log().contains("begins anew"), "{}", relay.log());
 }
 
 #[sqlx::test]

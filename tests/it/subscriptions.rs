@@ -18,7 +18,7 @@ use lapin::{
 };
 use reqwest::Method;
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool};
 use tidings_sdk::{
     envelope::Notice,
     topology::{self, Depth, RETRY_DELAYS},
@@ -402,6 +402,28 @@ async fn a_name_belongs_to_its_owner_and_never_to_the_exchange(db: PgPool) {
     house.unsubscribe(&orders, "").await.ok();
 }
 
+/// Whoever deletes a subscription deletes its parts: one whose part is another application's is not for a client to register.
+#[sqlx::test]
+async fn a_name_whose_part_is_there_already_is_no_clients_to_take(db: PgPool) {
+    let house = House::with(db, &[SELDOM]).await;
+    let (admin, shop) = (Admin::new().await, unique("shop"));
+    let key = client(&house, "create shop --scope subscriptions").await;
+    let put = async || {
+        let url = format!("{}/v1/subscriptions/{shop}", house.service.url);
+        Answer::to(house::http_with(&key).put(url).json(&wish(&["user.deleted"], &[]))).await
+    };
+    let (fields, resync) = (format!("{shop}.fields"), format!("{shop}.resync"));
+    house::declare(&admin.channel().await, &fields).await;
+    assert_eq!(put().await.refusal(409), "name_taken");
+    assert!(admin.has_exchange(&fields).await);
+    admin.delete_exchange(&fields).await;
+    admin.classic_queue(&resync).await;
+    assert_eq!(put().await.refusal(409), "name_taken");
+    admin.delete_queue(&resync).await;
+    put().await.ok();
+    house.unsubscribe(&shop, "").await.ok();
+}
+
 #[sqlx::test]
 async fn a_queue_with_other_properties_is_named_and_nothing_is_registered_that_was_not(db: PgPool) {
     let house = House::with(db, &[SELDOM]).await;
@@ -745,6 +767,40 @@ async fn one_that_expires_and_cannot_be_deleted_keeps_the_watch_from_nobody_else
     house.unsubscribe(&orders, "").await.ok();
 }
 
+/// Nor when it is the database that does not let it go.
+#[sqlx::test]
+async fn one_that_expires_and_stays_registered_keeps_the_watch_from_nobody_else(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (held, later, orders) = (unique("held"), unique("later"), unique("orders"));
+    for name in [&held, &later, &orders] {
+        house.register(name, &wish(&["user.created"], &[])).await.ok();
+    }
+    let hold = format!(
+        "
+        create function hold() returns trigger language plpgsql as $$ begin raise 'held'; end $$;
+        create trigger hold before delete on subscriptions
+          for each row when (old.name = '{held}') execute function hold();
+        "
+    );
+    sqlx::raw_sql(AssertSqlSafe(hold)).execute(&house.db).await.unwrap();
+    let expires = "update subscriptions set expires_after_s = 2 where name = any($1)";
+    sqlx::query(expires).bind([&held, &later].map(String::as_str)).execute(&house.db).await.unwrap();
+    let is_gone = async |name: &str| {
+        eventually("it to expire", async || {
+            let seen = house.subscription(name).await;
+            if seen.status == 404 { Ok(()) } else { Err(seen) }
+        })
+        .await;
+    };
+    is_gone(&later).await;
+    house.logs(&["WARN", &held, "has expired and cannot be deleted", "P0001"]).await;
+    house.looks_again().await;
+    assert_eq!(house.metric("tidings_subscriptions_watching").await, 1.0);
+    sqlx::query("drop trigger hold on subscriptions").execute(&house.db).await.unwrap();
+    is_gone(&held).await;
+    house.unsubscribe(&orders, "").await.ok();
+}
+
 /// What was never at the broker cannot have been deleted there: nothing is told anew for it.
 #[sqlx::test]
 async fn a_first_field_that_was_registered_without_a_broker_is_no_loss(db: PgPool) {
@@ -791,6 +847,52 @@ async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_somebody_regist
     let lost = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
     assert!(lost["missing_since"].as_str().unwrap() < unseen["updated_at"].as_str().unwrap(), "{lost}");
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// Nor is to be refused a look at it, as RabbitMQ 4.3 refuses one to who has no right to the queue.
+#[sqlx::test]
+async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_it_was_kept_from_sight(db: PgPool) {
+    let broker = HurtBroker::borrow().await;
+    drop(broker.try_ctl(&["add_user", "registry", "secret"]).await);
+    let may_use = async |names: &str| {
+        let names = format!("^({names}|test\\.)");
+        broker.ctl(&["set_permissions", "registry", &names, &names, &names]).await;
+    };
+    may_use("billing|orders").await;
+    let url = broker.amqp_url.replace("guest:guest", "registry:secret");
+    let house = House::at(db, &broker.amqp_url, &[("AMQP_REGISTRY_URL", &url), EVERY_SECOND]).await;
+    let admin = Admin::at(&broker.amqp_url).await;
+    let (billing, orders) = (unique("billing"), unique("orders"));
+    for name in [&billing, &orders] {
+        house.register(name, &wish(&["user.created"], &[])).await.ok();
+    }
+    house.looks_again().await;
+    may_use("billing").await;
+    admin.delete_queue(&orders).await;
+    let gone_at: OffsetDateTime = sqlx::query_scalar("select now()").fetch_one(&house.db).await.unwrap();
+    let sees = async |attended: bool| {
+        eventually("the watch to see who attends", async || {
+            let seen = "select unattended_since is null from subscriptions where name = $1";
+            let seen: bool = sqlx::query_scalar(seen).bind(&billing).fetch_one(&house.db).await.unwrap();
+            if seen == attended { Ok(()) } else { Err(seen) }
+        })
+        .await;
+    };
+    // So many looks that one began after that and was over when the next began.
+    for _ in 0..2 {
+        let attendance = admin.attend(&billing).await;
+        sees(true).await;
+        attendance.ends().await;
+        sees(false).await;
+    }
+    may_use("billing|orders").await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    let since = "select missing_since from subscriptions where name = $1";
+    let since: OffsetDateTime = sqlx::query_scalar(since).bind(&orders).fetch_one(&house.db).await.unwrap();
+    assert!(since <= gone_at, "{since} is after {gone_at}");
+    for name in [&billing, &orders] {
+        house.unsubscribe(name, "?waiting=discard").await.ok();
+    }
 }
 
 #[sqlx::test]

@@ -62,7 +62,7 @@ impl TlsBroker {
             Self { authority, plain_url: printed("AMQP_URL").to_owned(), url, management_url, line, _turn: turn };
         drop(broker.ctl(&["add_user", "known", PASSWORD]).await);
         broker.ctl(&["set_permissions", "known", ".*", ".*", ".*"]).await.unwrap();
-        broker.ctl(&["set_user_tags", "known", "monitoring"]).await.unwrap();
+        broker.ctl(&["set_user_tags", "known", "management"]).await.unwrap();
         broker.present(&broker.authority.right()).await;
         broker
     }
