@@ -306,11 +306,7 @@ async fn an_exchange_of_another_type_is_named_and_nothing_counts_as_published(db
     bind(&admin.channel, &house.audit.queue, &house.exchange, "").await;
     house.broker.up();
     let ana = house.user(json!({ "first_name": "Ana" })).await;
-    eventually("the reason", async || {
-        let reason = load::degraded(&house).await;
-        if reason.contains(&house.exchange) { Ok(()) } else { Err(reason) }
-    })
-    .await;
+    load::degraded_by(&house, &house.exchange).await;
     assert_eq!((house.pending().await, results(&house).await), (1, [0.0; 3]));
     // Made right while the relay is away, so that the listener is bound before the first message.
     house.broker.down();
@@ -336,11 +332,7 @@ async fn an_exchange_that_is_swapped_under_the_relay_swallows_nothing(db: PgPool
         .await
         .unwrap();
     let ana = house.user(json!({ "first_name": "Ana" })).await;
-    eventually("the reason", async || {
-        let reason = load::degraded(&house).await;
-        if reason.contains(&house.exchange) { Ok(()) } else { Err(reason) }
-    })
-    .await;
+    load::degraded_by(&house, &house.exchange).await;
     assert_eq!((house.pending().await, results(&house).await), (1, [0.0; 3]));
     house.broker.down();
     admin.delete_exchange(&house.exchange).await;
@@ -418,8 +410,7 @@ async fn a_queue_that_is_silent_is_owned_up_to_until_it_answers(db: PgPool) {
 async fn a_connection_with_frames_too_small_for_an_event_is_refused(db: PgPool) {
     let url = format!("{}?frame_max=8192", env("AMQP_URL"));
     let house = House::with(db, &[("AMQP_URL", &url)]).await;
-    let reason = load::degraded(&house).await;
-    assert!(reason.contains("frame_max"), "{reason}");
+    load::degraded_by(&house, "frame_max").await;
 }
 
 /// A channel keeps what it knows of a queue: that it has no leader, say. docs/scaling.md has such a case.

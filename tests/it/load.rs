@@ -327,6 +327,15 @@ pub async fn degraded(house: &House) -> String {
     .await
 }
 
+/// Waits until it is degraded for this reason. Before the first answer of a broker it is, as it is still connecting.
+pub async fn degraded_by(house: &House, why: &str) {
+    eventually(&format!("an instance that is degraded by {why:?}"), async || {
+        let reason = degraded(house).await;
+        if reason.contains(why) { Ok(()) } else { Err(reason) }
+    })
+    .await;
+}
+
 pub async fn ready(house: &House) {
     eventually("a ready instance", async || {
         let ready: Answer = house.page("/readyz").await;

@@ -97,7 +97,7 @@ async fn a_broker_is_believed_by_its_certificate_alone(db: PgPool) {
     for (wrong, why) in broker.authority.wrong() {
         broker.present(&wrong).await;
         let presented = Instant::now();
-        degraded_by(&house, why).await;
+        load::degraded_by(&house, why).await;
         assert!(presented.elapsed() < AT_ONCE, "{why}: {:?}", presented.elapsed());
         house.amend(&ana, json!({ "job_title": why })).await.ok();
         let mut starting = house.another(&["relay"]).await;
@@ -121,10 +121,10 @@ async fn a_broker_without_tls_is_refused_where_tls_is_asked_for(db: PgPool) {
     let url = broker.plain_url.replace("amqp://guest:guest@127.0.0.1", &format!("amqps://known:{PASSWORD}@localhost"));
     let asking = [("AMQP_URL", url.as_str()), ("AMQP_CA_FILE", broker.authority.trusted())];
     let house = House::at(db, &broker.plain_url, &asking).await;
-    degraded_by(&house, "cannot be reached over TLS").await;
+    load::degraded_by(&house, "cannot be reached over TLS").await;
     // Nor is what it does not know believed because nobody said whom to trust.
     let house = House::at(house.db.clone(), &broker.plain_url, &[("AMQP_URL", &broker.url)]).await;
-    degraded_by(&house, "UnknownIssuer").await;
+    load::degraded_by(&house, "UnknownIssuer").await;
 }
 
 #[sqlx::test]
@@ -149,14 +149,6 @@ async fn the_management_api_is_asked_over_tls(db: PgPool) {
     .await;
     doubtful.service.kill().await;
     assert!(!doubtful.service.log().contains(PASSWORD), "{}", doubtful.service.log());
-}
-
-async fn degraded_by(house: &House, why: &str) {
-    eventually(&format!("an instance that is degraded by {why:?}"), async || {
-        let reason = load::degraded(house).await;
-        if reason.contains(why) { Ok(()) } else { Err(reason) }
-    })
-    .await;
 }
 
 /// A database server of the test's own; what it shows is chosen by the test.
@@ -331,7 +323,7 @@ async fn a_consumer_verifies_the_broker_and_the_owner(db: PgPool) {
     let ((heard, mut hears), stop) = (mpsc::unbounded_channel(), CancellationToken::new());
     broker.present(&broker.authority.wrong()[0].0).await;
     let running = tokio::spawn(consumer.run(Reader(heard), stop.clone()));
-    degraded_by(&house, "UnknownIssuer").await;
+    load::degraded_by(&house, "UnknownIssuer").await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     broker.present(&broker.authority.right()).await;
     load::ready(&house).await;
