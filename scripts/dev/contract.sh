@@ -76,6 +76,7 @@ end_contract_service() {
         kill "$CONTRACT_SERVICE" 2>/dev/null || true
         wait "$CONTRACT_SERVICE" 2>/dev/null || true
     fi
+    # What cannot be cleared away keeps nothing else from it, and the run has the status that it had.
     contract_psql "drop database if exists $CONTRACT with (force)" || true
     (forget_broker "$CONTRACT") || true
     rm -f "$DEV/run/$CONTRACT.ready" "$DEV"/{ports,log}/{epmd,rabbitmq}-"$CONTRACT"*

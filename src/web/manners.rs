@@ -57,8 +57,10 @@ fn is_perhaps_done() -> bool {
     MAY_BE_DONE.with(Cell::get)
 }
 
-/// A layer further in: what was begun is done to its end although its client hangs up; its place and its turn are kept meanwhile.
+/// A layer further in: what was begun is done to its end although its client hangs up; its place and its turn are kept meanwhile. Who still
+/// waits for his turn has begun nothing.
 pub async fn to_the_end(place: Place, request: Request, next: Next) -> Result<Response, Problem> {
+    let _awaited = place.awaited();
     place.to_the_end(REQUEST_ID.scope(request_id(), next.run(request))).await
 }
 

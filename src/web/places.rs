@@ -15,6 +15,7 @@ use axum::{
     http::{Extensions, request::Parts},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     Code, Problem,
@@ -65,7 +66,8 @@ impl Places {
         let held = self.held()?;
         let held = Arc::new(Mutex::new(Some(held)));
         let client = Arc::default();
-        Ok(Place { places: self.clone(), held, client, turn: Arc::default(), large_body: Arc::default() })
+        let (turn, large_body, left) = (Arc::default(), Arc::default(), CancellationToken::new());
+        Ok(Place { places: self.clone(), held, client, turn, large_body, left })
     }
 
     fn held(&self) -> Result<Held, Problem> {
@@ -128,6 +130,8 @@ pub struct Place {
     client: Arc<OnceLock<Arc<str>>>,
     turn: Arc<OnceLock<Turn>>,
     large_body: Arc<OnceLock<LargeBody>>,
+    /// That nobody waits for the answer any more, where it is made all the same.
+    left: CancellationToken,
 }
 
 impl Place {
@@ -165,7 +169,11 @@ impl Place {
     }
 
     async fn turn_of(&self, turns: &Turns, client: &Arc<str>, full: &str) -> Result<(), Problem> {
-        let turn = turns.take(client).await.map_err(|LineFull| {
+        // Whoever has left leaves the line, too: what he has not begun is not done.
+        let Some(turn) = self.left.run_until_cancelled(turns.take(client)).await else {
+            return Err(Code::Overloaded.into());
+        };
+        let turn = turn.map_err(|LineFull| {
             self.places.traffic.shed();
             Problem::new(Code::Overloaded, full)
         })?;
@@ -203,6 +211,11 @@ impl Place {
         // There is one body.
         let _ = self.large_body.set(large_body);
         Ok(())
+    }
+
+    /// Once this is dropped nobody waits for the answer.
+    pub(super) fn awaited(&self) -> DropGuard {
+        self.left.clone().drop_guard()
     }
 
     fn hold(&self, held: Option<Held>) {
@@ -284,6 +297,22 @@ mod tests {
                 Poll::Ready(Err(_)) => assert!(n >= in_line, "{n}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn who_has_left_waits_for_no_turn_and_begins_nothing() {
+        let places = Places::new(100, Traffic::default());
+        let client: Arc<str> = "crowd".into();
+        let all: Vec<Place> = (0..=AT_THE_REGISTRY).filter_map(|_| places.take().ok()).collect();
+        let (last, others) = all.split_last().unwrap();
+        for place in others {
+            assert!(place.turn_at_the_registry(&client).await.is_ok());
+        }
+        let awaited = last.awaited();
+        let mut turn = Box::pin(last.turn_at_the_registry(&client));
+        assert!(poll!(&mut turn).is_pending());
+        drop(awaited);
+        assert!(matches!(poll!(&mut turn), Poll::Ready(Err(_))));
     }
 
     #[test]

@@ -671,18 +671,24 @@ async fn a_report_over_what_is_read_is_refused() {
     }
 }
 
-#[sqlx::test]
-async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
-    let house = House::open(db).await;
-    let (lines, _) = lines(10_000);
-    let text = std::fs::read_to_string(&lines).unwrap();
+/// An import that waits for a database that is away, and has read ahead what it may.
+async fn held_up(house: &House, lines: &Path) -> Import {
     house.postgres.down();
-    let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
+    let under_way = Import::start(&house.service.url, &[name(lines), "--concurrency", "16"]);
     eventually("an outage that is told", async || {
         let said = under_way.said.lock().unwrap().clone();
         if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
     })
     .await;
+    under_way
+}
+
+#[sqlx::test]
+async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
+    let house = House::open(db).await;
+    let (lines, _) = lines(10_000);
+    let text = std::fs::read_to_string(&lines).unwrap();
+    let under_way = held_up(&house, &lines).await;
     // Behind what it can have read ahead, and before the end: no line is torn.
     let half = text.len() / 2;
     let left = half + text[half..].find('\n').unwrap() + 1;
@@ -700,13 +706,7 @@ async fn of_a_file_that_becomes_longer_meanwhile_what_was_there_is_in_and_the_re
     let house = House::open(db).await;
     const LINES: usize = 10_000;
     let (lines, _) = lines(LINES);
-    house.postgres.down();
-    let under_way = Import::start(&house.service.url, &[name(&lines), "--concurrency", "16"]);
-    eventually("an outage that is told", async || {
-        let said = under_way.said.lock().unwrap().clone();
-        if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
-    })
-    .await;
+    let under_way = held_up(&house, &lines).await;
     // Before it can have read to the end. Neither line is looked at, not even to be refused.
     let mut longer = std::fs::OpenOptions::new().append(true).open(&lines).unwrap();
     longer.write_all(b"{\"profile\":{\"nickname\":\"later\"}}\n{\n").unwrap();
