@@ -5,7 +5,7 @@
 //! skipped; and, now and then, sweeping everything, for what commits after we stopped asking.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -36,10 +36,15 @@ pub struct Cursor {
     /// Ids that were skipped, and when.
     skipped: BTreeMap<OutboxId, Instant>,
     refused: BTreeMap<OutboxId, Refused>,
-    /// When the next sweep is due; `None` while one is under way.
-    sweep_at: Option<Instant>,
+    sweep: Sweep,
     /// How long the sweep rests.
     rest: Duration,
+}
+
+enum Sweep {
+    Due(Instant),
+    /// With what questions found meanwhile, which it may find too.
+    UnderWay(HashSet<OutboxId>),
 }
 
 struct Refused {
@@ -73,24 +78,26 @@ pub enum Place {
 impl Cursor {
     pub fn new(floor: OutboxId, now: Instant) -> Self {
         let (skipped, refused) = (BTreeMap::new(), BTreeMap::new());
-        Self { past: 0, floor, skipped, refused, sweep_at: Some(now + FIRST_SWEEP), rest: FIRST_SWEEP }
+        Self { past: 0, floor, skipped, refused, sweep: Sweep::Due(now + FIRST_SWEEP), rest: FIRST_SWEEP }
     }
 
     pub fn question(&mut self, now: Instant) -> Question {
         self.skipped.retain(|_, since| now.duration_since(*since) < ASK_FOR);
         let due =
             self.refused.iter().filter(|(_, refused)| refused.due.is_some_and(|due| due <= now)).map(|(id, _)| *id);
-        // What a sweep that is under way may find is not asked for beside it: it would be sent twice.
-        let ask_limit = if self.sweep_at.is_some() { ASK_LIMIT } else { 0 };
         // The sweep finds what was skipped, and nothing else asks for what was refused.
-        let again: Vec<OutboxId> = due.chain(self.skipped.keys().copied()).take(ask_limit).collect();
+        let again: Vec<OutboxId> = due.chain(self.skipped.keys().copied()).take(ASK_LIMIT).collect();
         let resends = again.iter().any(|id| self.refused.contains_key(id));
         Question { past: self.past, again, resends, read_on: self.refused.len() < REFUSED_LIMIT }
     }
 
     /// Begins a sweep if one is due: of everything up to the place that is returned and not under way. It ends with [`Self::swept`].
     pub fn begin_sweep(&mut self, now: Instant) -> Option<OutboxId> {
-        self.sweep_at.take_if(|due| *due <= now).map(|_| self.past)
+        let is_due = matches!(self.sweep, Sweep::Due(due) if due <= now);
+        is_due.then(|| {
+            self.sweep = Sweep::UnderWay(HashSet::new());
+            self.past
+        })
     }
 
     /// Where an id stands that came without a question. While one is skipped none is next: it may be of the same user, and older.
@@ -113,6 +120,9 @@ impl Cursor {
             }
             if id <= self.past {
                 self.skipped.remove(&id);
+                if let Sweep::UnderWay(found) = &mut self.sweep {
+                    found.insert(id);
+                }
                 continue;
             }
             // At the start nothing is known of the ids below the first one, unless they were given out since.
@@ -137,8 +147,9 @@ impl Cursor {
         missing.filter(|id| self.refused.remove(id).is_some()).copied().collect()
     }
 
-    /// The ids that a sweep found. One that found everything there was is over; one that did not goes on.
-    pub fn swept(&mut self, ids: &[OutboxId], found_all: bool, took: Duration, now: Instant) {
+    /// The ids that a sweep found. One that found everything there was is over; one that did not goes on. Returns those of them that a
+    /// question found meanwhile: they are under way, or were already settled.
+    pub fn swept(&mut self, ids: &[OutboxId], found_all: bool, took: Duration, now: Instant) -> HashSet<OutboxId> {
         for id in ids {
             self.skipped.remove(id);
         }
@@ -147,7 +158,10 @@ impl Cursor {
             self.rest = (2 * self.rest).min(SWEEP_INTERVAL);
             pause = self.rest.max(took * SWEEP_REST);
         }
-        self.sweep_at = Some(now + pause);
+        match std::mem::replace(&mut self.sweep, Sweep::Due(now + pause)) {
+            Sweep::UnderWay(found) => found,
+            Sweep::Due(_) => HashSet::new(),
+        }
     }
 
     /// The broker did not take this one: ask for it again, later each time.
@@ -271,19 +285,22 @@ mod tests {
         assert_eq!(cursor.begin_sweep(later + 2 * FIRST_SWEEP), Some(7));
     }
 
+    /// It may be older than what is read on meanwhile, and of the same user.
     #[test]
-    fn what_a_sweep_may_find_is_not_asked_for_meanwhile() {
+    fn what_was_skipped_is_asked_for_while_a_sweep_is_under_way_and_comes_once() {
         let now = Instant::now();
         let mut cursor = Cursor::new(0, now);
-        cursor.found(&[1, 3], now);
+        cursor.found(&[1, 5], now);
         cursor.refused(1, now);
         let later = now + RESEND_AFTER.max(FIRST_SWEEP);
-        assert_eq!(next(&mut cursor, later), (3, vec![1, 2]));
-        assert_eq!(cursor.begin_sweep(later), Some(3));
+        assert_eq!(cursor.begin_sweep(later), Some(5));
+        assert_eq!(next(&mut cursor, later), (5, vec![1, 2, 3, 4]));
+        cursor.found(&[2, 6], later);
+        assert_eq!(next(&mut cursor, later), (6, vec![1, 3, 4]));
+        assert_eq!(cursor.swept(&[2, 3], true, Duration::ZERO, later), HashSet::from([2]));
+        assert_eq!(next(&mut cursor, later), (6, vec![1, 4]));
         cursor.found(&[4], later);
-        assert_eq!(next(&mut cursor, later), (4, vec![]));
-        cursor.swept(&[2], true, Duration::ZERO, later);
-        assert_eq!(next(&mut cursor, later), (4, vec![1]));
+        assert_eq!(cursor.swept(&[4], true, Duration::ZERO, later), HashSet::new(), "no sweep was under way");
     }
 
     #[test]
@@ -293,9 +310,9 @@ mod tests {
         for _ in 0..10 {
             cursor.swept(&[], true, Duration::ZERO, now);
         }
-        assert_eq!(cursor.sweep_at, Some(now + SWEEP_INTERVAL));
+        assert!(matches!(cursor.sweep, Sweep::Due(due) if due == now + SWEEP_INTERVAL));
         cursor.swept(&[], true, Duration::from_secs(1), now);
-        assert_eq!(cursor.sweep_at, Some(now + Duration::from_secs(50)));
+        assert!(matches!(cursor.sweep, Sweep::Due(due) if due == now + Duration::from_secs(50)));
     }
 
     #[test]

@@ -27,8 +27,8 @@ use crate::{
 /// Events in one claim, and messages in one batch.
 const BATCH: usize = 500;
 const _: () = assert!(outbox::AT_HAND <= BATCH, "what is handed over at once finds the room of one claim");
-/// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice; but for skipped and
-/// refused ones that one claim brings beyond its batch.
+/// Messages at once that were sent and whose rows are still there, which is the most that a crash can send twice; but for refused ones,
+/// which are sent again anyway, and for skipped ones that one claim brings beyond its batch.
 const WINDOW: usize = 2000;
 /// Between two signs of life to the outbox while the broker is waited for.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
@@ -180,8 +180,7 @@ impl Drain<'_> {
         Ok(entries.len() >= BATCH)
     }
 
-    /// Sweeps when it is time. It walks over whatever died since the last vacuum: no claim waits for it, only what was skipped or
-    /// refused.
+    /// Sweeps when it is time. It walks over whatever died since the last vacuum: nothing waits for it.
     fn start_sweep(&mut self) {
         if !self.sweep.is_idle() || !self.has_room() {
             return;
@@ -195,11 +194,12 @@ impl Drain<'_> {
     async fn take_swept(&mut self, Swept { outcome, took }: Swept) -> anyhow::Result<()> {
         // One that fails, on too many dead rows for its time, say, is tried again after its rest. It is a second look: the telling
         // goes on without.
-        let entries = outcome.unwrap_or_else(|trouble| {
+        let mut entries = outcome.unwrap_or_else(|trouble| {
             tracing::warn!("the outbox was not swept, which will be tried again: {}", trouble.report());
             vec![]
         });
-        self.cursor.swept(&ids(&entries), entries.len() < BATCH, took, Instant::now());
+        let claimed = self.cursor.swept(&ids(&entries), entries.len() < BATCH, took, Instant::now());
+        entries.retain(|entry| !claimed.contains(&entry.id));
         if !entries.is_empty() {
             // Another session than the lead's has read them.
             self.make_sure_of_lead().await?;

@@ -196,6 +196,50 @@ async fn a_sweep_holds_up_nobody_and_what_it_finds_is_told_too(db: PgPool) {
     assert_eq!(house.audit.heard().len(), 5, "each once");
 }
 
+/// Whoever takes his place in the outbox first may commit last. The sweep waits for a lock meanwhile, at an event that it alone sees.
+#[sqlx::test]
+async fn while_a_sweep_is_under_way_the_events_of_one_user_leave_in_order(db: PgPool) {
+    let house = House::open(db).await;
+    let policies = "
+        create function slowly() returns boolean language plpgsql set lock_timeout = 0 as
+          $$ begin perform pg_advisory_xact_lock_shared(1); return true; end $$;
+        create table unseen (id uuid);
+        grant select on unseen to public;
+        create policy add on outbox for insert with check (true);
+        create policy see on outbox for select using (
+          case current_setting('application_name')
+            when 'tidings relay leader' then not exists (select from unseen where id = user_id)
+            when 'tidings relay sweep' then slowly()
+            else true
+          end);
+        create policy settle on outbox for delete using (true);
+        alter table outbox enable row level security;
+    ";
+    sqlx::raw_sql(policies).execute(&house.db).await.unwrap();
+    let mut holder = house.db.acquire().await.unwrap();
+    sqlx::query("select pg_advisory_lock(1)").execute(&mut *holder).await.unwrap();
+    let (unseen, mut transaction) = load::open_change(&house.db).await;
+    sqlx::query("insert into unseen values ($1)").bind(unseen).execute(&mut *transaction).await.unwrap();
+    transaction.commit().await.unwrap();
+    let (ana, transaction) = load::open_change(&house.db).await;
+    house.user(json!({})).await;
+    load::heard(&house, 1).await;
+    sessions::blocked(&house.db, "tidings relay sweep").await;
+    transaction.commit().await.unwrap();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    let versions = || -> Vec<i64> {
+        house.audit.heard().iter().filter(|notice| notice.user_id == ana).map(|notice| notice.version).collect()
+    };
+    eventually("the amendment to be told", async || match versions() {
+        told if told.contains(&2) => Ok(()),
+        other => Err(other),
+    })
+    .await;
+    sqlx::query("select pg_advisory_unlock(1)").execute(&mut *holder).await.unwrap();
+    house.told(&unseen).await;
+    assert_eq!(versions(), [1, 2]);
+}
+
 /// Only the sweep sees one of the events, and fails as long as there is an obstacle.
 #[sqlx::test]
 async fn a_sweep_that_fails_is_tried_again_and_holds_up_nobody(db: PgPool) {
