@@ -176,6 +176,8 @@ fn ends_in_doubt(code: &str, ends_the_session: bool) -> bool {
 
 /// The SQLSTATE of a statement that waited in vain for a lock.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// And of one for which the session's role lacks a right.
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 fn is_of_a_lock(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == LOCK_NOT_AVAILABLE)
@@ -196,8 +198,19 @@ impl Trouble {
         match self {
             // What is asked for is not there.
             Self::Refused { code, .. } if code == "42P01" || code == "42703" => Some(MIGRATE),
-            Self::Refused { code, .. } if code == "42501" => Some(GRANT),
+            Self::Refused { code, .. } if code == INSUFFICIENT_PRIVILEGE => Some(GRANT),
             _ => None,
+        }
+    }
+
+    /// What can be done about it by the operator whose command it ended.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Refused { code, .. } if code == INSUFFICIENT_PRIVILEGE => {
+                "this role may not: `tidings client` is for tidings_owner, other commands are for tidings_api; deploy/postgres-grants.sql \
+                 gives their rights, after each migration"
+            }
+            _ => "is the database up, and migrated? `tidings migrate`",
         }
     }
 
@@ -339,13 +352,10 @@ impl Db {
     /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, a setting of a session does not arrive, or the database cannot be
     /// reached.
     pub async fn check_durability(&self) -> anyhow::Result<()> {
-        let mut connection = connect(&self.options).await?;
-        let off: Vec<String> = sqlx::query_scalar(FORGETS).fetch_all(&mut connection).await.map_err(Trouble::from)?;
-        anyhow::ensure!(
-            off.is_empty(),
-            "the database has {} off, so a crash would lose changes that were answered; turn it on for this role and server",
-            off.join(" and ")
-        );
+        let mut connection = dial(self.options.connect()).await?;
+        if let Some(forgets) = forgets(&mut connection).await.map_err(Trouble::from)? {
+            anyhow::bail!("{forgets}");
+        }
         let (names, values) = MANNERS.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
         let otherwise: Vec<String> = sqlx::query_scalar(OTHERWISE)
             .bind(names)
@@ -389,15 +399,24 @@ async fn wait_for_turn(connection: &mut PgConnection) -> Result<(), MigrateError
 
 /// A table that somebody holds is trouble that passes; a migration that fails otherwise fails for good.
 fn not_migrated(error: MigrateError) -> anyhow::Error {
+    use sqlx::Error::Database;
     match error {
         MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) if is_of_a_lock(&cause) => {
             Trouble::from(cause).into()
+        }
+        // Also on a schema that is up to date: the table of the migrations would be made if there were none.
+        MigrateError::Execute(Database(refusal)) | MigrateError::ExecuteMigration(Database(refusal), _)
+            if refusal.code().is_some_and(|code| code == INSUFFICIENT_PRIVILEGE) =>
+        {
+            anyhow::anyhow!("the migrations did not complete: {}\n{LEAVE_TO_THE_OWNER}", turned_away(&*refusal))
         }
         error => anyhow::Error::from(error).context("the migrations did not complete"),
     }
 }
 
 const MIGRATE: &str = "hint: `tidings migrate` as the owner of the tables, then deploy/postgres-grants.sql";
+const LEAVE_TO_THE_OWNER: &str =
+    "hint: `tidings migrate` is for tidings_owner; with TIDINGS_NO_MIGRATE=true `serve` leaves the schema as it is";
 const GRANT: &str = "hint: this role lacks rights; deploy/postgres-grants.sql gives them, after each migration";
 
 /// A refusal that is mostly a step of an upgrade that was left out, with that step.
@@ -425,12 +444,17 @@ pub fn is_overheard(url: &Url) -> bool {
 }
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
-    let dial = async {
+    // In a box: it is large and rare, and part of each statement's future.
+    dial(Box::pin(async {
         let mut connection = options.connect().await?;
         refuse_useless(&mut connection, 1).await?;
-        Ok::<_, sqlx::Error>(connection)
-    };
-    match timeout(CONNECT_DEADLINE, dial).await {
+        Ok(connection)
+    }))
+    .await
+}
+
+async fn dial(dialled: impl Future<Output = sqlx::Result<PgConnection>>) -> Result<PgConnection, Trouble> {
+    match timeout(CONNECT_DEADLINE, dialled).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(sqlx::Error::Database(refusal))) => Err(Trouble::Unreachable(turned_away(&*refusal))),
         Ok(Err(error)) => Err(Trouble::Unreachable(error.into())),
@@ -438,13 +462,28 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
     }
 }
 
-/// Refuses a server whose answers are old, or that keeps nothing while so many of this purpose's sessions wait: ended by us they would be
-/// committed without the standby, and followed by more they would use up the server's connections.
+/// Why what a session is told to keep may be gone after a crash, if it may.
+async fn forgets(connection: &mut PgConnection) -> sqlx::Result<Option<String>> {
+    let off: Vec<String> = sqlx::query_scalar(FORGETS).persistent(false).fetch_all(connection).await?;
+    let names = off.join(" and ");
+    Ok((!off.is_empty()).then(|| {
+        format!(
+            "the database has {names} off, so a crash would lose changes that were answered; turn it on for this role and server"
+        )
+    }))
+}
+
+/// Refuses a server whose answers are old, that forgets what it acknowledges, or that keeps nothing while so many of this purpose's sessions
+/// wait: ended by us they would be committed without the standby, and followed by more they would use up the server's connections.
 async fn refuse_useless(connection: &mut PgConnection, waiting: i64) -> sqlx::Result<()> {
     // While a failover goes on, the address may still lead to the server that led before.
     let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(&mut *connection).await?;
     if follows {
         return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
+    }
+    // At the start it was not so; but settings change, and after a failover they are another server's.
+    if let Some(forgets) = forgets(connection).await? {
+        return Err(sqlx::Error::Configuration(forgets.into()));
     }
     let now_waiting: i64 = sqlx::query_scalar(WAITING_FOR_A_STANDBY).persistent(false).fetch_one(connection).await?;
     if now_waiting >= waiting {

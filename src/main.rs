@@ -71,8 +71,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     };
     cli.log.start(writing, &mut faults);
     match cli.command {
-        Command::Serve(settings) => roles::serve(*settings, faults).await,
-        Command::Relay(settings) => roles::relay(settings, faults).await,
+        Command::Serve(settings) => Box::pin(roles::serve(*settings, faults)).await,
+        Command::Relay(settings) => Box::pin(roles::relay(settings, faults)).await,
         Command::Migrate(settings) => migrate(&settings, faults).await,
         Command::Tail(settings) => tail(settings, faults).await,
         Command::Subscription(subscription) => Box::pin(subscriptions::command::run(subscription.action, faults)).await,

@@ -32,11 +32,11 @@ impl Reminder {
         Self { db: db.clone(), deadline }
     }
 
-    /// The step: looks at all deletions whose deadline has passed since the last look.
-    async fn look(&self, line: &mut Line) -> anyhow::Result<()> {
+    /// The step: looks at all deletions whose deadline has passed since the last look, until `stop`.
+    async fn look(&self, line: &mut Line, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut place = line.run(async |db| store::looked_at(db).await).await?;
         let mut late = 0;
-        loop {
+        while !stop.is_cancelled() {
             let looked = line.run(async |db| store::late(db, place, self.deadline, PAGE).await).await?;
             let Some(looked) = looked else { break };
             (place, late) = (looked.last, late + looked.late);
@@ -63,7 +63,7 @@ impl Duty for Reminder {
         let mut pace = interval(LOOK_EVERY);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while stop.run_until_cancelled(pace.tick()).await.is_some() {
-            self.look(&mut line).await.context("it cannot be looked who is late")?;
+            self.look(&mut line, stop).await.context("it cannot be looked who is late")?;
         }
         line.hang_up().await;
         Ok(())

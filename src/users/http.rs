@@ -12,7 +12,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
-    Change, Changed, Done, Error, ExternalId, Naming, Record, Refusal, Tombstone, User, UserId, Users, Verb,
+    Change, Changed, Done, Error, ExternalId, Naming, Record, Refusal, Tombstone, User, UserId, Users, Verb, Version,
     body::{Document, Patch},
     many,
     reader::ReadError,
@@ -25,7 +25,7 @@ use crate::{
     profile::{EXTERNAL_ID, Fields, TOO_LARGE},
     web::{
         Code, Cursor, Id, IdempotencyKey, NoParams, NoPrecondition, Params, Place, Precondition, Problem,
-        ReadCondition, Refusals, Trace, View, cursor, etag_of_view, read_cursor, refuses,
+        ReadCondition, Refusals, Trace, View, cursor, etag_of_view, page_limit, read_cursor, refuses,
     },
 };
 
@@ -247,10 +247,7 @@ async fn list(
         let found = place.to_the_end(async move { users.find(external_id).await }).await??;
         return Ok(Json(Page { users: found.into_iter().map(|user| user.seen_by(&caller)).collect(), next: None }));
     }
-    let limit = page.limit.unwrap_or(DEFAULT_PAGE);
-    if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
-    }
+    let limit = page_limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.as_deref().map(read_cursor).transpose()?.unwrap_or_default();
     place.turn(&caller.client).await?;
     // One more than asked for tells whether there is a next page.
@@ -432,6 +429,17 @@ impl Changed {
     }
 }
 
+/// The condition does not hold; of `If-None-Match: *` that is so because there is somebody.
+fn stale(version: Option<Version>) -> Problem {
+    let detail = match version {
+        Some(version) => format!(
+            "somebody has this id, at version {version}, and the condition asks for another version, or for nobody; read the user and decide anew"
+        ),
+        None => "nobody has this id, and the condition asks for somebody who has".to_owned(),
+    };
+    Problem::new(Code::VersionMismatch, detail).with_version(version)
+}
+
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         match refusal {
@@ -441,7 +449,7 @@ impl From<Refusal> for Problem {
                     deleted_at.format(&Rfc3339).expect("a timestamp of the database has a four-digit year");
                 Self::from(Code::UserDeleted).with_version(Some(version)).with_deleted_at(deleted_at)
             }
-            Refusal::Stale(version) => Self::from(Code::VersionMismatch).with_version(version),
+            Refusal::Stale(version) => stale(version),
             Refusal::Invalid(faults) => Self::from(Code::ProfileInvalid).with_errors(faults),
             Refusal::Taken => Code::ExternalIdTaken.into(),
             Refusal::Unconditional => Code::PreconditionRequired.into(),
@@ -462,6 +470,11 @@ impl From<Error> for Problem {
             Error::Query(trouble) => {
                 tracing::warn!("a query failed: {}", trouble.report());
                 Code::DatabaseUnavailable.into()
+            }
+            Error::Untold(why) => {
+                // What is behind it is logged as elsewhere.
+                drop(Self::from(*why));
+                Code::OutcomeUnknown.into()
             }
         }
     }

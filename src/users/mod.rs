@@ -76,6 +76,9 @@ pub enum Error {
     Read(#[from] ReadError),
     #[error("the query failed")]
     Query(#[from] Trouble),
+    /// Another try of the same request may have been made.
+    #[error("it cannot be told what came of the request")]
+    Untold(#[source] Box<Error>),
     #[error("the same request is under way")]
     InFlight,
     #[error("the idempotency key was used for another request")]
@@ -201,21 +204,20 @@ impl Users {
     /// False when something is remembered under this claim already.
     async fn remember(&self, claim: &Claim, outcome: Outcome, user: UserId, version: Version) -> Result<bool, Error> {
         let (queries, claim) = (self.0.queries.clone(), claim.clone());
-        Ok(db::ask(async move { store::remember(&queries, &claim, outcome, user, version).await }).await?)
+        db::ask(async move { store::remember(&queries, &claim, outcome, user, version).await }).await.map_err(untold)
     }
 
     /// What a request came to that was made before; `None` when none was made under this claim.
     async fn recall(&self, change: &Change, claim: &Claim) -> Result<Option<Done>, Error> {
         let (queries, claim) = (self.0.queries.clone(), claim.clone());
-        let Some(remembered) = db::ask(async move { store::recall(&queries, &claim).await }).await? else {
-            return Ok(None);
-        };
+        let recalled = db::ask(async move { store::recall(&queries, &claim).await }).await;
+        let Some(remembered) = recalled.map_err(untold)? else { return Ok(None) };
         if !remembered.is_of(change) {
             return Err(Error::Reused);
         }
         let decided = match remembered.recalled() {
             Recalled::Final(decided) => decided,
-            Recalled::Now { created } => match self.get(remembered.user_id).await? {
+            Recalled::Now { created } => match self.get(remembered.user_id).await.map_err(untold)? {
                 Some(Record::Deleted(tombstone)) => Err(Refusal::Gone(tombstone)),
                 Some(record) => Ok(Changed { record, created, is_written: false }),
                 None => Err(Refusal::Missing),
@@ -259,4 +261,9 @@ impl Users {
             }
         }
     }
+}
+
+/// Whatever kept us from telling.
+fn untold(why: impl Into<Error>) -> Error {
+    Error::Untold(Box::new(why.into()))
 }

@@ -239,21 +239,15 @@ impl Drop for Turn {
 pub async fn purge(mut line: Line, stop: CancellationToken) {
     // A clock that goes on evenly, however the machine's is set meanwhile.
     let (began_at, began) = (OffsetDateTime::now_utc(), Instant::now());
-    loop {
-        loop {
-            let now = began_at + began.elapsed();
-            match line.run(async |connection| store::purge(connection, PURGE, now).await).await {
-                Ok(purged) if purged == PURGE.unsigned_abs() => {}
-                Ok(_) => break,
-                Err(trouble) => {
-                    tracing::debug!("old idempotency keys are purged later: {}", trouble.report());
-                    break;
-                }
-            }
+    while !stop.is_cancelled() {
+        let now = began_at + began.elapsed();
+        match line.run(async |connection| store::purge(connection, PURGE, now).await).await {
+            // There may be more.
+            Ok(purged) if purged == PURGE.unsigned_abs() => continue,
+            Ok(_) => {}
+            Err(trouble) => tracing::debug!("old idempotency keys are purged later: {}", trouble.report()),
         }
-        if stop.run_until_cancelled(sleep(PURGE_EVERY)).await.is_none() {
-            break;
-        }
+        stop.run_until_cancelled(sleep(PURGE_EVERY)).await;
     }
     line.hang_up().await;
 }

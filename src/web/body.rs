@@ -46,7 +46,7 @@ impl<S: Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         check_media_type(request.headers(), JSON, header::ACCEPT)?;
         let members = object(&read(request, LIMIT).await?, MAX_DEPTH)?;
-        typed(Value::Object(members)).map(Self).map_err(|fault| body_invalid(vec![fault]))
+        typed(&Value::Object(members)).map(Self).map_err(body_invalid)
     }
 }
 
@@ -187,18 +187,13 @@ fn object(body: &[u8], max_depth: usize) -> Result<Map<String, Value>, Problem> 
                  see line {line}, column {column}"
             ),
         )),
-        Err(Rejected::Faulty(faults)) => Err(unprocessable(Code::UnacceptableJson, faults)),
+        Err(Rejected::Faulty(faults)) => Err(Problem::from(Code::UnacceptableJson).with_errors(faults)),
     }
 }
 
 /// The body is JSON, and not what the route takes.
 pub fn body_invalid(faults: Vec<Fault>) -> Problem {
-    unprocessable(Code::BodyInvalid, faults)
-}
-
-fn unprocessable(code: Code, faults: Vec<Fault>) -> Problem {
-    let places = if faults.len() == 1 { "1 place".to_owned() } else { format!("{} places", faults.len()) };
-    Problem::new(code, format!("the body cannot be taken: {places} to mend, see errors")).with_errors(faults)
+    Problem::from(Code::BodyInvalid).with_errors(faults)
 }
 
 #[cfg(test)]

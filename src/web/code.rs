@@ -1,6 +1,7 @@
 //! Code: every refusal there is, by its stable code.
 //!
-//! Promise: a [`Problem`](super::Problem) has one of these codes and no other; each stands with an example in the OpenAPI document.
+//! Promise: a [`Problem`](super::Problem) has one of these codes and no other; each that a route answers with stands with an example in the
+//! OpenAPI document.
 //! Not here, on purpose: which route answers with which. Extractors and verbs say so themselves, see `problem`.
 
 use axum::http::StatusCode;
@@ -94,8 +95,8 @@ codes! {
     RouteNotFound NOT_FOUND "route_not_found" "there is no such resource; GET /openapi.yaml lists what there is";
     /// Nobody ever had this id.
     UserNotFound NOT_FOUND "user_not_found" "nobody ever had this id";
-    /// Nobody registered this name.
-    SubscriptionNotFound NOT_FOUND "subscription_not_found" "nobody registered a subscription of this name";
+    /// Nobody registered this name, or another client stands for it.
+    SubscriptionNotFound NOT_FOUND "subscription_not_found" "nobody registered this name, or this client does not stand for it";
     /// The subscription has no dead letter of this message.
     DeadLetterNotFound NOT_FOUND "dead_letter_not_found" "there is no such dead letter";
     /// The subscription never had a backfill.
@@ -119,8 +120,9 @@ codes! {
     IdempotencyKeyInFlight CONFLICT "idempotency_key_in_flight" "a request with this Idempotency-Key is under way; ask again for its answer";
     /// The `Idempotency-Key` belongs to another request.
     IdempotencyKeyReused UNPROCESSABLE_ENTITY "idempotency_key_reused" "this Idempotency-Key belongs to another request of yours; take a new one";
-    /// This deployment takes no change of a user without `If-Match`.
-    PreconditionRequired PRECONDITION_REQUIRED "precondition_required" "say which version you saw, in If-Match; read the user first";
+    /// This deployment takes no change of a user without `If-Match`, nor an entry of many without `if_version`.
+    PreconditionRequired PRECONDITION_REQUIRED "precondition_required"
+        "say which version you saw, in If-Match, or in if_version where it is one of many; read the user first";
 
     // Bodies.
 
@@ -131,9 +133,9 @@ codes! {
     /// The body is of another kind; `Accept`, for a patch `Accept-Patch`, names the right one.
     UnsupportedMediaType UNSUPPORTED_MEDIA_TYPE "unsupported_media_type" "send the body as application/json";
     /// The body is JSON with parts that some reader would misread; see `errors`.
-    UnacceptableJson UNPROCESSABLE_ENTITY "unacceptable_json" "the body cannot be taken: 1 place to mend, see errors";
+    UnacceptableJson UNPROCESSABLE_ENTITY "unacceptable_json" "the body cannot be taken, see errors";
     /// The body is not what this route takes; see `errors`.
-    BodyInvalid UNPROCESSABLE_ENTITY "body_invalid" "the body cannot be taken: 1 place to mend, see errors";
+    BodyInvalid UNPROCESSABLE_ENTITY "body_invalid" "the body cannot be taken, see errors";
     /// The profile breaks the deployment's schema; see `errors`.
     ProfileInvalid UNPROCESSABLE_ENTITY "profile_invalid" "the profile breaks the schema, see errors";
     /// The registration cannot be taken; see `errors`.
@@ -141,9 +143,9 @@ codes! {
 
     // The state of things does not allow it.
 
-    /// `If-Match` or `If-None-Match` does not hold. `version` is the one that is there, if there is a user.
+    /// `If-Match`, `If-None-Match` or `if_version` does not hold. `version` is the one that is there, if there is a user.
     VersionMismatch PRECONDITION_FAILED "version_mismatch"
-        "the user is not at the version that the condition asks for; read it and decide anew";
+        "somebody has this id, at version 8, and the condition asks for another version, or for nobody; read the user and decide anew";
     /// Another owner has the name, or it is the exchange's.
     NameTaken CONFLICT "name_taken" "\"team-orders\" has registered this name: it is changed with the same owner, by the same client or an administrator";
     /// The broker has a part of this name with other properties; nothing was changed.
@@ -176,10 +178,10 @@ codes! {
     Overloaded SERVICE_UNAVAILABLE "overloaded" "more is waiting than can be done in good time";
     /// The database does not answer; nothing was changed.
     DatabaseUnavailable SERVICE_UNAVAILABLE "database_unavailable" "the database does not answer; nothing was changed";
-    /// The connection to the database broke under way, or there was no answer in time: the change may have been made. Repeat it with the
-    /// same `Idempotency-Key`.
+    /// The connection to the database broke under way, or there was no answer in time, or it cannot be looked up what came of the request's
+    /// key: the change may have been made. Repeat it with the same `Idempotency-Key`.
     OutcomeUnknown SERVICE_UNAVAILABLE "outcome_unknown"
-        "the connection to the database broke while the change was under way: it may have been made; with an Idempotency-Key repeat it";
+        "the database did not say what became of the change: it may have been made; with an Idempotency-Key repeat it";
     /// A state this new cannot be seen here yet; `version` is the one that can.
     NotYetVisible SERVICE_UNAVAILABLE "not_yet_visible" "a state this new cannot be seen here yet";
     /// This instance was started without a broker; ask another.

@@ -31,7 +31,7 @@ pub use idempotency::{IdempotencyKey, KeyOfRequest, Plain};
 pub use limits::{LimitSettings, Limits};
 pub use manners::{Trace, manners, may_be_done, method_not_allowed, route_not_found, to_the_end};
 pub use meter::{Meter, Price};
-pub use params::{Cursor, Id, MessageId, Name, NoParams, Params, cursor, invalid_cursor, read_cursor};
+pub use params::{Cursor, Id, MessageId, Name, NoParams, Params, cursor, invalid_cursor, page_limit, read_cursor};
 pub use places::Place;
 pub(crate) use problem::refuses;
 pub use problem::{Problem, ProblemBody, Refusals, Refuses, examples};

@@ -1,5 +1,7 @@
 //! Path and query parameters.
 
+use std::fmt::Display;
+
 use axum::{
     extract::{FromRequestParts, Path, Query, RawPathParams},
     http::request::Parts,
@@ -7,7 +9,12 @@ use axum::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use tidings_sdk::subscription::SubscriptionName;
+use utoipa::{
+    IntoParams,
+    openapi::path::{Parameter, ParameterIn},
+};
 use uuid::Uuid;
 
 use super::{Code, Problem, Refuses, refuses};
@@ -106,6 +113,12 @@ pub struct Params<T>(pub T);
 #[serde(deny_unknown_fields)]
 pub struct NoParams {}
 
+impl IntoParams for NoParams {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        vec![]
+    }
+}
+
 /// A cursor among the parameters, for the document.
 pub struct Cursor;
 
@@ -122,7 +135,7 @@ impl<T> Refuses for Params<T> {
     }
 }
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
+impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
@@ -130,16 +143,16 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
         if percent_decode_str(parts.uri.query().unwrap_or_default()).decode_utf8().is_err() {
             return Err(Problem::new(Code::InvalidQuery, "the query is not UTF-8"));
         }
-        let Query(params) = Query::<T>::from_request_parts(parts, state)
-            .await
-            .map_err(|rejection| Problem::new(Code::InvalidQuery, without_values(&rejection.body_text())))?;
+        let Query(params) = Query::<T>::from_request_parts(parts, state).await.map_err(|rejection| {
+            Problem::new(Code::InvalidQuery, without_values(&rejection.body_text(), &T::into_params(|| None)))
+        })?;
         Ok(Self(params))
     }
 }
 
 /// What is wrong with a query, without what stands in it: a name that nobody knows may be a value in the wrong place. Nor with words of
-/// the libraries, which speak of types of ours.
-fn without_values(words: &str) -> String {
+/// the libraries, which speak of types of ours. What would be right is what the document says of `known`.
+fn without_values(words: &str, known: &[Parameter]) -> String {
     // axum's own words come first. What follows them may hold the same, by the client.
     let words = words.strip_prefix("Failed to deserialize query string: ").unwrap_or(words);
     for (kind, said) in
@@ -151,14 +164,50 @@ fn without_values(words: &str) -> String {
             return format!("{said}: {}", expected.map_or("none is taken here", |at| &rest[at + 3..]));
         }
     }
-    for (kind, said) in [("missing field `", "has to be there"), ("duplicate field `", "may be there once")] {
-        if let Some((_, rest)) = words.split_once(kind) {
-            return format!("{} {said}", rest.trim_end_matches('`'));
-        }
+    if let Some((_, rest)) = words.split_once("missing field `") {
+        let name = rest.trim_end_matches('`');
+        return format!("{name} has to be there{}", choices(&schema(name, known)));
+    }
+    if let Some((_, rest)) = words.split_once("duplicate field `") {
+        return format!("{} may be there once", rest.trim_end_matches('`'));
     }
     // All others are numbers: texts are taken as they are.
     let (name, _) = words.split_once(": ").unwrap_or(("a parameter", ""));
-    format!("{name} is a whole number, in its range")
+    format!("{name} is a number{}", range(&schema(name, known)))
+}
+
+/// What the document says of a parameter; null when it says nothing.
+fn schema(name: &str, known: &[Parameter]) -> Value {
+    let schema = known.iter().find(|parameter| parameter.name == name).and_then(|found| found.schema.as_ref());
+    serde_json::to_value(schema).unwrap_or_default()
+}
+
+fn choices(schema: &Value) -> String {
+    let choices: Vec<&str> = schema["enum"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if choices.is_empty() { String::new() } else { format!(": expected `{}`", choices.join("`, `")) }
+}
+
+/// The numbers that a parameter may be: in a range, or some of one.
+fn range(schema: &Value) -> String {
+    let some = schema["enum"].as_array();
+    let min = some.and_then(|some| some.first()).unwrap_or(&schema["minimum"]).as_u64();
+    let max = some.and_then(|some| some.last()).unwrap_or(&schema["maximum"]).as_u64();
+    // Without a largest one it is a version.
+    let max = max.unwrap_or(i64::MAX.unsigned_abs());
+    min.map_or_else(|| ", in its range".to_owned(), |min| format!(" from {min} to {max}"))
+}
+
+/// How much a page may hold: what was asked for, if it is within bounds.
+pub fn page_limit<T>(asked: Option<T>, default: T, max: T) -> Result<T, Problem>
+where
+    T: Copy + PartialOrd + Display + From<u8>,
+{
+    let limit = asked.unwrap_or(default);
+    if (T::from(1)..=max).contains(&limit) {
+        Ok(limit)
+    } else {
+        Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {max}")))
+    }
 }
 
 /// Where a page ended, for the next one. Opaque to the client.
@@ -177,10 +226,23 @@ pub fn invalid_cursor() -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use utoipa::openapi::{ObjectBuilder, path::ParameterBuilder};
+
     use super::*;
+
+    fn known(name: &str, schema: ObjectBuilder) -> Parameter {
+        ParameterBuilder::new().name(name).schema(Some(schema)).build()
+    }
 
     #[test]
     fn what_is_wrong_with_a_query_is_said_without_what_stands_in_it() {
+        let known = [
+            known("limit", ObjectBuilder::new().minimum(Some(1)).maximum(Some(500))),
+            known("min_version", ObjectBuilder::new().minimum(Some(1))),
+            known("buckets", ObjectBuilder::new().enum_values(Some([1, 2, 4]))),
+            known("state", ObjectBuilder::new().enum_values(Some(["overdue"]))),
+            known("after", ObjectBuilder::new()),
+        ];
         for (words, said) in [
             (
                 "Failed to deserialize query string: unknown field `Ana`, expected `limit` or `after`",
@@ -202,18 +264,27 @@ mod tests {
                 "Failed to deserialize query string: unknown field `Ana`, expected Ana`, there are no fields",
                 "there is no such parameter: none is taken here",
             ),
-            ("Failed to deserialize query string: missing field `state`", "state has to be there"),
+            ("Failed to deserialize query string: missing field `state`", "state has to be there: expected `overdue`"),
+            ("Failed to deserialize query string: missing field `after`", "after has to be there"),
             ("Failed to deserialize query string: duplicate field `limit`", "limit may be there once"),
             (
                 "Failed to deserialize query string: limit: invalid digit found in string",
-                "limit is a whole number, in its range",
+                "limit is a number from 1 to 500",
             ),
             (
-                "Failed to deserialize query string: limit: number too large to fit in target type",
-                "limit is a whole number, in its range",
+                "Failed to deserialize query string: min_version: number too large to fit in target type",
+                "min_version is a number from 1 to 9223372036854775807",
+            ),
+            (
+                "Failed to deserialize query string: buckets: invalid digit found in string",
+                "buckets is a number from 1 to 4",
+            ),
+            (
+                "Failed to deserialize query string: after: invalid digit found in string",
+                "after is a number, in its range",
             ),
         ] {
-            assert_eq!(without_values(words), said);
+            assert_eq!(without_values(words, &known), said);
         }
     }
 }

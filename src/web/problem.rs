@@ -1,6 +1,6 @@
 //! Refusals: RFC 9457 problem details, and which route answers with which.
 //!
-//! Promise: what a route can be refused with, and nothing else, stands in the OpenAPI document, each code with an example.
+//! Promise: what a route can be refused with, and nothing else, stands in the OpenAPI document, each such code with an example.
 //! Not here, on purpose: the codes themselves (`code`) and who decides.
 //!
 //! To refuse for a new reason:
@@ -121,7 +121,7 @@ pub struct ProblemBody {
     #[schema(example = 422)]
     status: u16,
     /// For people.
-    #[schema(example = "the profile breaks the schema in 1 place")]
+    #[schema(example = "the profile breaks the schema, see errors")]
     detail: String,
     /// For programs; never changes.
     #[schema(example = "profile_invalid")]

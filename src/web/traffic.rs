@@ -158,11 +158,11 @@ impl Traffic {
         self.shed.inc();
     }
 
-    pub fn limited_client(&self) {
+    pub(super) fn limited_client(&self) {
         self.limited.get_or_create(&Whose { of: "client" }).inc();
     }
 
-    pub fn limited_address(&self) {
+    pub(super) fn limited_address(&self) {
         self.limited.get_or_create(&Whose { of: "address" }).inc();
     }
 }

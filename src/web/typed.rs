@@ -1,30 +1,76 @@
-//! From a JSON document to a type, with the place of the fault when it does not fit.
+//! From a JSON document to a type, with the place of each fault when it does not fit.
 //!
-//! Promise: a fault is named by JSON pointer (RFC 6901), and no value is repeated: serde's own words would quote it, and speak of Rust.
-//! Not here, on purpose: more than one fault. Serde ends at the first.
+//! Promise: every fault is named by JSON pointer (RFC 6901), all at once, and no value is repeated: serde's own words would quote it, and
+//! speak of Rust. Serde ends at the first fault; so it reads once more, with something that fits in that place, until it finds none.
+//! Not here, on purpose: what a value has to say beyond its type.
 
-use std::fmt::{self, Display};
+use std::{
+    collections::HashSet,
+    fmt::{self, Display},
+};
 
 use serde::{
     de::{
-        DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error, Expected, IntoDeserializer, MapAccess,
-        SeqAccess, Unexpected, Visitor, value::StringDeserializer,
+        DeserializeOwned, DeserializeSeed, Deserializer, Error, Expected, IntoDeserializer, MapAccess, SeqAccess,
+        Unexpected, Visitor, value::StrDeserializer,
     },
     forward_to_deserialize_any,
 };
 use serde_json::{Map, Value};
 
-use crate::json::{Fault, step};
+use crate::json::{Fault, MAX_FAULTS, step};
 
 /// Reads `document` as a `T`.
 ///
 /// # Errors
-/// The first [`Fault`] when it is none.
-pub fn typed<T: DeserializeOwned>(document: Value) -> Result<T, Fault> {
-    T::deserialize(Node(document)).map_err(|misfit| misfit.0)
+/// Every [`Fault`] when it is none, or the first [`MAX_FAULTS`].
+pub fn typed<T: DeserializeOwned>(document: &Value) -> Result<T, Vec<Fault>> {
+    let (mut faults, mut named) = (vec![], HashSet::new());
+    loop {
+        let read = T::deserialize(Node::new(Some(document), String::new(), &named));
+        match read {
+            Ok(read) if faults.is_empty() => return Ok(read),
+            // What is named once more is of a type that nothing stands in for.
+            Err(Misfit(fault)) if faults.len() < MAX_FAULTS && named.insert(fault.pointer.clone()) => {
+                faults.push(fault);
+            }
+            _ => return Err(faults),
+        }
+    }
 }
 
-struct Node(Value);
+/// A value of the document, and where it stands.
+struct Node<'a> {
+    /// `None` where a fault is named: something of the type that is expected stands in for it, so that the others are found.
+    value: Option<&'a Value>,
+    /// Written out once a fault is named: most documents have none.
+    pointer: String,
+    /// Where faults are.
+    named: &'a HashSet<String>,
+}
+
+impl<'a> Node<'a> {
+    fn new(value: Option<&'a Value>, pointer: String, named: &'a HashSet<String>) -> Self {
+        let value = value.filter(|_| !named.contains(&pointer));
+        Self { value, pointer, named }
+    }
+
+    fn child(&self, value: Option<&'a Value>, pointer: impl FnOnce(&str) -> String) -> Self {
+        let pointer = if self.named.is_empty() { String::new() } else { pointer(&self.pointer) };
+        Self::new(value, pointer, self.named)
+    }
+
+    /// The members of an object of these fields: without those that are named as unknown, and with those that are named as missing.
+    fn members(&self, object: &'a Map<String, Value>, fields: &[&'a str]) -> Members<'a> {
+        let member = |name: &'a str, value| (name, self.child(value, |parent| step(parent, name)));
+        let there = object.iter().map(|(name, value)| member(name.as_str(), Some(value)));
+        let there = there.filter(|(name, node)| node.value.is_some() || fields.contains(name));
+        let absent = fields.iter().filter(|name| !object.contains_key(**name)).map(|&name| member(name, None));
+        let absent = absent.filter(|(_, node)| self.named.contains(&node.pointer));
+        let members: Vec<_> = there.chain(absent).collect();
+        Members { members: members.into_iter(), current: None }
+    }
+}
 
 /// A fault on its way up: each level puts its own step before the pointer.
 #[derive(Debug)]
@@ -89,26 +135,55 @@ fn must_be(expected: &dyn Expected) -> String {
     format!("must be {words}")
 }
 
-impl<'de> Deserializer<'de> for Node {
+impl<'de> Deserializer<'de> for Node<'_> {
     type Error = Misfit;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misfit> {
-        match self.0 {
-            Value::Null => visitor.visit_unit(),
-            Value::Bool(value) => visitor.visit_bool(value),
-            Value::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
+        match self.value {
+            None | Some(Value::Null) => visitor.visit_unit(),
+            Some(Value::Bool(value)) => visitor.visit_bool(*value),
+            Some(Value::Number(number)) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
                 (Some(number), ..) => visitor.visit_u64(number),
                 (None, Some(number), _) => visitor.visit_i64(number),
                 (None, None, number) => visitor.visit_f64(number.unwrap_or(f64::NAN)),
             },
-            Value::String(text) => visitor.visit_string(text),
-            Value::Array(items) => visitor.visit_seq(Items { items: items.into_iter(), place: 0 }),
-            Value::Object(members) => visitor.visit_map(Members { members: members.into_iter(), current: None }),
+            Some(Value::String(text)) => visitor.visit_str(text),
+            Some(Value::Array(items)) => visitor.visit_seq(Items { array: &self, items: items.iter(), place: 0 }),
+            Some(Value::Object(object)) => visitor.visit_map(self.members(object, &[])),
         }
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misfit> {
-        if self.0.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+        match self.value {
+            None | Some(Value::Null) => visitor.visit_none(),
+            Some(_) => visitor.visit_some(self),
+        }
+    }
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misfit> {
+        match self.value {
+            None => visitor.visit_str(""),
+            Some(_) => self.deserialize_any(visitor),
+        }
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misfit> {
+        match self.value {
+            None => visitor.visit_seq(Items { array: &self, items: [].iter(), place: 0 }),
+            Some(_) => self.deserialize_any(visitor),
+        }
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Misfit> {
+        match self.value {
+            Some(Value::Object(object)) => visitor.visit_map(self.members(object, fields)),
+            _ => self.deserialize_any(visitor),
+        }
     }
 
     fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Misfit> {
@@ -122,64 +197,57 @@ impl<'de> Deserializer<'de> for Node {
         _: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Misfit> {
-        match self.0 {
-            Value::String(name) => visitor.visit_enum(Name(name)),
+        match self.value {
+            Some(Value::String(name)) => {
+                let name: StrDeserializer<'_, Misfit> = name.as_str().into_deserializer();
+                visitor.visit_enum(name)
+            }
             _ => Err(Misfit::invalid_type(Unexpected::Other("no name"), &"a string")),
         }
     }
 
     forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map struct identifier ignored_any
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str bytes byte_buf unit unit_struct tuple
+        tuple_struct map identifier ignored_any
     }
 }
 
-struct Items {
-    items: std::vec::IntoIter<Value>,
+struct Items<'a> {
+    array: &'a Node<'a>,
+    items: std::slice::Iter<'a, Value>,
     place: usize,
 }
 
-impl<'de> SeqAccess<'de> for Items {
+impl<'de> SeqAccess<'de> for Items<'_> {
     type Error = Misfit;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Misfit> {
         let Some(item) = self.items.next() else { return Ok(None) };
-        let item = seed.deserialize(Node(item)).map_err(|misfit| misfit.below(&self.place.to_string()))?;
+        let place = self.place;
         self.place += 1;
-        Ok(Some(item))
+        let item = self.array.child(Some(item), |parent| format!("{parent}/{place}"));
+        seed.deserialize(item).map(Some).map_err(|misfit| misfit.below(&place.to_string()))
     }
 }
 
-struct Members {
-    members: <Map<String, Value> as IntoIterator>::IntoIter,
-    current: Option<(String, Value)>,
+struct Members<'a> {
+    members: std::vec::IntoIter<(&'a str, Node<'a>)>,
+    current: Option<(&'a str, Node<'a>)>,
 }
 
-impl<'de> MapAccess<'de> for Members {
+impl<'de> MapAccess<'de> for Members<'_> {
     type Error = Misfit;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Misfit> {
         self.current = self.members.next();
-        let Some((name, _)) = &self.current else { return Ok(None) };
-        let name: StringDeserializer<Misfit> = name.clone().into_deserializer();
+        let Some(&(name, _)) = self.current.as_ref() else { return Ok(None) };
+        let name: StrDeserializer<'_, Misfit> = name.into_deserializer();
         seed.deserialize(name).map(Some)
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Misfit> {
         let (name, value) = self.current.take().expect("serde asks for a key before its value");
-        seed.deserialize(Node(value)).map_err(|misfit| misfit.below(&name))
-    }
-}
-
-struct Name(String);
-
-impl<'de> EnumAccess<'de> for Name {
-    type Error = Misfit;
-    type Variant = <StringDeserializer<Misfit> as EnumAccess<'de>>::Variant;
-
-    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self::Variant), Misfit> {
-        let name: StringDeserializer<Misfit> = self.0.into_deserializer();
-        name.variant_seed(seed)
+        seed.deserialize(value).map_err(|misfit| misfit.below(name))
     }
 }
 
@@ -211,7 +279,37 @@ mod tests {
         let (names, colour) = (vec!["a".into()], Some(Colour::Red));
         let order = Order { names, size: Some(7), place: None, is_gift: None, colour, inner: None };
         let document = json!({ "names": ["a"], "size": 7, "colour": "red", "inner": null });
-        assert_eq!(typed::<Order>(document), Ok(order));
+        assert_eq!(typed::<Order>(&document), Ok(order));
+    }
+
+    fn places(document: &Value) -> Vec<(String, String)> {
+        let faults = typed::<Order>(document).unwrap_err();
+        let mut places: Vec<_> = faults.into_iter().map(|fault| (fault.pointer, fault.code)).collect();
+        places.sort_unstable();
+        places
+    }
+
+    #[test]
+    fn all_faults_are_named_at_once() {
+        let inner = json!({ "names": 1, "b": 0, "inner": {} });
+        let document = json!({
+            "names": ["a", 7, true], "size": "x", "place": 1, "is_gift": "x", "colour": "blue", "inner": inner, "a/b": 1, "c": [2],
+        });
+        let expected = [
+            ("/a~1b", "unknown_member"),
+            ("/c", "unknown_member"),
+            ("/colour", "value"),
+            ("/inner/b", "unknown_member"),
+            ("/inner/inner/names", "required"),
+            ("/inner/names", "type"),
+            ("/is_gift", "type"),
+            ("/names/1", "type"),
+            ("/names/2", "type"),
+            ("/size", "type"),
+        ];
+        assert_eq!(places(&document), expected.map(|(pointer, code)| (pointer.to_owned(), code.to_owned())));
+        let unknown: Map<String, Value> = (0..3 * MAX_FAULTS).map(|n| (format!("f{n}"), json!(n))).collect();
+        assert_eq!(places(&unknown.into()).len(), MAX_FAULTS);
     }
 
     #[test]
@@ -236,8 +334,8 @@ mod tests {
                 "the members are names, size, place, is_gift, colour, inner",
             ),
         ] {
-            let fault = typed::<Order>(document.clone()).unwrap_err();
-            assert_eq!(fault, Fault::new(pointer, code, detail), "{document}");
+            let faults = typed::<Order>(&document).unwrap_err();
+            assert_eq!(faults, [Fault::new(pointer, code, detail)], "{document}");
         }
     }
 }

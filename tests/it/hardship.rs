@@ -129,6 +129,19 @@ async fn a_database_that_was_read_only_for_a_while_is_written_to_again(db: PgPoo
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
 }
 
+/// As it is set for a load and forgotten, or on the server that takes over.
+#[sqlx::test]
+async fn a_database_that_comes_to_forget_what_it_acknowledges_is_written_to_no_more(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
+    house.user(json!({})).await;
+    sessions::begin_with(&house.db, "synchronous_commit", false).await;
+    sessions::terminate(&house.db, "tidings%").await;
+    no_change_is_taken(&house).await;
+    house.logs(&["the database has synchronous_commit off"]).await;
+    sessions::begin_with(&house.db, "synchronous_commit", true).await;
+    house.create(json!({})).await.ok();
+}
+
 /// As a database administrator sets it for sessions that somebody forgot.
 #[sqlx::test]
 async fn a_session_rests_for_as_long_as_nobody_asks(db: PgPool) {

@@ -200,6 +200,20 @@ async fn killed_between_commit_and_answer_the_repetition_hears_what_came_of_it(d
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[city]"]);
 }
 
+/// The answer to the first try got lost. That nothing was changed could not be said of the second alone: it is one request.
+#[sqlx::test]
+async fn a_repetition_that_cannot_look_up_the_first_try_does_not_say_that_nothing_was_changed(db: PgPool) {
+    // Without keys: who asks is known for a second longer than the database, and would be refused first.
+    let house = House::with(db, &[("TIDINGS_INSECURE_NO_AUTH", "true")]).await;
+    let create = async || Answer::to(post(&house, "k1", json!({ "first_name": "Ana" }))).await;
+    let ana = id(&create().await.ok());
+    house.postgres.down();
+    assert_eq!(create().await.refusal(503), "outcome_unknown");
+    house.postgres.up();
+    let again = create().await.ok();
+    assert_eq!((id(&again), is_replayed(&again)), (ana, true));
+}
+
 /// The first try is about to be committed when the second looks for it: what the second then meets is the work of the first, and no
 /// reason to refuse it.
 #[sqlx::test]
@@ -389,6 +403,28 @@ async fn what_is_a_day_old_is_let_go(db: PgPool) {
     .await;
     let left = "select kept_at > now() - interval '1 hour' from idempotency_keys";
     assert!(sqlx::query_scalar::<_, bool>(left).fetch_one(&house.db).await.unwrap());
+}
+
+/// As after a restore: there is more to let go than a leaving may take.
+#[sqlx::test]
+async fn what_is_to_be_let_go_does_not_hold_up_the_leaving(db: PgPool) {
+    let many = "
+        insert into idempotency_keys (key, salt, outcome, user_id, version, kept_at)
+        select sha256(n::text::bytea), decode(repeat('00', 16), 'hex'), 'missing', gen_random_uuid(), 0, now() - interval '25 hours'
+          from generate_series(1, 60000) n;
+        create function slowly() returns trigger language plpgsql as $$ begin perform pg_sleep(0.5); return null; end $$;
+        create trigger slowly after delete on idempotency_keys execute function slowly();
+    ";
+    sqlx::raw_sql(many).execute(&db).await.unwrap();
+    let mut house = House::open(db).await;
+    eventually("some to be let go", async || match remembered(&house).await {
+        60_000 => Err("none is"),
+        _ => Ok(()),
+    })
+    .await;
+    house.service.signal("-TERM").await;
+    assert_eq!(house.service.left().await, Some(0), "{}", house.service.log());
+    assert!(remembered(&house).await > 0);
 }
 
 /// A clock that jumps, the database's or this machine's, lets nothing go that is younger by the other one.

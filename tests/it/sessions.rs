@@ -59,12 +59,17 @@ pub async fn states(db: &PgPool, name: &str) -> Vec<String> {
 
 /// The sessions that begin from now on are read-only, or no longer. To be so they all have to begin anew.
 pub async fn are_read_only(db: &PgPool, on: bool) {
-    let database = db.connect_options().get_database().unwrap().to_owned();
-    let alter = format!("alter database \"{database}\" set default_transaction_read_only = {on}");
-    sqlx::raw_sql(AssertSqlSafe(alter)).execute(db).await.unwrap();
+    begin_with(db, "default_transaction_read_only", on).await;
     if on {
         terminate(db, "tidings%").await;
     }
+}
+
+/// The sessions that begin from now on have this setting on or off.
+pub async fn begin_with(db: &PgPool, setting: &str, on: bool) {
+    let database = db.connect_options().get_database().unwrap().to_owned();
+    let alter = format!("alter database \"{database}\" set {setting} = {on}");
+    sqlx::raw_sql(AssertSqlSafe(alter)).execute(db).await.unwrap();
 }
 
 /// The processes of the sessions of this name.
