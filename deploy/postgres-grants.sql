@@ -41,7 +41,7 @@ begin
   grant select, insert, update, delete on subscriptions to tidings_api;
   grant select, delete on subscriptions to tidings_relay;
   grant update (declared_revision, bound_keys, bound_fields, has_fields_exchange, unattended_since, consumer_seen_at, waiting_since,
-    last_activity_at, expiry_warned_at, lost_at, missing_since) on subscriptions to tidings_relay;
+    last_activity_at, expiry_warned_at, lost_at, missing_since, seen_at) on subscriptions to tidings_relay;
 
   -- subscriptions_looked_at: the watch's, and read by whoever finds a queue gone.
   grant select on subscriptions_looked_at to tidings_api;

@@ -22,7 +22,9 @@ pub use management::Management;
 pub use model::{Registered, Registration, Seen, State};
 pub use registrar::{Put, Registrar};
 pub use status::Status;
-pub use store::{FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, TAKE_BACK, UNLOCK};
+pub use store::{
+    FIND, FORGET, LOCK, LOOKED, MARK_DECLARED, MARK_LOST, OBSERVE, PUT, RECOVERED, SAW, TAKE_BACK, UNLOCK,
+};
 pub use view::{Listing, View};
 pub use watch::Watch;
 
@@ -94,6 +96,8 @@ pub struct Waiting {
 pub enum Error {
     #[error("the registration cannot be taken")]
     Invalid(Vec<Fault>),
+    #[error("some fields are not for the client that is to stand for it")]
+    NotReadable(Vec<Fault>),
     #[error("this instance has no broker")]
     NoBroker,
     #[error("the name is registered by {0:?}")]
@@ -146,6 +150,14 @@ pub struct Wish {
     pub client: Option<String>,
 }
 
+/// What was asked for, without a fault that can be told without asking anybody.
+pub struct Admitted {
+    registration: Registration,
+    /// As they were asked for, one after the other.
+    fields: Vec<String>,
+    by: Asker,
+}
+
 /// Who asks for something to be done to a subscription.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asker {
@@ -193,18 +205,39 @@ impl Subscriptions {
     }
 
     /// Registers, and declares at the broker. When it is `Ok`, nothing published afterwards is missed.
-    pub async fn put(&self, name: SubscriptionName, wish: Wish, by: Asker) -> Result<Put, Error> {
-        let registration = self.admit(name, wish, &by)?;
-        if let Some(client) = registration.client.clone()
-            && by == Asker::Operator
-        {
-            let queries = self.queries.clone();
-            if !db::ask(async move { clients::exists(&queries, &client).await }).await? {
-                return Err(Error::Invalid(vec![Fault::new("/client", "unknown_client", "there is no such client")]));
-            }
+    pub async fn put(&self, Admitted { registration, fields, by }: Admitted) -> Result<Put, Error> {
+        let by_operator = by == Asker::Operator;
+        if by_operator {
+            self.check_client(&registration, &fields).await?;
         }
         let registrar = self.registrar()?;
-        to_its_end(async move { registrar.put(registration, by == Asker::Operator).await }).await
+        to_its_end(async move { registrar.put(registration, by_operator).await }).await
+    }
+
+    /// Whether whoever will stand for it may come to read what it declares: to a client that reads nothing of it, its fields are lost. A
+    /// client that registers for itself was asked at the door.
+    async fn check_client(&self, wish: &Registration, fields: &[String]) -> Result<(), Error> {
+        let client = match &wish.client {
+            Some(named) => Some(named.clone()),
+            None => self.get(&wish.subscription.name).await?.and_then(|before| before.registration.client),
+        };
+        let Some(client) = client else { return Ok(()) };
+        let (queries, name) = (self.queries.clone(), client.clone());
+        let Some(readable) = db::ask(async move { clients::may_declare(&queries, &name).await }).await? else {
+            // Who stood for it before and was revoked stays, and reads nothing.
+            if wish.client.is_none() {
+                return Ok(());
+            }
+            return Err(Error::Invalid(vec![Fault::new("/client", "unknown_client", "there is no such client")]));
+        };
+        let strangers = fields.iter().enumerate().filter(|(_, field)| !readable.has(field));
+        let strangers: Vec<Fault> = strangers
+            .map(|(place, field)| {
+                let detail = format!("{field} is not in the list of the client {client}");
+                Fault::new(format!("/fields/{place}"), "field_forbidden", detail)
+            })
+            .collect();
+        if strangers.is_empty() { Ok(()) } else { Err(Error::NotReadable(strangers)) }
     }
 
     /// Deletes with all that lies in it, which has to be `discard`ed knowingly.
@@ -275,7 +308,9 @@ impl Subscriptions {
         management.ways().await
     }
 
-    fn admit(&self, name: SubscriptionName, wish: Wish, by: &Asker) -> Result<Registration, Error> {
+    /// # Errors
+    /// [`Error::Invalid`], with all that is wrong with it in itself.
+    pub fn admit(&self, name: SubscriptionName, wish: Wish, by: Asker) -> Result<Admitted, Error> {
         let mut faults = vec![];
         let keys = parsed("routing_keys", "unknown_key", &wish.routing_keys, &mut faults);
         let fields = parsed("fields", "unknown_field", &wish.fields, &mut faults);
@@ -297,7 +332,7 @@ impl Subscriptions {
         if wish.expires_after.is_some_and(|after| after.is_zero() || after > LONGEST_EXPIRY) {
             faults.push(Fault::new("/expires_after_s", "range", "must be null, or 1 to 315360000 seconds"));
         }
-        let client = match by {
+        let client = match &by {
             Asker::Operator => wish.client,
             Asker::Client(client) if wish.client.as_ref().is_none_or(|named| named == client) => Some(client.clone()),
             Asker::Client(_) => {
@@ -310,8 +345,8 @@ impl Subscriptions {
             return Err(Error::Invalid(faults));
         }
         let subscription = Subscription { name, keys, fields };
-        let Wish { owner, purpose, expires_after, .. } = wish;
-        Ok(Registration { subscription, owner, purpose, expires_after, client })
+        let Wish { owner, purpose, expires_after, fields, .. } = wish;
+        Ok(Admitted { registration: Registration { subscription, owner, purpose, expires_after, client }, fields, by })
     }
 }
 

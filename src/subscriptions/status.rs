@@ -1,6 +1,7 @@
 //! What an operator sees of the subscriptions: figures of the instance whose watch leads.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
@@ -10,12 +11,10 @@ use prometheus_client::{
     metrics::{family::Family, gauge::Gauge},
     registry::Registry,
 };
+use tidings_sdk::subscription::SubscriptionName;
 use time::OffsetDateTime;
 
-use super::{
-    desk::Look,
-    model::{Registered, State},
-};
+use super::{desk::Look, model::Registered};
 
 type BySubscription<G = Gauge> = Family<OfSubscription, G>;
 
@@ -52,7 +51,7 @@ impl Status {
             ("subscription_dead_letters", "Messages that the consumer gave up", &self.dead_letters),
             ("subscription_idle", "1: no consumer for a long time", &self.idle),
             ("subscription_expiring", "1: will be deleted, as its owner asked, because nobody listens", &self.expiring),
-            ("subscription_undeclared", "1: registered, and the broker does not have it yet", &self.undeclared),
+            ("subscription_undeclared", "1: not declared as it is registered: not yet, or not again", &self.undeclared),
             ("subscription_queue_lost", "1: its queue was gone, and news may be missing", &self.queue_lost),
         ] {
             registry.register(name, help, gauge.clone());
@@ -64,20 +63,32 @@ impl Status {
         );
     }
 
-    /// Shows these subscriptions, and no others.
-    pub(super) fn show(&self, rows: &[(Registered, Option<Look>)], idle_after: Duration) {
+    /// Shows these subscriptions, and no others; those that are `refused` could not be declared just now.
+    pub(super) fn show(
+        &self,
+        rows: &[(Registered, Option<Look>)],
+        refused: &HashSet<SubscriptionName>,
+        idle_after: Duration,
+    ) {
         self.watching.set(1);
         let labels: Vec<OfSubscription> =
             rows.iter().map(|(row, _)| OfSubscription { subscription: row.name().to_string() }).collect();
         let gone = std::mem::replace(&mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner), labels.clone());
         gone.iter().filter(|label| !labels.contains(label)).for_each(|label| self.forget(label));
         for (label, (row, look)) in labels.iter().zip(rows) {
-            self.set(label, row, *look, idle_after);
+            let is_declared = row.is_declared() && !refused.contains(row.name());
+            self.set(label, row, *look, is_declared, idle_after);
         }
     }
 
-    fn set(&self, label: &OfSubscription, row: &Registered, look: Option<Look>, idle_after: Duration) {
-        let state = row.state(idle_after);
+    fn set(
+        &self,
+        label: &OfSubscription,
+        row: &Registered,
+        look: Option<Look>,
+        is_declared: bool,
+        idle_after: Duration,
+    ) {
         let waits = row.seen.waiting_since.map_or(0.0, |since| seconds_between(since, row.as_of));
         if let Some(Look { work, dead }) = look {
             self.ready.get_or_create(label).set(work.map_or(0, |depth| depth.ready.into()));
@@ -92,7 +103,7 @@ impl Status {
         self.waiting_seconds.get_or_create(label).set(waits);
         self.idle.get_or_create(label).set(row.is_idle(idle_after).into());
         self.expiring.get_or_create(label).set(row.expires_at().is_some().into());
-        self.undeclared.get_or_create(label).set((state == State::Undeclared).into());
+        self.undeclared.get_or_create(label).set((!is_declared).into());
         self.queue_lost.get_or_create(label).set(row.is_lost().into());
     }
 

@@ -104,8 +104,8 @@ update subscriptions
    set lost_at = now(),
        missing_since = case
          when lost_at is not null and (recovered_at is null or recovered_at < lost_at) then missing_since
-         -- What lay in it is missing too. It was last seen when all were, unless it came later.
-         else least(waiting_since, greatest((select looked_at from subscriptions_looked_at), created_at))
+         -- What lay in it is missing too. It was last seen by itself or when all were, unless it came later.
+         else least(waiting_since, greatest(seen_at, (select looked_at from subscriptions_looked_at), created_at))
        end,
        declared_revision = 0
  where ($1::text is null or name = $1) and declared_revision > 0
@@ -123,6 +123,13 @@ update subscriptions
 pub const LOOKED: &str = "
 insert into subscriptions_looked_at (looked_at) values ($1)
 on conflict (only_row) do update set looked_at = excluded.looked_at
+";
+
+/// When it has seen these, while others are kept from its sight.
+pub const SAW: &str = "
+update subscriptions
+   set seen_at = $2
+ where name = any($1)
 ";
 
 /// Space of those locks among the advisory locks of a database: "subs" in ASCII.
@@ -211,6 +218,11 @@ pub async fn recovered<'e>(on: impl sqlx::PgExecutor<'e>, name: &SubscriptionNam
 
 pub async fn looked(connection: &mut PgConnection, at: OffsetDateTime) -> sqlx::Result<()> {
     sqlx::query(LOOKED).bind(at).execute(connection).await.map(drop)
+}
+
+pub async fn saw(connection: &mut PgConnection, names: &[&SubscriptionName], at: OffsetDateTime) -> sqlx::Result<()> {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    sqlx::query(SAW).bind(names).bind(at).execute(connection).await.map(drop)
 }
 
 /// Keeps what the watch has seen.

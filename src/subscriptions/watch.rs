@@ -55,7 +55,7 @@ struct Memory {
     looks: HashMap<SubscriptionName, Look>,
     /// Told to be idle already.
     idle: HashSet<SubscriptionName>,
-    /// Told not to be declared already.
+    /// Could not be declared at the last look, and told so already.
     refused: HashSet<SubscriptionName>,
     /// Told already that they have expired and cannot be deleted.
     kept: HashSet<SubscriptionName>,
@@ -75,8 +75,7 @@ impl Watch {
             let settings = [("idle_session_timeout", LEADER_IDLE_TIMEOUT), ("lock_timeout", "4s")];
             let mut line = self.db.line("subscriptions watch", settings);
             if let Err(trouble) = self.session(&mut line, &stop).await {
-                let hint = trouble.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
-                tracing::warn!("the watch over the subscriptions begins anew: {}{hint}", trouble.report());
+                tracing::warn!("the watch over the subscriptions begins anew: {}", with_hint(&trouble));
             }
             line.hang_up().await;
             self.status.hide();
@@ -134,9 +133,9 @@ impl Watch {
         self.declare(line, &mut rows).await?;
         self.tell_idle(&rows);
         self.expire(line, &rows).await?;
-        self.status.show(&rows, self.idle_after);
-        if let Some(began_at) = began_at.filter(|_| saw_all(&rows)) {
-            line.run_in_session(async |db| store::looked(db, began_at).await).await?;
+        self.status.show(&rows, &self.memory.refused, self.idle_after);
+        if let Some(began_at) = began_at {
+            self.note_sight(line, &rows, began_at).await?;
         }
         self.memory.looks = rows.into_iter().filter_map(|(row, look)| Some((row.name().clone(), look?))).collect();
         Ok(())
@@ -167,9 +166,11 @@ impl Watch {
     async fn declare(&mut self, line: &mut Line, rows: &mut [(Registered, Option<Look>)]) -> Result<(), Error> {
         let all = self.memory.count.is_multiple_of(DECLARE_ALL_EVERY);
         self.memory.count = self.memory.count.wrapping_add(1);
+        self.memory.refused.retain(|name| rows.iter().any(|(row, _)| row.name() == name));
         for (row, look) in rows {
             let is_whole = look.is_some_and(|look| look.work.is_some() && look.dead.is_some());
-            if all || !is_whole || !row.is_declared() {
+            // One that was refused may be declared by half.
+            if all || !is_whole || !row.is_declared() || self.memory.refused.contains(row.name()) {
                 self.declare_one(line, row).await?;
             }
         }
@@ -191,15 +192,37 @@ impl Watch {
             }
             // Not registered any more, or being changed by somebody who will declare it.
             Ok(None) | Err(Error::Busy) => Ok(()),
-            Err(Error::Undeclared(trouble)) if !trouble.is_away() => {
+            Err(error) if is_of_one(&error) => {
                 if self.memory.refused.insert(name.clone()) {
-                    let trouble = anyhow::Error::from(trouble);
-                    tracing::warn!(subscription = %name, "cannot be declared: {}", with_causes(&trouble));
+                    tracing::warn!(subscription = %name, "cannot be declared: {}", why(error));
                 }
                 Ok(())
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Notes which queues this look has seen: what is told to one from then on is to be told anew, if it is found gone later. Where all
+    /// were seen, that is one row.
+    async fn note_sight(
+        &self,
+        line: &mut Line,
+        rows: &[(Registered, Option<Look>)],
+        began_at: OffsetDateTime,
+    ) -> Result<(), Error> {
+        let (seen, unseen): (Vec<_>, Vec<_>) = rows.iter().partition(|(row, look)| self.has_seen(row, *look));
+        let noted = if unseen.iter().all(|(row, _)| row.declared_revision == 0) {
+            line.run_in_session(async |db| store::looked(db, began_at).await).await
+        } else {
+            let names: Vec<&SubscriptionName> = seen.iter().map(|(row, _)| row.name()).collect();
+            line.run_in_session(async |db| store::saw(db, &names, began_at).await).await
+        };
+        Ok(noted?)
+    }
+
+    /// Not so where the broker does not say, nor while a loss may be there that could not be noted.
+    fn has_seen(&self, row: &Registered, look: Option<Look>) -> bool {
+        look.is_some_and(|look| look.work.is_some()) && !self.memory.refused.contains(row.name())
     }
 
     fn tell_idle(&mut self, rows: &[(Registered, Option<Look>)]) {
@@ -233,30 +256,41 @@ impl Watch {
                 Ok(())
             }
             Err(Error::Busy) => Ok(()),
-            Err(Error::Broker(trouble)) if !trouble.is_away() => {
-                self.tell_kept(name, trouble.into());
-                Ok(())
-            }
-            // One that refuses everybody ends the next look, which begins with a statement.
-            Err(Error::Database(trouble @ Trouble::Refused { .. })) => {
-                self.tell_kept(name, trouble.into());
+            Err(error) if is_of_one(&error) => {
+                if self.memory.kept.insert(name.clone()) {
+                    tracing::warn!(subscription = %name, "has expired and cannot be deleted: {}", why(error));
+                }
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
+}
 
-    fn tell_kept(&mut self, name: &SubscriptionName, why: anyhow::Error) {
-        if self.memory.kept.insert(name.clone()) {
-            tracing::warn!(subscription = %name, "has expired and cannot be deleted: {}", with_causes(&why));
-        }
+/// Classes of refusals that are not about the one subscription: what was prepared is out of date (0A), or the database is read-only (25),
+/// has no room (53), is stopped or too slow (57), or is broken (58).
+const OF_ALL: [&str; 5] = ["0A", "25", "53", "57", "58"];
+
+/// Whether others may fare better, or at least be looked at: a right that is missing is soon refused to each.
+fn is_of_one(error: &Error) -> bool {
+    match error {
+        Error::Undeclared(trouble) | Error::Broker(trouble) => !trouble.is_away(),
+        Error::Database(Trouble::Refused { code, .. }) => !OF_ALL.iter().any(|class| code.starts_with(class)),
+        _ => false,
     }
 }
 
-/// Whether the broker showed all that it had. One that it did not show and that is found gone later was last seen when all were: what was
-/// told to it since is to be told anew.
-fn saw_all(rows: &[(Registered, Option<Look>)]) -> bool {
-    rows.iter().all(|(row, look)| look.is_some() || row.declared_revision == 0)
+fn why(error: Error) -> String {
+    match error {
+        Error::Undeclared(trouble) | Error::Broker(trouble) => with_causes(&trouble.into()),
+        Error::Database(trouble) => with_hint(&trouble),
+        other => with_causes(&other.into()),
+    }
+}
+
+fn with_hint(trouble: &Trouble) -> String {
+    let hint = trouble.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+    format!("{}{hint}", trouble.report())
 }
 
 fn tell_expired(row: &Registered, lost: &Waiting) {
@@ -291,6 +325,24 @@ async fn wait_for_lead(line: &mut Line, stop: &CancellationToken) -> Result<bool
         }
         if stop.run_until_cancelled(sleep(STAND_BY)).await.is_none() {
             return Ok(false);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_to_all_ends_the_look() {
+        let is_of_one =
+            |code: &str| is_of_one(&Error::Database(Trouble::Refused { code: code.to_owned(), constraint: None }));
+        // A missing right, a check, something that is there once, two who wait for each other, a trigger.
+        assert!(["42501", "23514", "23505", "40P01", "P0001"].into_iter().all(is_of_one));
+        // A plan of before a migration, read-only, no room, too slow, a broken file.
+        assert!(!["0A000", "25006", "53100", "57014", "58030"].into_iter().any(is_of_one));
+        for lost in [Trouble::Broken(anyhow::anyhow!("silence")), Trouble::Unreachable(anyhow::anyhow!("nobody"))] {
+            assert!(!super::is_of_one(&Error::Database(lost)));
         }
     }
 }
