@@ -19,17 +19,22 @@ use super::{
 use crate::{import::journal_of, profile::Schema};
 
 pub(super) const IMPORT_HELP: &str = "\
-A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and external_id may be left out.
-  with id             the user gets this id, or is replaced under it
-  with external_id    the user who has it is replaced; if there is none, one is created; but where nobody has it any more to whom an
-                      import gave it, the line is refused (external_id_changed): it needs the external_id of now, or an id
-  with neither        a user is created, and once only as long as the journal is there
+A line is {\"id\": UUID, \"external_id\": TEXT, \"profile\": {..}}; id and external_id
+may be left out.
+  with id           the user gets this id, or is replaced under it
+  with external_id  the user who has it is replaced; if there is none, one is
+                    created; but where nobody has it any more to whom an import
+                    gave it, the line is refused (external_id_changed): it needs
+                    the external_id of now, or an id
+  with neither      a user is created, and once only as long as the journal is
+                    there
 
 Examples:
-  tidings import --dry-run users.jsonl              # what is wrong with the lines, without sending any
+  tidings import --dry-run users.jsonl  # what is wrong with it; sends nothing
   tidings import users.jsonl --report refused.jsonl
-  zcat users.jsonl.gz | tidings import -            # standard input has no journal; what it says at the start helps to go on
-  TIDINGS_URL=https://users.example.org TIDINGS_API_KEY_FILE=/run/secrets/key tidings import users.jsonl";
+  zcat users.jsonl.gz | tidings import -  # no journal: keep its --import-id
+  TIDINGS_URL=https://users.example.org TIDINGS_API_KEY_FILE=/run/secrets/key \\
+    tidings import users.jsonl";
 
 #[derive(Debug, Args)]
 pub struct Import {

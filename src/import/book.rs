@@ -79,7 +79,7 @@ impl Book {
         }
         let line = self.place.line;
         match &self.journal {
-            Some(journal) if journal.is_done() => {
+            Some(journal) if journal.is_done() && line > 0 => {
                 self.progress.say("every line is settled already; --restart begins anew")
             }
             Some(_) if line > 0 => self.progress.say(&format!("going on after line {line}")),
@@ -144,11 +144,13 @@ impl Book {
         Ok(())
     }
 
-    /// Writes down what was noted, and shows it.
+    /// Writes down what was noted, and shows it. Who goes on after what was shown misses no refusal: without a journal the report alone
+    /// has them.
     ///
     /// # Errors
-    /// When the journal cannot be written.
+    /// When the report or the journal cannot be written.
     pub fn save(&mut self, trouble: Option<(String, Duration)>) -> anyhow::Result<()> {
+        self.report.flush()?;
         self.write()?;
         self.progress.show(self.place, &self.tally, trouble);
         Ok(())
@@ -210,10 +212,11 @@ impl Book {
                 ))
             }
             None if let Some(file) = self.longer() => {
-                let (line, next, file) = (place.line, place.line + 1, file.display());
+                // By bytes: a last line without its end may have been continued.
+                let (line, next, file) = (place.line, place.offset + 1, file.display());
                 Err(anyhow!(
                     "the file became longer meanwhile: what came after line {line} was not read\n\
-                     hint: `tail -n +{next} {file}` has it; import it as a file of its own"
+                     hint: `tail -c +{next} {file}` has it; import it as a file of its own"
                 ))
             }
             None if refused > 0 => Err(anyhow!("{refused} of {} lines were refused", place.line)),

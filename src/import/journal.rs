@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use super::{line::Refused, lines::Place};
 
-/// Of the file, to know it again by. A change behind it that leaves the size as it was goes unnoticed.
-const BEGINNING_BYTES: u64 = 1024 * 1024;
+/// Of the beginning and of the ending of the file, to know it again by. A change between them that moves neither goes unnoticed.
+const MARK_BYTES: u64 = 1024 * 1024;
 /// Between two writes that reach the disk. What is lost in between is sent again.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
 /// A journal's lines are short: what is kept of a refusal is bounded. A longer one counts as torn.
@@ -52,9 +52,13 @@ struct Head {
     /// Random; the ids of users that bring none are made from it. Whoever knows it can tell which line an id came from.
     import_id: Uuid,
     target: String,
+    /// Of the file when it was begun: these bytes are imported, and none that were appended since.
     size_bytes: u64,
-    /// A digest of the first mebibyte.
+    /// A digest of their first mebibyte.
     beginning: Uuid,
+    /// A digest of their last mebibyte, by which a file that became longer is known again. Earlier versions kept none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ending: Option<Uuid>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -100,16 +104,16 @@ impl Journal {
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let journal = opened.with_context(|| format!("the journal {shown} cannot be opened"))?;
         journal.try_lock().map_err(|_| anyhow!("another import of this file is under way: it holds {shown}"))?;
-        let expected = Head::of(file, target)?;
         let kept =
             Kept::read(&journal).with_context(|| format!("{shown} cannot be read as the journal of an import"))?;
-        match kept {
-            Some(kept) if !restart => {
-                kept.head.check(&expected).with_context(|| format!("the journal {shown}"))?;
+        // Of an empty file nothing was sent: with what it holds by now an import begins.
+        match kept.filter(|kept| !restart && kept.head.size_bytes > 0) {
+            Some(kept) => {
+                kept.head.check(file, target).with_context(|| format!("the journal {shown}"))?;
                 journal.set_len(kept.bytes)?;
                 Ok(Self::new(journal, path, kept))
             }
-            _ => Self::begin(journal, path, expected),
+            None => Self::begin(journal, path, Head::of(file, target)?),
         }
     }
 
@@ -207,23 +211,42 @@ impl Head {
     fn of(file: &Path, target: &str) -> anyhow::Result<Self> {
         let input = File::open(file)?;
         let size_bytes = input.metadata()?.len();
-        let mut beginning = Vec::new();
-        input.take(BEGINNING_BYTES).read_to_end(&mut beginning)?;
+        let (beginning, ending) = marks(&input, size_bytes)?;
         let (import_id, target) = (Uuid::new_v4(), target.to_owned());
-        let beginning = Uuid::new_v5(&Uuid::NAMESPACE_OID, &beginning);
-        Ok(Self { tidings_import: FORM, import_id, target, size_bytes, beginning })
+        Ok(Self { tidings_import: FORM, import_id, target, size_bytes, beginning, ending: Some(ending) })
     }
 
     /// Whether this journal is the one of what is to be imported now.
-    fn check(&self, expected: &Self) -> anyhow::Result<()> {
+    fn check(&self, file: &Path, target: &str) -> anyhow::Result<()> {
         const HINT: &str = "if that is as it should be, --restart begins anew, from the first line";
-        ensure!(
-            (self.size_bytes, self.beginning) == (expected.size_bytes, expected.beginning),
-            "is of another file, or the file was changed since; {HINT}"
-        );
-        ensure!(self.target == expected.target, "is of an import into {}; {HINT}", self.target);
+        let is_known = self.is_of(&File::open(file)?)?;
+        ensure!(is_known, "is of another file, or the file was changed since; {HINT}");
+        ensure!(self.target == target, "is of an import into {}; {HINT}", self.target);
         Ok(())
     }
+
+    /// Whether the file still is the one that was begun with, whatever was appended to it since.
+    fn is_of(&self, file: &File) -> io::Result<bool> {
+        let (beginning, ending) = marks(file, self.size_bytes)?;
+        let ends_alike = match self.ending {
+            Some(kept) => kept == ending,
+            None => file.metadata()?.len() == self.size_bytes,
+        };
+        Ok(self.beginning == beginning && ends_alike)
+    }
+}
+
+/// What a file is known again by: of its first `size_bytes` the beginning and the ending. One that has less has another ending.
+fn marks(file: &File, size_bytes: u64) -> io::Result<(Uuid, Uuid)> {
+    let bytes = size_bytes.min(MARK_BYTES);
+    Ok((digest(file, 0, bytes)?, digest(file, size_bytes - bytes, bytes)?))
+}
+
+fn digest(mut file: &File, from: u64, bytes: u64) -> io::Result<Uuid> {
+    let mut found = Vec::new();
+    file.seek(SeekFrom::Start(from))?;
+    file.take(bytes).read_to_end(&mut found)?;
+    Ok(Uuid::new_v5(&Uuid::NAMESPACE_OID, &found))
 }
 
 /// The form of the journal that this version writes and reads.
@@ -417,6 +440,45 @@ mod tests {
             assert!(Journal::open(&input, TARGET, true).is_err(), "{text}");
             assert_eq!(std::fs::read_to_string(path_of(&input)).unwrap(), text);
         }
+    }
+
+    /// Of a file that is larger than what is kept of its beginning and its ending.
+    #[test]
+    fn what_was_appended_makes_no_other_file_of_it_and_what_was_changed_does() {
+        let text = "123\n".repeat(MARK_BYTES as usize);
+        let middle = text.len() / 2;
+        let input = input(&text);
+        let id = open(&input).unwrap().import_id();
+        let head = std::fs::read_to_string(path_of(&input)).unwrap();
+        let goes_on = |found: &str| {
+            std::fs::write(&input, found).unwrap();
+            open(&input).is_ok_and(|journal| journal.import_id() == id && journal.size_bytes() == text.len() as u64)
+        };
+        // One more line in the middle, as in an export of another day.
+        let other = format!("{}1\n{}", &text[..middle], &text[middle..]);
+        for (found, is_known) in [
+            (&*text, true),
+            (&*format!("{text}4\n"), true),
+            (&*format!("{text}half a line"), true),
+            (&*other, false),
+            (&text[..text.len() - 4], false),
+            (&*format!("4{}", &text[1..]), false),
+        ] {
+            assert_eq!(goes_on(found), is_known, "{} bytes", found.len());
+        }
+        // An earlier version kept no ending: of such a journal only the whole file is known.
+        let earlier = head.split_once(",\"ending\":").unwrap().0.to_owned() + "}\n";
+        std::fs::write(path_of(&input), earlier).unwrap();
+        assert!(goes_on(&text) && !goes_on(&format!("{text}4\n")));
+    }
+
+    #[test]
+    fn a_file_that_was_empty_is_begun_when_it_has_lines() {
+        let input = input("");
+        assert!(open(&input).unwrap().is_done());
+        std::fs::write(&input, "1\n").unwrap();
+        let journal = open(&input).unwrap();
+        assert_eq!((journal.place, journal.size_bytes(), journal.is_done()), (Place::default(), 2, false));
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl<R: BufRead> Lines<R> {
         if self.size_bytes.is_some_and(|size_bytes| began >= size_bytes) {
             return Ok(None);
         }
-        loop {
+        let is_whole = loop {
             let read = match self.input.fill_buf() {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 read => read?,
@@ -83,8 +83,12 @@ impl<R: BufRead> Lines<R> {
             self.input.consume(taken);
             self.place.offset += taken as u64;
             if taken == 0 || ends.is_some() {
-                break;
+                break ends.is_some();
             }
+        };
+        // The file became shorter, in the middle of a line: there may be more of it later.
+        if !is_whole && self.size_bytes.is_some_and(|size_bytes| self.place.offset < size_bytes) {
+            self.place.offset = began;
         }
         if self.place.offset == began {
             return Ok(None);
@@ -147,6 +151,15 @@ mod tests {
         assert!(lines.skip_to(2).unwrap());
         assert_eq!(lines.place(), Place { line: 2, offset: 4 });
         assert!(!lines.skip_to(9).unwrap());
+    }
+
+    #[test]
+    fn the_half_line_of_a_file_that_became_shorter_is_none() {
+        for (text, line) in [("a\nb\nc", 2), ("a\nb\n", 2), ("a", 0), ("", 0)] {
+            let mut lines = Lines::new(text.as_bytes(), Place::default(), Some(9));
+            while lines.next().unwrap().is_some() {}
+            assert_eq!(lines.place(), Place { line, offset: line * 2 }, "{text:?}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{BufWriter, Write},
+    io::{self, BufRead, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -30,12 +30,9 @@ impl Report {
     /// # Errors
     /// When the file cannot be written.
     pub fn to(path: Option<&Path>, goes_on: bool) -> anyhow::Result<Self> {
-        let open = |path: &Path| {
-            let file = OpenOptions::new().create(true).write(true).append(goes_on).truncate(!goes_on).open(path);
-            let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-            Ok::<_, anyhow::Error>((path.to_owned(), BufWriter::new(file)))
-        };
-        Ok(Self { file: path.map(open).transpose()?, ..Self::default() })
+        let Some(path) = path else { return Ok(Self::default()) };
+        let file = open(path, goes_on).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { file: Some((path.to_owned(), BufWriter::new(file))), ..Self::default() })
     }
 
     /// # Errors
@@ -47,8 +44,18 @@ impl Report {
             self.more += 1;
         }
         let Some((path, file)) = &mut self.file else { return Ok(()) };
-        let line = serde_json::to_string(refused)?;
-        writeln!(file, "{line}").with_context(|| format!("cannot write {}", path.display()))
+        // In one piece: a buffer that is full is written at the end of a line.
+        let line = serde_json::to_string(refused)? + "\n";
+        file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// What was added is in the file, whatever is killed from now on.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn flush(&mut self) -> anyhow::Result<()> {
+        let Some((path, file)) = &mut self.file else { return Ok(()) };
+        file.flush().with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Says what the screen is told.
@@ -57,9 +64,7 @@ impl Report {
     /// When the file cannot be written.
     pub fn finish(&mut self, say: impl Fn(&str)) -> anyhow::Result<()> {
         self.first.iter().for_each(|line| say(line));
-        if let Some((path, file)) = &mut self.file {
-            file.flush().with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        self.flush()?;
         match (self.more, &self.file) {
             (0, None) => {}
             (0, Some((path, _))) => say(&format!("the report is in {}", path.display())),
@@ -68,6 +73,24 @@ impl Report {
         }
         Ok(())
     }
+}
+
+fn open(path: &Path, goes_on: bool) -> io::Result<File> {
+    // What is no file, a pipe say, has nothing to look back at.
+    if goes_on && path.is_file() {
+        cut(&OpenOptions::new().read(true).write(true).open(path)?)?;
+    }
+    OpenOptions::new().create(true).write(true).append(goes_on).truncate(!goes_on).open(path)
+}
+
+/// Cuts off half a line, as a kill may leave it. What was told as settled was flushed before: its line comes again.
+fn cut(report: &File) -> io::Result<()> {
+    let (mut reader, mut line, mut whole_bytes) = (BufReader::new(report), Vec::new(), 0);
+    while reader.read_until(b'\n', &mut line)? > 0 && line.ends_with(b"\n") {
+        whole_bytes += line.len() as u64;
+        line.clear();
+    }
+    report.set_len(whole_bytes)
 }
 
 /// `line 7: 422 profile_invalid: /profile/birthday must be a string`
@@ -88,6 +111,25 @@ fn shown(RefusedLine { line, refused }: &RefusedLine) -> String {
 mod tests {
     use super::*;
     use crate::{import::line::Refused, json::Fault};
+
+    #[test]
+    fn one_that_goes_on_keeps_every_whole_line_and_no_half_one() {
+        let path = std::env::temp_dir().join(format!("tidings-report-{}.jsonl", uuid::Uuid::new_v4()));
+        let refused = RefusedLine { line: 7, refused: Refused::here("malformed_json", "no", vec![]) };
+        let added = serde_json::to_string(&refused).unwrap() + "\n";
+        let add = |goes_on| {
+            let mut report = Report::to(Some(&path), goes_on).unwrap();
+            report.add(&refused).unwrap();
+            report.flush().unwrap();
+            std::fs::read_to_string(&path).unwrap()
+        };
+        assert_eq!(add(true), added, "there was none");
+        for (left, kept) in [("", ""), ("{\"li", ""), ("1\n2\n", "1\n2\n"), ("1\n2\n{\"li", "1\n2\n")] {
+            std::fs::write(&path, left).unwrap();
+            assert_eq!(add(true), format!("{kept}{added}"), "{left:?}");
+        }
+        assert_eq!(add(false), added);
+    }
 
     #[test]
     fn a_refused_line_is_shown_with_its_number_code_and_places() {

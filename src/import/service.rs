@@ -212,15 +212,16 @@ impl Service {
                 && let Some(external_id) = by_external_id
             {
                 self.meets_known.store(true, Ordering::Relaxed);
-                condition = match self.met(&[(id, external_id)]).await?.pop() {
-                    Some(Met::Him(version)) => Condition::Version(version),
-                    Some(Met::Nobody) | None => Condition::Absent,
-                    Some(Met::Another) => match self.who_has(external_id).await? {
+                condition = match self.meets(id, external_id).await? {
+                    Ok(Met::Him(version)) => Condition::Version(version),
+                    Ok(Met::Nobody) => Condition::Absent,
+                    Ok(Met::Another) => match self.who_has(external_id).await? {
                         Ok(Some(holder)) if holder.id != id => return Ok(Put::HeldBy(holder)),
                         Ok(Some(holder)) => Condition::Version(holder.version),
                         Ok(None) => return Ok(Outcome::of_another().into()),
                         Err(refused) => return Ok(Outcome::Refused(refused).into()),
                     },
+                    Err(refused) => return Ok(Outcome::Refused(refused).into()),
                 };
                 continue;
             }
@@ -305,8 +306,35 @@ impl Service {
         Ok(places.into_iter().zip(self.met(&ids).await?).filter_map(condition).collect())
     }
 
-    /// Who is kept under each of these ids, which were made from these external ids. Nothing when the service never says.
+    /// Who is kept under each of these ids, which were made from these external ids. Nothing when the service does not say: then each is
+    /// asked about alone.
     async fn met(&self, ids: &[(Uuid, &str)]) -> Result<Vec<Met>, Ended> {
+        if ids.is_empty() {
+            return Ok(vec![]);
+        }
+        let answer = self.ask(ids.len(), || self.look_up(ids)).await?;
+        let said = answer.filter(|answer| answer.status != StatusCode::INTERNAL_SERVER_ERROR);
+        said.map_or_else(|| Ok(vec![]), |answer| self.found(answer, ids))
+    }
+
+    /// The same of one; or why it cannot be told, which refuses the line.
+    async fn meets(&self, id: Uuid, external_id: &str) -> Result<Result<Met, Refused>, Ended> {
+        let ids = [(id, external_id)];
+        let answer = match self.ask_about(|| self.look_up(&ids)).await? {
+            Ok(answer) => answer,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let met = self.found(answer, &ids)?.pop();
+        met.map(Ok).ok_or_else(|| Ended::Stranger(self.url.clone(), StatusCode::OK))
+    }
+
+    fn look_up(&self, ids: &[(Uuid, &str)]) -> Request<Full<Bytes>> {
+        let body = json!({ "ids": ids.iter().map(|(id, _)| id).collect::<Vec<_>>() }).to_string();
+        self.request(Method::POST, "/v1/users:batchGet", None, body.into())
+    }
+
+    /// What the answer to that says of each.
+    fn found(&self, answer: Answer, ids: &[(Uuid, &str)]) -> Result<Vec<Met>, Ended> {
         #[derive(Deserialize)]
         struct Results {
             results: Vec<Lookup>,
@@ -320,14 +348,6 @@ impl Service {
             version: i64,
             external_id: Option<String>,
         }
-        if ids.is_empty() {
-            return Ok(vec![]);
-        }
-        let body: Bytes = json!({ "ids": ids.iter().map(|(id, _)| id).collect::<Vec<_>>() }).to_string().into();
-        let post = || self.request(Method::POST, "/v1/users:batchGet", None, body.clone());
-        let answer =
-            self.ask(ids.len(), post).await?.filter(|answer| answer.status != StatusCode::INTERNAL_SERVER_ERROR);
-        let Some(answer) = answer else { return Ok(vec![]) };
         let found: Results = self.read(answer)?;
         let met = |(found, (_, external_id)): (Lookup, &(Uuid, &str))| match found.user {
             None => Met::Nobody,
@@ -365,11 +385,19 @@ impl Service {
         query.query_pairs_mut().append_pair("external_id", external_id);
         let path = format!("/v1/users?{}", query.query().unwrap_or_default());
         let get = || self.request(Method::GET, &path, None, Bytes::new());
-        let Some(answer) = self.ask_again(get).await? else { return Ok(Err(no_answer())) };
-        Ok(match answer.status {
-            StatusCode::NOT_FOUND => Ok(None),
-            StatusCode::INTERNAL_SERVER_ERROR => Err(answer.problem.refusal(500)),
-            _ => Ok(self.read::<Page>(answer)?.users.first().copied()),
+        Ok(match self.ask_about(get).await? {
+            Ok(answer) if answer.status == StatusCode::NOT_FOUND => Ok(None),
+            Ok(answer) => Ok(self.read::<Page>(answer)?.users.first().copied()),
+            Err(refused) => Err(refused),
+        })
+    }
+
+    /// A question about the user of one line; where it is never answered, what refuses the line.
+    async fn ask_about(&self, request: impl Fn() -> Request<Full<Bytes>>) -> Result<Result<Answer, Refused>, Ended> {
+        Ok(match self.ask_again(request).await? {
+            None => Err(no_answer()),
+            Some(answer) if answer.status == StatusCode::INTERNAL_SERVER_ERROR => Err(answer.problem.refusal(500)),
+            Some(answer) => Ok(answer),
         })
     }
 

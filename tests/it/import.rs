@@ -13,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use axum::{Json, Router, http::Uri};
+use axum::{
+    Json, Router,
+    http::{HeaderMap, Uri, header::IF_MATCH},
+};
 use reqwest::{Method, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -34,43 +37,43 @@ use crate::house::{Answer, House, collect, eventually, file, key, new_client, pr
 const LONG_PATIENCE: Duration = Duration::from_secs(240);
 
 /// An import under way.
-struct Import {
-    child: Child,
-    said: Arc<Mutex<String>>,
+pub struct Import {
+    pub child: Child,
+    pub said: Arc<Mutex<String>>,
 }
 
 /// An import that has ended.
 #[derive(Debug)]
-struct Ended {
-    code: Option<i32>,
-    said: String,
+pub struct Ended {
+    pub code: Option<i32>,
+    pub said: String,
 }
 
 impl Import {
-    fn command(url: &str, arguments: &[&str]) -> Command {
+    pub fn command(url: &str, arguments: &[&str]) -> Command {
         let command = [&["import"], arguments].concat();
         let mut command = tidings(&command, &[("TIDINGS_URL".to_owned(), url.to_owned())]);
         command.env("TIDINGS_API_KEY", key());
         command
     }
 
-    fn spawn(mut command: Command) -> Self {
+    pub fn spawn(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let said = Arc::<Mutex<String>>::default();
         collect(child.stderr.take().unwrap(), said.clone());
         Self { child, said }
     }
 
-    fn start(url: &str, arguments: &[&str]) -> Self {
+    pub fn start(url: &str, arguments: &[&str]) -> Self {
         Self::spawn(Self::command(url, arguments))
     }
 
-    async fn signal(&self, signal: &str) {
+    pub async fn signal(&self, signal: &str) {
         let pid = self.child.id().expect("it still runs").to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
     }
 
-    async fn ends(mut self) -> Ended {
+    pub async fn ends(mut self) -> Ended {
         let Ok(ended) = timeout(LONG_PATIENCE, self.child.wait()).await else {
             panic!("it does not end; it said {}", self.said.lock().unwrap())
         };
@@ -83,7 +86,7 @@ impl Import {
     }
 }
 
-async fn import(url: &str, arguments: &[&str]) -> Ended {
+pub async fn import(url: &str, arguments: &[&str]) -> Ended {
     Import::start(url, arguments).ends().await
 }
 
@@ -96,39 +99,44 @@ async fn import_under(namespace: &str, url: &str, arguments: &[&str]) -> Ended {
 
 impl Ended {
     #[track_caller]
-    fn well(&self) -> &Self {
+    pub fn well(&self) -> &Self {
         assert_eq!(self.code, Some(0), "{self:?}");
         self
     }
 
     #[track_caller]
-    fn says(&self, words: &[&str]) -> &Self {
+    pub fn says(&self, words: &[&str]) -> &Self {
         let missing: Vec<_> = words.iter().filter(|word| !self.said.contains(**word)).collect();
         assert!(missing.is_empty(), "{missing:?} not in {}", self.said);
         self
     }
 }
 
-fn name(path: &Path) -> &str {
+pub fn name(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+pub fn append(path: &Path, text: &str) {
+    let mut longer = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+    longer.write_all(text.as_bytes()).unwrap();
 }
 
 fn journal(path: &Path) -> String {
     std::fs::read_to_string(format!("{}.import", path.display())).unwrap()
 }
 
-async fn living(house: &House) -> i64 {
+pub async fn living(house: &House) -> i64 {
     sqlx::query_scalar("select count(*) from users where deleted_at is null").fetch_one(&house.db).await.unwrap()
 }
 
 /// Users who are kept more than once, by their nickname.
-async fn doubled(house: &House) -> i64 {
+pub async fn doubled(house: &House) -> i64 {
     let doubled = "select count(*) - count(distinct profile->>'nickname') from users";
     sqlx::query_scalar(doubled).fetch_one(&house.db).await.unwrap()
 }
 
 /// So many lines, half of them with an id, each with a nickname of its own.
-fn lines(count: usize) -> (PathBuf, Vec<Uuid>) {
+pub fn lines(count: usize) -> (PathBuf, Vec<Uuid>) {
     let (mut text, mut ids) = (String::new(), vec![]);
     for line in 1..=count {
         let profile = json!({ "nickname": format!("n{line}") });
@@ -671,55 +679,37 @@ async fn a_report_over_what_is_read_is_refused() {
     }
 }
 
-/// An import that waits for a database that is away, and has read ahead what it may.
-async fn held_up(house: &House, lines: &Path) -> Import {
-    house.postgres.down();
-    let under_way = Import::start(&house.service.url, &[name(lines), "--concurrency", "16"]);
-    eventually("an outage that is told", async || {
-        let said = under_way.said.lock().unwrap().clone();
-        if said.contains("the service does not take anything now") { Ok(()) } else { Err(said) }
+/// Of standard input, which has no journal. No service is needed: nothing is sent.
+#[tokio::test]
+async fn a_kill_takes_nothing_from_the_report_that_was_settled_and_leaves_no_half_line_in_it() {
+    let report = file("");
+    let begin = |arguments: &[&str]| {
+        let mut command =
+            Import::command("http://127.0.0.1:1", &[&["-", "--report", name(&report)], arguments].concat());
+        command.stdin(Stdio::piped());
+        Import::spawn(command)
+    };
+    let mut under_way = begin(&[]);
+    let mut input = under_way.child.stdin.take().unwrap();
+    input.write_all(b"{\n").await.unwrap();
+    // More lines may come: it has not ended, and the line is there.
+    eventually("a report that has the first line", async || match std::fs::read_to_string(&report).unwrap() {
+        written if written.ends_with('\n') => Ok(()),
+        written => Err(written),
     })
     .await;
-    under_way
-}
-
-#[sqlx::test]
-async fn a_file_that_becomes_shorter_meanwhile_is_not_all_in(db: PgPool) {
-    let house = House::open(db).await;
-    let (lines, _) = lines(10_000);
-    let text = std::fs::read_to_string(&lines).unwrap();
-    let under_way = held_up(&house, &lines).await;
-    // Behind what it can have read ahead, and before the end: no line is torn.
-    let half = text.len() / 2;
-    let left = half + text[half..].find('\n').unwrap() + 1;
-    let shortened = std::fs::OpenOptions::new().write(true).open(&lines).unwrap();
-    shortened.set_len(left as u64).unwrap();
-    house.postgres.up();
-    let ended = under_way.ends().await;
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    ended.says(&[&format!("the file became shorter meanwhile: it ended with line {}", text[..left].lines().count())]);
-    assert_eq!(living(&house).await as usize, text[..left].lines().count());
-}
-
-#[sqlx::test]
-async fn of_a_file_that_becomes_longer_meanwhile_what_was_there_is_in_and_the_rest_is_told(db: PgPool) {
-    let house = House::open(db).await;
-    const LINES: usize = 10_000;
-    let (lines, _) = lines(LINES);
-    let under_way = held_up(&house, &lines).await;
-    // Before it can have read to the end. Neither line is looked at, not even to be refused.
-    let mut longer = std::fs::OpenOptions::new().append(true).open(&lines).unwrap();
-    longer.write_all(b"{\"profile\":{\"nickname\":\"later\"}}\n{\n").unwrap();
-    house.postgres.up();
-    let ended = under_way.ends().await;
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    let hint = format!("hint: `tail -n +{} {}` has it", LINES + 1, lines.display());
-    ended.says(&["the file became longer meanwhile: what came after line 10000 was not read", &hint, ", 0 refused"]);
-    assert_eq!(living(&house).await as usize, LINES);
-    let tail = Command::new("tail").args(["-n", &format!("+{}", LINES + 1), name(&lines)]).output().await.unwrap();
-    let rest = file(&String::from_utf8(tail.stdout).unwrap());
-    import(&house.service.url, &[name(&rest)]).await.says(&["1 users created", "1 of 2 lines were refused"]);
-    assert_eq!((living(&house).await as usize, doubled(&house).await), (LINES + 1, 0));
+    under_way.signal("-KILL").await;
+    assert_eq!(under_way.ends().await.code, None, "it was to be killed before it ended");
+    // As a kill in the middle of a write leaves it.
+    append(&report, "{\"line\":2,\"code\":\"malf");
+    let mut again = begin(&["--from-line", "2"]);
+    let mut input = again.child.stdin.take().unwrap();
+    input.write_all(b"{\n{\n").await.unwrap();
+    drop(input);
+    again.ends().await.says(&["line 2: malformed_json", "1 of 2 lines were refused"]);
+    let written = std::fs::read_to_string(&report).unwrap();
+    let line = |line: &str| serde_json::from_str::<Value>(line).unwrap()["line"].as_u64().unwrap();
+    assert_eq!(written.lines().map(line).collect::<Vec<_>>(), [1, 2]);
 }
 
 /// Here by what is no tidings, and gives no reason.
@@ -768,6 +758,37 @@ async fn who_has_an_external_id_is_asked_five_times_before_the_line_is_refused()
         let lines = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
         import(&url, &[name(&lines), "--concurrency", "1"]).await.says(&[words]);
         assert_eq!(asked.load(Ordering::SeqCst), 5, "{failures}");
+    }
+}
+
+/// Somebody is kept under the id that is made from the external id, and who asks whether it is he meets a 500 so often.
+#[tokio::test]
+async fn who_is_there_already_is_asked_for_five_times_before_the_line_is_refused() {
+    for (failures, words, changes) in
+        [(4, "0 users created, 1 brought up to date, 0 refused", 2), (5, "line 1: 500 no_reason", 1)]
+    {
+        let (asked, sent) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let answer = {
+            let (asked, sent) = (asked.clone(), sent.clone());
+            async move |method: Method, headers: HeaderMap| {
+                if method == Method::POST {
+                    let failed = asked.fetch_add(1, Ordering::SeqCst) < failures;
+                    let status = if failed { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK };
+                    (status, Json(json!({ "results": [{ "user": { "version": 3, "external_id": "E1" } }] })))
+                } else {
+                    sent.fetch_add(1, Ordering::SeqCst);
+                    let meets = headers.contains_key(IF_MATCH);
+                    let status = if meets { StatusCode::OK } else { StatusCode::PRECONDITION_FAILED };
+                    (status, Json(json!({})))
+                }
+            }
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+        let lines = file("{\"external_id\":\"E1\",\"profile\":{}}\n");
+        import(&url, &[name(&lines), "--concurrency", "1"]).await.says(&[words]);
+        assert_eq!((asked.load(Ordering::SeqCst), sent.load(Ordering::SeqCst)), (5, changes), "{failures}");
     }
 }
 
