@@ -94,7 +94,11 @@ impl Handler for Events {
 
     async fn deleted(&self, news: News) -> Result<(), Failure> {
         self.people.heed(&news);
-        Ok(self.strike(news.user_id).await?)
+        // Nobody puts back on a list whom a forged message has struck from it.
+        if let Latest::Gone(_) = news.latest().await? {
+            self.strike(news.user_id).await?;
+        }
+        Ok(())
     }
 }
 

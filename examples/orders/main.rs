@@ -6,7 +6,8 @@
 //! ./dev app orders list
 //! ```
 //!
-//! It is woken for `user.deleted` alone, and asks the owner for nothing but what it may have missed.
+//! It is woken for `user.deleted` alone, and asks the owner whether it is so: a message may be forged, or from before a restore, and what is
+//! cancelled stays cancelled.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 #[path = "../app/mod.rs"]
@@ -99,7 +100,10 @@ struct Orders {
 
 impl Handler for Orders {
     async fn deleted(&self, news: News) -> Result<(), Failure> {
-        Ok(self.forget(news.user_id).await?)
+        if let Latest::Gone(_) = news.latest().await? {
+            self.forget(news.user_id).await?;
+        }
+        Ok(())
     }
 }
 

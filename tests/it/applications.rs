@@ -9,13 +9,17 @@ use std::{
 use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgPool, Row};
-use tidings_sdk::topology::{self, RETRY_DELAYS};
+use tidings_sdk::{
+    envelope::{Event, Notice},
+    topology::{self, RETRY_DELAYS},
+};
 use tokio::process::{Child, Command};
 use uuid::Uuid;
 
 use crate::{
     house::{self, Answer, House, collect, database_url, eventually},
     load::{self, Load},
+    sdk::notice,
     sdk_faults::curse_before,
 };
 
@@ -107,6 +111,16 @@ impl App {
         topology::depth(&channel, &self.subscription).await.ok()
     }
 
+    /// Puts a message into its queue that the owner never told.
+    async fn forge(&self, notice: &Notice) {
+        let connection = house::connect(&self.amqp_url).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(Default::default()).await.unwrap();
+        let ((properties, body), queue) = (notice.to_message("urn:test"), self.subscription.as_str().into());
+        let sent = channel.basic_publish("".into(), queue, Default::default(), &body, properties);
+        assert!(sent.await.unwrap().await.unwrap().is_ack());
+    }
+
     pub async fn database(&self) -> PgPool {
         PgPool::connect(&self.database_url).await.unwrap()
     }
@@ -172,6 +186,49 @@ async fn orders_of_a_deleted_person_are_cancelled_and_no_others(db: PgPool) {
     states("pending cancelled cancelled pending").await;
     listening.leave().await;
     orders.end().await;
+}
+
+/// An order that is cancelled stays so, and whoever is struck from a list: not by a message's word, but by the owner's.
+#[sqlx::test]
+async fn a_forged_deletion_cancels_no_order_and_strikes_nobody_from_a_list(db: PgPool) {
+    let house = House::open(db).await;
+    let [ana, bo] = [house.user(json!({})).await, house.user(json!({})).await];
+    let (orders, events) = (App::of(&house, "orders").await, App::of(&house, "events").await);
+    for person in [ana, bo] {
+        orders.ask(&["place", &person.to_string(), "lamp"]).await.unwrap();
+    }
+    let listening = [orders.run(&[]).await, events.run(&["--listen", "127.0.0.1:0"]).await];
+    let store = events.database().await;
+    for person in [ana, bo] {
+        sqlx::query("insert into attendees values ('gala', $1)").bind(person).execute(&store).await.unwrap();
+    }
+    for application in [&orders, &events] {
+        application.forge(&notice(ana, 1, Event::Deleted)).await;
+    }
+    // Theirs comes after hers.
+    house.delete(&bo).await.ok();
+    let attending = async || -> Vec<Uuid> {
+        sqlx::query_scalar("select person from attendees order by person").fetch_all(&store).await.unwrap()
+    };
+    eventually("the one who is gone to be forgotten by both", async || {
+        let (list, left) = (orders.ask(&["list"]).await.unwrap(), attending().await);
+        if list.contains("\tcancelled\t") && !left.contains(&bo) { Ok(()) } else { Err((list, left)) }
+    })
+    .await;
+    // Who leaves well has finished what he began.
+    for application in listening {
+        application.leave().await;
+    }
+    for application in [&orders, &events] {
+        assert_eq!(application.depth().await.unwrap().ready, 0, "it was handled");
+    }
+    assert_eq!(attending().await, [ana]);
+    let list = orders.ask(&["list"]).await.unwrap();
+    assert!(list.contains(&format!("{ana}\tpending")) && list.contains(&format!("{bo}\tcancelled")), "{list}");
+    orders.ask(&["place", &ana.to_string(), "spoon"]).await.unwrap();
+    store.close().await;
+    orders.end().await;
+    events.end().await;
 }
 
 /// Nor does one whom the owner cannot show keep an application from listening, when it looks for what it missed.

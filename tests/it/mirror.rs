@@ -107,13 +107,15 @@ async fn an_answer_is_under_way(house: &House, before: usize) {
 async fn never_a_state_older_than_the_notice(db: PgPool) {
     let house = House::open(db).await;
     let owner = owner(&house);
-    let ana = house.user(json!({})).await;
+    let [ana, bo] = [house.user(json!({})).await, house.user(json!({})).await];
     let early = tokio::spawn({
         let owner = owner.clone();
         async move { owner.latest(ana, 2).await }
     });
     let impatient = owner.clone().patience(Duration::from_millis(200));
     assert!(matches!(impatient.latest(ana, 2).await, Err(FetchError::NotYetVisible)));
+    let hasty = owner.clone().patience(Duration::from_millis(600));
+    assert!(hasty.latest(bo, 1).await.is_ok(), "who asks for her waits, and nobody else");
     house.amend(&ana, json!({ "city": "Riga" })).await.ok();
     assert_eq!(early.await.unwrap().unwrap().version(), 2);
 }
@@ -511,6 +513,35 @@ async fn a_refusal_of_all_is_not_answered_with_a_question_for_each() {
     assert!(requests.len() <= 6, "{requests:?}");
     // Two go on at once: the third is one of them again.
     assert!(requests[2].1 - requests[0].1 >= Duration::from_secs(1), "{requests:?}");
+}
+
+/// For longer than anybody's patience, too: until then it is not asked by this client, and nobody waits for it in vain.
+#[tokio::test]
+async fn an_owner_is_left_alone_for_longer_than_patience_lasts() {
+    let (asked, gate) = (Asked::default(), Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)));
+    let url = stand_in(&asked, &gate, (StatusCode::SERVICE_UNAVAILABLE, Some("5"))).await;
+    let owner = owner_at(&url).patience(Duration::from_millis(300));
+    let more_patient = owner.clone().patience(Duration::from_millis(600));
+    let another = owner_at(&url).patience(Duration::from_millis(300));
+    let sent = || asked.requests.lock().unwrap().len();
+    let asks = async |owner: &Owner| {
+        let outcome = owner.latest(Uuid::new_v4(), 1).await;
+        assert!(matches!(outcome, Err(FetchError::Unavailable(_))), "{outcome:?}");
+    };
+    for _ in 0..10 {
+        asks(&owner).await;
+        asks(&more_patient).await;
+        assert_eq!(sent(), 1);
+    }
+    asks(&another).await;
+    assert_eq!(sent(), 2, "another client has a rate of its own");
+    eventually("it to be asked again", async || {
+        asks(&owner).await;
+        if sent() == 3 { Ok(()) } else { Err(sent()) }
+    })
+    .await;
+    let requests = asked.requests.lock().unwrap().clone();
+    assert!(requests[2].1 - requests[0].1 >= Duration::from_secs(5), "{requests:?}");
 }
 
 /// When the owner fails at somebody among those who are asked for together, they are asked for alone, and few at a time.

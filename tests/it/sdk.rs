@@ -853,7 +853,7 @@ async fn a_consumer_that_cannot_begin_says_what_to_do(db: PgPool) {
 }
 
 /// Waits until somebody consumes from this queue.
-async fn is_attended(connection: &Connection, queue: &str) {
+pub async fn is_attended(connection: &Connection, queue: &str) {
     eventually("the consumer to listen", async || {
         let channel = connection.create_channel().await.unwrap();
         match topology::depth(&channel, queue).await {

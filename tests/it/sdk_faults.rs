@@ -60,7 +60,7 @@ impl Drops {
     }
 }
 
-async fn begun(diary: &Diary, calls: usize) {
+pub async fn begun(diary: &Diary, calls: usize) {
     eventually("calls to begin", async || match diary.begun.load(Ordering::SeqCst) {
         begun if begun == calls => Ok(()),
         begun => Err(begun),
@@ -69,7 +69,7 @@ async fn begun(diary: &Diary, calls: usize) {
 }
 
 /// Waits until nothing lies in the queue that was not handed out.
-async fn handed_out(listener: &Listener) {
+pub async fn handed_out(listener: &Listener) {
     eventually("the queue to be handed out", async || {
         match listener.depth(listener.subscription.name.queue()).await.unwrap().ready {
             0 => Ok(()),

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::{
     back_off,
     handler::{Failure, Handler, Kind, News, Observer},
+    memory::Seen,
     park::{Failed, Owed, Parker},
 };
 use crate::{
@@ -37,6 +38,8 @@ pub(super) struct Arrival {
     pub attempts: u32,
     /// Whether it tells a state and not a change.
     pub is_backfill: bool,
+    /// Whether its last attempt failed because the owner did not show what it tells of.
+    pub was_not_shown: bool,
 }
 
 /// What has become of a job.
@@ -50,12 +53,13 @@ pub(super) enum Report {
     GivenUp { user: Uuid },
     /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
     Settled(Option<Box<Delivery>>),
+    /// A deletion that by the owner's word there is not: to be acknowledged too.
+    NotDeleted { user: Uuid, delivery: Box<Delivery> },
 }
 
 /// What a call stood for that succeeded.
 pub(super) struct Handled {
-    pub version: i64,
-    pub event: Event,
+    pub seen: Option<Seen>,
     pub is_backfill: bool,
     pub messages: Vec<Uuid>,
 }
@@ -79,24 +83,27 @@ pub(super) struct Attempts<H> {
 impl<H: Handler> Attempts<H> {
     /// Handles a group, which is not empty, and with it what is owed to this user.
     pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>, owed: Option<Event>) -> Report {
+        let beside = beside_deletion(arrivals.iter().map(|arrival| &arrival.notice.event).chain(&owed));
         let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
-        let outcome = self.attempt(&mut news).instrument(span).await;
+        let outcome = self.attempt_all(&mut news, beside).instrument(span).await;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
                 let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
                 self.observer.handled(&news.event, arrivals.len(), began.elapsed(), lag);
                 // What was fetched may be newer than what was told, and then stands for that too.
-                let version = news.latest.get().map_or(news.version, |latest| news.version.max(latest.version()));
-                news.tell_caches(version);
-                let News { event, is_backfill, notices, .. } = news;
+                let seen = Seen::of(&news.event, news.latest.get());
+                news.tell_caches();
+                // Of somebody who lives there is no deletion to be confirmed, nor of whom nobody was told that he does not.
+                let is_deletion = news.event == Event::Deleted && !news.lives();
+                let News { is_backfill, notices, .. } = news;
                 let (deletions, done): (Vec<_>, Vec<_>) =
-                    arrivals.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
+                    arrivals.into_iter().partition(|arrival| is_deletion && arrival.notice.event == Event::Deleted);
                 let deliveries =
                     |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
                 let messages = notices.iter().map(|notice| notice.message_id).collect();
-                let handled = Handled { version, event, is_backfill, messages };
+                let handled = Handled { seen, is_backfill, messages };
                 Report::Handled { user, handled, done: deliveries(done), deletions: deliveries(deletions) }
             }
             Some(Err(reason)) => Report::Failed { user, event: news.event, reason, arrivals },
@@ -130,6 +137,19 @@ impl<H: Handler> Attempts<H> {
             attempts = arrivals.iter().map(|arrival| arrival.attempts).max().unwrap_or_default(),
             traceparent = trace.map(tracing::field::display),
         )
+    }
+
+    /// Where the owner shows somebody living of whom a message says that he is deleted, that message spares the handler nothing: what was told
+    /// `beside` it is told as if it had come alone. `None` as of an attempt.
+    async fn attempt_all(&self, news: &mut News, beside: Option<Event>) -> Option<Result<(), Reason>> {
+        let outcome = self.attempt(news).await?;
+        match beside {
+            Some(beside) if outcome.is_ok() && news.event == Event::Deleted && news.lives() => {
+                news.event = beside;
+                self.attempt(news).await
+            }
+            _ => Some(outcome),
+        }
     }
 
     /// `None` when it was given up because nobody waits for it any more.
@@ -207,7 +227,11 @@ impl<H: Handler> Attempts<H> {
             let Some(said) = self.over.run_until_cancelled(self.say_done(user)).await else {
                 return Report::Settled(None);
             };
-            let Err(why) = said else { return Report::Settled(Some(Box::new(delivery))) };
+            let why = match said {
+                Ok(Receipt::Unwanted) => return Report::NotDeleted { user, delivery: Box::new(delivery) },
+                Ok(_) => return Report::Settled(Some(Box::new(delivery))),
+                Err(why) => why,
+            };
             tracing::warn!(subscription = %self.subscription, user_id = %user, "a deletion is done and cannot be confirmed yet: {why}");
             if self.parker.has_queues() {
                 let owed = Owed::take(&mut delivery);
@@ -222,15 +246,15 @@ impl<H: Handler> Attempts<H> {
 
     /// # Errors
     /// Why the owner could not be told.
-    async fn say_done(&self, user: Uuid) -> Result<(), String> {
+    async fn say_done(&self, user: Uuid) -> Result<Receipt, String> {
         match timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)).await {
             Ok(Ok(Receipt::Kept)) => {
                 tracing::debug!(subscription = %self.subscription, user_id = %user, "a deletion is confirmed");
-                Ok(())
+                Ok(Receipt::Kept)
             }
             Ok(Ok(receipt)) => {
                 tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is done, and the owner keeps no receipt of it");
-                Ok(())
+                Ok(receipt)
             }
             Ok(Err(why)) => Err(why.to_string()),
             Err(_) => Err(format!("no answer within {RECEIPT_DEADLINE:?}")),
@@ -292,6 +316,12 @@ fn lag(notice: &Notice) -> Duration {
     (OffsetDateTime::now_utc() - notice.occurred_at).try_into().unwrap_or_default()
 }
 
+/// What several events of one user come to without a deletion, if they tell of anything else.
+fn beside_deletion<'a>(events: impl Iterator<Item = &'a Event>) -> Option<Event> {
+    let others: Vec<&Event> = events.filter(|event| **event != Event::Deleted).collect();
+    (!others.is_empty()).then(|| merged(others.into_iter()))
+}
+
 /// What several events of one user come to.
 fn merged<'a>(events: impl Iterator<Item = &'a Event> + Clone) -> Event {
     if let Some(whole) = [Event::Deleted, Event::Created].into_iter().find(|whole| events.clone().any(|e| e == whole)) {
@@ -317,5 +347,7 @@ mod tests {
         assert_eq!(merged([&both, &city].into_iter()), updated(&["city", "phone"]));
         assert_eq!(merged([&city, &Event::Created].into_iter()), Event::Created);
         assert_eq!(merged([&Event::Deleted, &Event::Created, &city].into_iter()), Event::Deleted);
+        assert_eq!(beside_deletion([&both, &Event::Deleted, &city].into_iter()), Some(updated(&["city", "phone"])));
+        assert_eq!(beside_deletion([&Event::Deleted].into_iter()), None);
     }
 }

@@ -34,7 +34,8 @@ pub trait Handler: Send + Sync + 'static {
         self.changed(news)
     }
 
-    /// A user was deleted for good.
+    /// A user was deleted for good, by the message's word: it may be forged, or from before a restore of the owner. What cannot be undone needs
+    /// [`News::latest`] to be [`Latest::Gone`]. If that shows somebody living, what was told beside it comes to a call of its own.
     fn deleted(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
         self.changed(news)
     }
@@ -93,10 +94,16 @@ impl News {
         }
     }
 
-    /// Tells those that heeded it which version it stood for: notices up to that one come to no call any more.
-    pub(super) fn tell_caches(&self, version: i64) {
+    /// Whether the owner showed somebody living.
+    pub(super) fn lives(&self) -> bool {
+        matches!(self.latest.get(), Some(Latest::Living(_)))
+    }
+
+    /// Tells those that heeded it which version was fetched: notices up to that one come to no call any more.
+    pub(super) fn tell_caches(&self) {
+        let Some(latest) = self.latest.get() else { return };
         let caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
-        caches.iter().for_each(|cache| cache.invalidate(self.user_id, version));
+        caches.iter().for_each(|cache| cache.invalidate(self.user_id, latest.version()));
     }
 }
 

@@ -292,9 +292,10 @@ impl<'a> Session<'a> {
         }
         let letter = Letter::read(delivery.properties.headers().as_ref());
         let attempts = letter.map_or(0, |letter| letter.attempts);
+        let was_not_shown = letter.is_some_and(|letter| letter.reason == Reason::FetchFailed);
         let is_backfill =
             delivery.properties.headers().as_ref().is_some_and(|headers| headers.contains_key(topology::BACKFILL));
-        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts, is_backfill });
+        self.lanes.arrive(notice.user_id, Arrival { notice, delivery, attempts, is_backfill, was_not_shown });
     }
 
     /// Starts groups while there is room for more users.
@@ -349,11 +350,11 @@ impl<'a> Session<'a> {
         memory: &mut Memory,
     ) -> Result<(), Ended> {
         match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
-            Report::Handled { user, handled: Handled { version, event, is_backfill, messages }, done, deletions } => {
+            Report::Handled { user, handled: Handled { seen, is_backfill, messages }, done, deletions } => {
                 self.is_back(user);
                 match is_backfill {
-                    true => memory.begin_anew(user, version, &event),
-                    false => memory.note(user, version, &event, &messages),
+                    true => memory.begin_anew(user, seen),
+                    false => memory.note(user, seen, &messages),
                 }
                 for delivery in deletions.into_iter().filter(|delivery| delivery.acker.usable()) {
                     self.jobs.spawn(attempts.clone().confirm(user, delivery));
@@ -375,6 +376,10 @@ impl<'a> Session<'a> {
                 }
             }
             Report::GivenUp { user } => self.is_back(user),
+            Report::NotDeleted { user, delivery } => {
+                memory.is_not_deleted(user);
+                self.ledger.done(delivery.delivery_tag);
+            }
             Report::Settled(None) => {}
             Report::Settled(Some(delivery)) => self.ledger.done(delivery.delivery_tag),
         }
@@ -445,20 +450,23 @@ impl Consumer {
     }
 }
 
-/// Each message once, in the order of versions; and those that were there again. The one that was tried most often stands for all.
+/// Each message once, in the order of versions; and those that were there again. The one that was tried most often stands for all. One that
+/// tells something else under the same id is another: it is forged.
 fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
     let mut seen = HashSet::new();
     arrivals.sort_by_key(|arrival| Reverse(arrival.attempts));
+    let told = |Notice { message_id, version, event, .. }: &Notice| (*message_id, *version, event.name());
     let (mut first, again): (Vec<_>, Vec<_>) =
-        arrivals.into_iter().partition(|arrival| seen.insert(arrival.notice.message_id));
+        arrivals.into_iter().partition(|arrival| seen.insert(told(&arrival.notice)));
     first.sort_by_key(|arrival| arrival.notice.version);
     (first, again)
 }
 
 /// What comes to one call, and the rest. A backfill is one by itself: what waits with it may be from before a restore of the owner, which
-/// shows no version so high any more.
+/// shows no version so high any more. So is what was not shown before: its version may be one that nobody ever had, and then whatever waits with
+/// it would fail with it again.
 fn apart(mut group: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
-    let end = match group.iter().position(|arrival| arrival.is_backfill) {
+    let end = match group.iter().position(|arrival| arrival.is_backfill || arrival.was_not_shown) {
         Some(0) => 1,
         Some(before) => before,
         None => group.len(),

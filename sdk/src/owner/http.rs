@@ -19,7 +19,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use tokio::{
     task::spawn_blocking,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
 use crate::{
@@ -35,6 +35,9 @@ const ANSWER_LIMIT_BYTES: usize = 64 * 1024 * 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// For how long at a time an owner is left alone that asks for it: whoever stands before it may ask for years.
+const LONGEST_REST: Duration = Duration::from_secs(120);
+const LEFT_ALONE: &str = "it asks to be left alone for now";
 
 /// Not an address of an owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +98,28 @@ pub(super) struct Http {
     patience: Duration,
     /// An owner that asks nobody for a key needs none.
     key: Option<Arc<Key>>,
+    /// Shared by all who ask with this key, whatever their patience: another client has another rate.
+    rest: Arc<Rest>,
+}
+
+/// Until when the owner asked to be left alone.
+#[derive(Default)]
+struct Rest(Mutex<Option<Instant>>);
+
+impl Rest {
+    fn lasts(&self, pause: Duration) {
+        let mut end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let wished = Some(Instant::now() + pause);
+        if *end < wished {
+            *end = wished;
+        }
+    }
+
+    /// Unless it is over.
+    fn end(&self) -> Option<Instant> {
+        let end = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        end.filter(|end| *end > Instant::now())
+    }
 }
 
 /// What opens the owner.
@@ -169,7 +194,7 @@ impl Http {
         }
         let url = url.trim_end_matches('/').to_owned();
         let client = connections(&Trust::default()).expect("there is no file that could be wrong");
-        Ok(Self { client, url, patience: PATIENCE, key: None })
+        Ok(Self { client, url, patience: PATIENCE, key: None, rest: Arc::default() })
     }
 
     pub(super) fn trusting(&self, trust: &Trust) -> Result<Self, InvalidCa> {
@@ -193,7 +218,8 @@ impl Http {
     }
 
     fn authorized(&self, authorization: HeaderValue, file: Option<PathBuf>) -> Self {
-        Self { key: Some(Arc::new(Key { authorization: Mutex::new(authorization), file })), ..self.copy() }
+        let key = Key { authorization: Mutex::new(authorization), file };
+        Self { key: Some(Arc::new(key)), rest: Arc::default(), ..self.copy() }
     }
 
     pub(super) fn has_key(&self) -> bool {
@@ -202,7 +228,7 @@ impl Http {
 
     fn copy(&self) -> Self {
         let (client, url) = (self.client.clone(), self.url.clone());
-        Self { client, url, patience: self.patience, key: self.key.clone() }
+        Self { client, url, patience: self.patience, key: self.key.clone(), rest: self.rest.clone() }
     }
 
     /// Sends a request until it is answered, or patience is at its end. A refusal of the key is no answer once there is another key.
@@ -219,6 +245,7 @@ impl Http {
     pub(super) async fn ask_until(&self, end: Instant, ask: Ask) -> Result<Answer, FetchError> {
         let (mut pauses, mut told) = (pauses(), None);
         loop {
+            self.rested(end).await?;
             let authorization = self.authorization();
             let outage = match timeout_at(end, self.send(&ask, authorization.as_ref())).await {
                 Ok(Ok(answer)) if answer.is_denial() && self.is_replaced(authorization.as_ref()).await => continue,
@@ -237,8 +264,22 @@ impl Http {
         }
     }
 
-    /// Sends a request once; `None` when it was not answered.
+    /// Waits for as long as the owner asked to be left alone, whoever heard it. If that is longer than until `end`, nothing is waited for.
+    async fn rested(&self, end: Instant) -> Result<(), FetchError> {
+        while let Some(rest) = self.rest.end() {
+            if rest >= end {
+                return Err(FetchError::Unavailable(LEFT_ALONE));
+            }
+            sleep_until(rest).await;
+        }
+        Ok(())
+    }
+
+    /// Sends a request once, unless the owner asked to be left alone; `None` when it was not answered.
     pub(super) async fn ask_once(&self, ask: Ask) -> Option<Answer> {
+        if self.rest.end().is_some() {
+            return None;
+        }
         self.send(&ask, self.authorization().as_ref()).await.ok()
     }
 
@@ -274,7 +315,11 @@ impl Http {
         let answer = Answer { status, body };
         if is_outage(status) {
             let is_stale = answer.code() == "not_yet_visible";
-            return Err(Outage { what: "it asks to be left alone for now", pause, is_stale });
+            // Who is late is so for whoever asks for him: others need not wait, or a forged version would make them.
+            if !is_stale {
+                self.rest.lasts(pause);
+            }
+            return Err(Outage { what: LEFT_ALONE, pause, is_stale });
         }
         Ok(answer)
     }
@@ -316,7 +361,7 @@ impl From<Outage> for FetchError {
 
 fn pause_asked_for<B>(response: &Response<B>) -> Duration {
     let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(0)).min(FOREVER)
+    Duration::from_secs(seconds.unwrap_or(0)).min(LONGEST_REST)
 }
 
 /// The owner's own 503 and those of proxies before it. Not 500: that one may be this user's alone, and for ever.
@@ -383,7 +428,7 @@ mod tests {
         let http = Http::at("http://127.0.0.1:8080").unwrap().with_patience(Duration::MAX);
         assert!(http.end() > Instant::now() + http.patience() / 2);
         let asks = Response::builder().header(RETRY_AFTER, u64::MAX);
-        assert_eq!(pause_asked_for(&asks.body(()).unwrap()), FOREVER);
+        assert_eq!(pause_asked_for(&asks.body(()).unwrap()), LONGEST_REST);
     }
 
     #[test]

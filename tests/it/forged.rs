@@ -1,0 +1,305 @@
+//! Forged: messages that the owner never told, or that are not true any more. They cost an application calls and fetches, and nobody the news of
+//! himself.
+
+use std::{
+    mem,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, body::to_bytes, extract::Request};
+use lapin::{BasicProperties, options::ConfirmSelectOptions};
+use reqwest::Method;
+use serde_json::json;
+use sqlx::PgPool;
+use tidings_sdk::{
+    consumer::{Consumer, Failure, Handler, News},
+    envelope::{Event, Notice},
+    letter::{Letter, Reason},
+    topology,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    house::{self, Answer, House, connect, env, eventually},
+    sdk::{Diary, Listener, SOON, consumer, is_attended, notice, said, subscription, updated},
+    sdk_faults::{begun, handed_out},
+};
+
+/// A version that nobody ever has.
+const NEVER: i64 = 1_000_000;
+
+/// A user of whom everything was told before anybody listens.
+async fn known(house: &House) -> Uuid {
+    let user = house.user(json!({})).await;
+    house.settle().await;
+    user
+}
+
+/// One user at a time, who has begun, and is not done before the gate is open: whatever else comes waits.
+async fn busy(house: &House, set: impl FnOnce(Consumer) -> Consumer) -> Listener {
+    let listener = Listener::with(house, &env("AMQP_URL"), |consumer| set(consumer).concurrency(1)).await;
+    listener.diary.gate.forget_permits(Semaphore::MAX_PERMITS);
+    house.user(json!({})).await;
+    begun(&listener.diary, 1).await;
+    listener
+}
+
+/// Waits until all that was sent before has come, whoever's turn it is: what is no notice needs none to be set aside.
+async fn all_has_come(listener: &Listener) {
+    listener.send(BasicProperties::default(), b"no notice").await;
+    listener.dead_letter().await;
+}
+
+/// Waits for the calls that were about this user.
+async fn is_told(diary: &Diary, user: &Uuid, expected: &[&str]) {
+    eventually("what is told of the user", async || match said(&diary.of(user)) {
+        told if told == expected => Ok(()),
+        told => Err(told),
+    })
+    .await;
+}
+
+/// What stands before the owner, passes on whatever it is asked, and counts the receipts; its URL.
+async fn counting_before(owner: &str, receipts: &Arc<AtomicUsize>) -> String {
+    let (owner, http, receipts) = (owner.to_owned(), house::http(), receipts.clone());
+    let answer = move |request: Request| {
+        let (owner, http, receipts) = (owner.clone(), http.clone(), receipts.clone());
+        async move {
+            let (head, body) = request.into_parts();
+            let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
+            if path.ends_with("/receipts") {
+                receipts.fetch_add(1, Ordering::SeqCst);
+            }
+            let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
+            let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
+            (answer.status(), answer.bytes().await.unwrap())
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    url
+}
+
+/// A message says that she is deleted, and the owner that she lives: she is told of as before, her deletion too, and only that is confirmed.
+#[sqlx::test]
+async fn a_forged_deletion_makes_nobody_deaf_to_one_who_lives(db: PgPool) {
+    let mut house = House::open(db).await;
+    let receipts = Arc::<AtomicUsize>::default();
+    let stand_in = counting_before(&house.service.url, &receipts).await;
+    let direct = mem::replace(&mut house.service.url, stand_in);
+    let listener = Listener::of(&house).await;
+    house.service.url = direct;
+    let ana = house.user(json!({})).await;
+    listener.called(1).await;
+    listener.tell(&notice(ana, 1, Event::Deleted)).await;
+    listener.called(2).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    listener.called(3).await;
+    house.delete(&ana).await.ok();
+    let calls = listener.called(4).await;
+    assert_eq!(said(&calls), ["1 created", "1 deleted", "2 updated[city]", "3 deleted"]);
+    assert_eq!(calls.iter().map(|call| call.latest).collect::<Vec<_>>(), [Some(1), Some(1), Some(2), None]);
+    let sent = eventually("the receipt", async || match receipts.load(Ordering::SeqCst) {
+        0 => Err("none"),
+        sent => Ok(sent),
+    })
+    .await;
+    assert_eq!(sent, 1, "of one who lives no deletion is confirmed");
+    listener.end().await;
+}
+
+/// One that cannot be looked into, since nobody has that version, is owed to her next news, which is told all the same.
+#[sqlx::test]
+async fn a_forged_deletion_that_failed_does_not_stand_for_what_comes_after_it(db: PgPool) {
+    let house = House::open(db).await;
+    let listener = Listener::with(&house, &env("AMQP_URL"), |consumer| consumer.retry_delays([])).await;
+    let ana = house.user(json!({})).await;
+    listener.called(1).await;
+    listener.tell(&notice(ana, NEVER, Event::Deleted)).await;
+    let dead = listener.dead_letter().await;
+    let letter = Letter::read(dead.delivery.properties.headers().as_ref()).unwrap();
+    assert_eq!((letter.reason, letter.attempts), (Reason::FetchFailed, 1));
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    let mut told = vec!["1 created", "2 deleted", "2 updated[city]"];
+    is_told(&listener.diary, &ana, &told).await;
+    house.amend(&ana, json!({ "phone": "1" })).await.ok();
+    told.push("3 updated[phone]");
+    is_told(&listener.diary, &ana, &told).await;
+    house.delete(&ana).await.ok();
+    told.push("4 deleted");
+    is_told(&listener.diary, &ana, &told).await;
+    let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
+    listener.leave().await;
+    topology::delete(&channel, &name, &[]).await.unwrap();
+}
+
+/// A handler that has one method for a deletion and another for a change would not hear of the change otherwise.
+#[sqlx::test]
+async fn what_waits_with_a_forged_deletion_is_told_as_well(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = known(&house).await;
+    let listener = busy(&house, |consumer| consumer).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.settle().await;
+    listener.tell(&notice(ana, 2, Event::Deleted)).await;
+    all_has_come(&listener).await;
+    listener.diary.gate.add_permits(1_000);
+    is_told(&listener.diary, &ana, &["2 deleted", "2 updated[city]"]).await;
+    assert_eq!(listener.diary.of(&ana)[0].notices, 2, "they waited together");
+    listener.end().await;
+}
+
+/// Of a version that nobody has nothing can be shown. What waited with it fails with it once, and comes back without it.
+#[sqlx::test]
+async fn a_forged_version_takes_nothing_genuine_along_to_the_dead_letters(db: PgPool) {
+    let house = House::open(db).await;
+    let later = [Duration::from_secs(4)];
+    let ana = known(&house).await;
+    let listener = busy(&house, |consumer| consumer.retry_delays(later)).await;
+    let gate = listener.diary.gate.clone();
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.settle().await;
+    listener.tell(&notice(ana, NEVER, updated("phone"))).await;
+    all_has_come(&listener).await;
+    gate.add_permits(1_000);
+    let retry = listener.subscription.name.retry_queue(later[0]);
+    let parked = async |expected: u32| {
+        eventually("what waits for another attempt", async || match listener.depth(&retry).await.unwrap().ready {
+            ready if ready == expected => Ok(()),
+            ready => Err(ready),
+        })
+        .await;
+    };
+    parked(2).await;
+    // Somebody else's turn, so that both wait together again.
+    gate.forget_permits(Semaphore::MAX_PERMITS);
+    house.user(json!({})).await;
+    begun(&listener.diary, 3).await;
+    parked(0).await;
+    handed_out(&listener).await;
+    gate.add_permits(1_000);
+    is_told(&listener.diary, &ana, &["2 updated[city,phone]"]).await;
+    let dead = listener.dead_letter().await;
+    let kept = Notice::from_message(&dead.delivery.properties, &dead.delivery.data).unwrap();
+    assert_eq!((kept.user_id, kept.version), (ana, NEVER));
+    assert_eq!(listener.dead_letters().await, 0);
+    let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
+    listener.leave().await;
+    topology::delete(&channel, &name, &later).await.unwrap();
+}
+
+/// Whoever has seen a message knows its id: another one under it is no duplicate, and spares nobody the genuine one.
+#[sqlx::test]
+async fn a_forged_message_does_not_stand_for_the_one_whose_id_it_has(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = known(&house).await;
+    let listener = busy(&house, |consumer| consumer).await;
+    house.delete(&ana).await.ok();
+    house.settle().await;
+    let genuine = house.audit.heard().into_iter().find(|notice| notice.event == Event::Deleted).unwrap();
+    let (properties, body) = Notice { version: 1, event: updated("city"), ..genuine }.to_message("urn:test");
+    let mut headers = properties.headers().clone().unwrap();
+    Letter { attempts: 1, reason: Reason::HandlerFailed, failed_at: None }.write(&mut headers);
+    listener.send(properties.with_headers(headers), &body).await;
+    all_has_come(&listener).await;
+    listener.diary.gate.add_permits(1_000);
+    is_told(&listener.diary, &ana, &["2 deleted"]).await;
+    listener.end().await;
+}
+
+/// Does its work by what it hears, and asks nobody.
+#[derive(Clone, Default)]
+struct Hearsay(Arc<Mutex<Vec<String>>>);
+
+impl Handler for Hearsay {
+    async fn changed(&self, news: News) -> Result<(), Failure> {
+        self.0.lock().unwrap().push(format!("{} {}", news.version, news.event.name()));
+        Ok(())
+    }
+}
+
+/// A cache is emptied by whatever it hears, and asks for nothing: a message of no truth makes it deaf to none that is true.
+#[sqlx::test]
+async fn a_forged_version_makes_no_handler_deaf_that_does_not_fetch(db: PgPool) {
+    let house = House::open(db).await;
+    let (hearsay, stop, subscription) = (Hearsay::default(), CancellationToken::new(), subscription(&house));
+    let running = tokio::spawn(consumer(&house, &env("AMQP_URL"), &subscription).run(hearsay.clone(), stop.clone()));
+    let connection = connect(&env("AMQP_URL")).await.unwrap();
+    let queue = subscription.name.queue();
+    is_attended(&connection, queue).await;
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+    let forge = async |notice: Notice| {
+        let (properties, body) = notice.to_message("urn:test");
+        let sent = channel.basic_publish("".into(), queue.into(), Default::default(), &body, properties);
+        assert!(sent.await.unwrap().await.unwrap().is_ack());
+    };
+    let hears = async |news: &str| {
+        eventually("news", async || match hearsay.0.lock().unwrap().last() {
+            Some(last) if last == news => Ok(()),
+            last => Err(last.cloned()),
+        })
+        .await;
+    };
+    let ana = house.user(json!({})).await;
+    hears("1 user.created").await;
+    forge(notice(ana, NEVER, updated("city"))).await;
+    hears("1000000 profile.updated").await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    hears("2 profile.updated").await;
+    forge(notice(ana, NEVER, Event::Deleted)).await;
+    hears("1000000 user.deleted").await;
+    house.amend(&ana, json!({ "city": "Oslo" })).await.ok();
+    hears("3 profile.updated").await;
+    house.delete(&ana).await.ok();
+    hears("4 user.deleted").await;
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
+}
+
+/// The owner was set back to before a deletion, which then comes again, and refuses the receipt: that is its own word that she lives.
+#[sqlx::test]
+async fn who_lives_again_by_the_owners_word_is_told_of_again(db: PgPool) {
+    let house = House::open(db).await;
+    let registered = format!("/v1/subscriptions/{}", subscription(&house).name);
+    let wish = json!({ "routing_keys": ["#"], "owner": "a-team", "purpose": "a test" });
+    Answer::to(house.request(Method::PUT, &registered).json(&wish)).await.ok();
+    let listener = Listener::of(&house).await;
+    let ana = house.user(json!({})).await;
+    listener.called(1).await;
+    house.delete(&ana).await.ok();
+    listener.called(2).await;
+    eventually("her deletion to be confirmed", async || {
+        let found = house.page(&format!("/v1/deletions/{ana}")).await.ok().body;
+        if found["subscriptions"][0]["how"] == "receipt" { Ok(()) } else { Err(found) }
+    })
+    .await;
+    house.settle().await;
+    let deletion = house.audit.heard().into_iter().find(|notice| notice.event == Event::Deleted).unwrap();
+    let restore = "
+        update users
+           set version = 1, deleted_at = null, profile = '{}', created_at = now(), updated_at = now()
+         where id = $1
+    ";
+    sqlx::query(restore).bind(ana).execute(&house.db).await.unwrap();
+    listener.tell(&deletion).await;
+    // The answer to the receipt may be under way.
+    eventually("news of her", async || {
+        house.amend(&ana, json!({ "city": Uuid::new_v4() })).await.ok();
+        match said(&listener.diary.of(&ana)).pop() {
+            Some(last) if last.ends_with("updated[city]") => Ok(()),
+            last => Err(last),
+        }
+    })
+    .await;
+    listener.end().await;
+    Answer::to(house.request(Method::DELETE, &format!("{registered}?waiting=discard"))).await.ok();
+}
