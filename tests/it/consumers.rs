@@ -1,42 +1,27 @@
 //! Consumers in other languages: the contract is the protocol, and no library of ours is needed to keep up.
 //!
-//! Each program of `examples/consumers` goes through the same stories. It reaches the broker and the service through faulty proxies.
+//! Each program of `examples/consumers` goes through the same stories.
 
 use std::{
-    collections::BTreeMap,
     fs,
-    path::PathBuf,
-    process::Stdio,
-    sync::{Arc, LazyLock, Mutex},
+    time::{Duration, Instant},
 };
 
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
-    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeleteOptions},
+    BasicProperties,
     types::{AMQPValue, FieldTable},
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tidings_sdk::{
-    envelope::{Event, Notice},
-    subscription::{Subscription, SubscriptionName},
-    topology::{self, Source},
-};
-use time::OffsetDateTime;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
-    process::{Child, ChildStdout, Command},
-    task::spawn_blocking,
-    time::timeout,
-};
+use tokio::{net::TcpListener, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    certificates::{Authority, terminate},
+    certificates::terminate,
     clients::{client, revoke},
-    house::{self, House, PATIENCE, collect, env, eventually, file, proxy_before, through},
+    house::{self, House, PATIENCE, env, eventually, file, through},
+    languages::{A_USER, Consumer, EVERYBODY, JAVA, Language, StandIn, compiled, forgotten, line, spawn, trusting},
     load::users,
-    proxy::Proxy,
     rights::{as_user, make_user, unmake},
     tls::TlsBroker,
 };
@@ -44,355 +29,20 @@ use crate::{
 /// How many users a program asks for at once.
 const PAGE: usize = 500;
 
-#[derive(Debug, Clone, Copy)]
-enum Language {
-    Ruby,
-    Python,
-    Node,
-    Go,
-    Java,
-    Php,
-}
+/// What no `Retry-After` may ask for: for ever, for no time at all, or for what is no number of seconds.
+const NO_DELAYS: [&str; 8] =
+    ["99999999999999999999", "9300000000", "10000", "-1", "0", "0.001", "Wed, 21 Oct 2065 07:28:00 GMT", "soon"];
 
-impl Language {
-    /// The program, without its arguments.
-    fn program(self) -> Command {
-        let example = |path: &str| format!("{}/examples/consumers/{path}", env!("CARGO_MANIFEST_DIR"));
-        let mut program = match self {
-            Self::Ruby => Command::new(tool("TIDINGS_TEST_RUBY", "ruby")),
-            Self::Python => Command::new(tool("TIDINGS_TEST_PYTHON", "python3")),
-            Self::Node => Command::new(tool("TIDINGS_TEST_NODE", "node")),
-            Self::Go => return Command::new(&*GO),
-            Self::Java => Command::new("java"),
-            Self::Php => Command::new("php"),
-        };
-        match self {
-            Self::Ruby => program.arg(example("ruby/consumer.rb")),
-            Self::Python => program.arg(example("python/consumer.py")),
-            Self::Node => program.arg(example("node/consumer.mjs")),
-            Self::Php => program.arg(example("php/consumer.php")),
-            // It lives for seconds: optimising it would cost more than it gains.
-            Self::Java => program.args(["-XX:TieredStopAtLevel=1", "Consumer"]).env("CLASSPATH", JAVA.as_str()),
-            Self::Go => unreachable!("it is its own program"),
-        };
-        program
-    }
-}
-
-/// What makes a runtime trust this authority, at the broker and at the owner: its own way, as the programs have no setting for it.
-fn trusting(language: Language, authority: &Authority) -> Vec<(String, String)> {
-    let folder = authority.file.with_extension("trusted");
-    fs::create_dir_all(&folder).unwrap();
-    let (file, folder) = (authority.trusted(), folder.display());
-    let (name, value) = match language {
-        Language::Ruby | Language::Python | Language::Go => ("SSL_CERT_FILE", file.to_owned()),
-        Language::Node => ("NODE_EXTRA_CA_CERTS", file.to_owned()),
-        Language::Java => {
-            let store = format!("{folder}/store");
-            let mut keytool = std::process::Command::new("keytool");
-            keytool.args(["-importcert", "-noprompt", "-storepass", "changeit", "-keystore", &store, "-file", file]);
-            built(&mut keytool);
-            let password = "-Djavax.net.ssl.trustStorePassword=changeit";
-            ("JAVA_TOOL_OPTIONS", format!("-Djavax.net.ssl.trustStore={store} {password}"))
-        }
-        Language::Php => {
-            let settings = format!("openssl.cafile={file}\ncurl.cainfo={file}\n");
-            fs::write(format!("{folder}/trusted.ini"), settings).unwrap();
-            ("PHP_INI_SCAN_DIR", format!(":{folder}"))
-        }
-    };
-    vec![(name.to_owned(), value)]
-}
-
-fn tool(variable: &str, otherwise: &str) -> String {
-    std::env::var(variable).unwrap_or_else(|_| otherwise.to_owned())
-}
-
-/// The program in Go, built once, from Debian's copy of the library.
-static GO: LazyLock<PathBuf> = LazyLock::new(|| {
-    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("consumer-in-go");
-    let mut go = std::process::Command::new("go");
-    go.args(["build", "-o"]).arg(&program).arg(".").current_dir(example_folder("go"));
-    built(go.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode"));
-    program
-});
-
-/// The class path of the program in Java, compiled once.
-static JAVA: LazyLock<String> = LazyLock::new(|| {
-    let classes = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("consumer-in-java");
-    let jars =
-        ["amqp-client", "gson", "slf4j-api", "slf4j-nop"].map(|jar| format!("/usr/share/java/{jar}.jar")).join(":");
-    let mut javac = std::process::Command::new("javac");
-    javac.args(["-cp", &jars, "-d"]).arg(&classes).arg("Consumer.java").current_dir(example_folder("java"));
-    built(&mut javac);
-    format!("{}:{jars}", classes.display())
-});
-
-fn example_folder(language: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/consumers").join(language)
-}
-
-fn built(compiler: &mut std::process::Command) {
-    let output = compiler.output().unwrap_or_else(|error| panic!("{compiler:?}: {error}"));
-    assert!(output.status.success(), "{compiler:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-struct Consumer {
-    language: Language,
-    name: SubscriptionName,
-    broker: Proxy,
-    owner: Proxy,
-    connection: Connection,
-    channel: Channel,
-    settings: Vec<(String, String)>,
-    lines: Lines<BufReader<ChildStdout>>,
-    log: Arc<Mutex<String>>,
-    process: Child,
-}
-
-impl Consumer {
-    /// A consumer of everything in this House, which listens already.
-    async fn start(house: &House, language: Language) -> Self {
-        let name: SubscriptionName = format!("{}.consumer", house.exchange).parse().unwrap();
-        let (broker, owner) =
-            (proxy_before(&env("AMQP_URL")).await, proxy_before(&format!("{}/", house.service.url)).await);
-        let connection = house::connect(&env("AMQP_URL")).await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        let settings = [
-            ("AMQP_URL", through(&env("AMQP_URL"), &broker)),
-            ("TIDINGS_API_KEY", house::key().to_owned()),
-            ("TIDINGS_URL", format!("http://{}", owner.address())),
-            ("TIDINGS_EXCHANGE", house.exchange.clone()),
-            ("TIDINGS_QUEUE", name.to_string()),
-            ("TIDINGS_PATIENCE_S", "0".to_owned()),
-            // A story that unbinds a queue does not want it bound anew. More than a timer of 31 bits can hold.
-            ("TIDINGS_CHECK_S", "99999999".to_owned()),
-        ];
-        let settings: Vec<_> = settings.map(|(name, value)| (name.to_owned(), value)).into();
-        let (process, lines, log) = spawn(language, &settings);
-        let consumer = Self { language, name, broker, owner, connection, channel, settings, lines, log, process };
-        consumer.listens().await;
-        consumer
-    }
-
-    /// A new process in place of this one, which has left or is killed now, with these settings on top.
-    async fn restart(&mut self, settings: &[(&str, &str)]) {
-        self.process.kill().await.unwrap();
-        let mut all = self.settings.clone();
-        all.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        (self.process, self.lines, self.log) = spawn(self.language, &all);
-    }
-
-    /// A new process, which can print nothing: its stdout is a full disk.
-    async fn restart_on_a_full_disk(&mut self) {
-        self.process.kill().await.unwrap();
-        let full = fs::File::options().write(true).open("/dev/full").unwrap();
-        (self.process, self.log) = spawn_to(full.into(), self.language, &self.settings);
-    }
-
-    fn log(&self) -> String {
-        self.log.lock().unwrap().clone()
-    }
-
-    /// Waits until it says so on stderr.
-    async fn complains(&self, of: &str) {
-        eventually(of, async || if self.log().contains(of) { Ok(()) } else { Err(self.log()) }).await;
-    }
-
-    fn resyncs(&self) -> usize {
-        self.log().matches("news may have been missed: resync").count()
-    }
-
-    /// Waits until it has begun as many.
-    async fn resyncs_anew(&self, count: usize) {
-        eventually("another resync", async || if self.resyncs() >= count { Ok(()) } else { Err(self.log()) }).await;
-    }
-
-    /// Deletes its queue under it.
-    async fn lose_queue(&self) {
-        self.channel.queue_delete(self.name.queue().into(), QueueDeleteOptions::default()).await.unwrap();
-    }
-
-    /// Deletes the owner's exchange, and with it every binding to it. Nobody is told.
-    async fn lose_exchange(&self, house: &House) {
-        let exchange = house.exchange.as_str().into();
-        self.channel.exchange_delete(exchange, ExchangeDeleteOptions::default()).await.unwrap();
-    }
-
-    /// Publishes an old notice of this user through the exchange until a queue is bound to take it.
-    async fn is_bound_for(&self, house: &House, user: Uuid) {
-        let channel = self.connection.create_channel().await.unwrap();
-        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let (event, occurred_at) = (Event::Created, OffsetDateTime::now_utc());
-        let told =
-            Notice { message_id: Uuid::new_v4(), user_id: user, version: 1, event, occurred_at, traceparent: None };
-        let (properties, body) = told.to_message("urn:test");
-        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-        eventually("a binding", async || {
-            let (exchange, key) = (house.exchange.as_str().into(), "user.created".into());
-            let sent = channel.basic_publish(exchange, key, options, &body, properties.clone()).await.unwrap();
-            match sent.await.unwrap() {
-                Confirmation::Ack(None) => Ok(()),
-                _ => Err(self.log()),
-            }
-        })
-        .await;
-    }
-
-    /// Waits until somebody consumes from its queue.
-    async fn listens(&self) {
-        eventually("the consumer to listen", async || {
-            // The broker's "there is no such queue" ends the channel, and may be what the next one's opening hears.
-            let depth = match self.connection.create_channel().await {
-                Ok(channel) => topology::depth(&channel, self.name.queue()).await.map_err(|error| error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            match depth {
-                Ok(depth) if depth.consumers == 1 => Ok(()),
-                other => Err((other, self.log())),
-            }
-        })
-        .await;
-    }
-
-    /// The next line that it printed; `None` when it has left.
-    async fn line(&mut self) -> Option<Value> {
-        let line =
-            timeout(PATIENCE, self.lines.next_line()).await.unwrap_or_else(|_| panic!("silence: {}", self.log()));
-        line.unwrap().map(|line| serde_json::from_str(&line).unwrap())
-    }
-
-    /// The next notice that it handled.
-    async fn next(&mut self) -> Value {
-        self.line().await.unwrap_or_else(|| panic!("it has left: {}", self.log()))
-    }
-
-    /// The next one about this user: a process that was killed may not have acknowledged what it handled last.
-    async fn next_of(&mut self, user: &Uuid) -> Value {
-        loop {
-            let line = self.next().await;
-            if line["user_id"] == user.to_string() {
-                return line;
-            }
-        }
-    }
-
-    /// Puts a message into its queue that came from nowhere in the House.
-    async fn send(&self, properties: BasicProperties, body: &[u8]) {
-        let (options, queue) = (BasicPublishOptions::default(), self.name.queue().into());
-        self.channel.basic_publish("".into(), queue, options, body, properties).await.unwrap().await.unwrap();
-    }
-
-    async fn forge(&self, user: Uuid, version: i64) {
-        let event = Event::Updated { changed_fields: vec!["city".parse().unwrap()] };
-        let occurred_at = OffsetDateTime::now_utc();
-        let forged =
-            Notice { message_id: Uuid::new_v4(), user_id: user, version, event, occurred_at, traceparent: None };
-        let (properties, body) = forged.to_message("urn:test");
-        self.send(properties, &body).await;
-    }
-
-    /// Tells of a user as a backfill does: nobody knows what the consumer still holds.
-    async fn backfill(&self, user: Uuid, version: i64) {
-        let headers =
-            [("version", AMQPValue::LongLongInt(version)), ("tidings-backfill", AMQPValue::LongString("x".into()))];
-        let headers: BTreeMap<_, _> = headers.map(|(name, value)| (name.into(), value)).into();
-        let properties = BasicProperties::default().with_type("user.created".into()).with_headers(headers.into());
-        self.send(properties, json!({ "user_id": user }).to_string().as_bytes()).await;
-    }
-
-    /// Makes a user of whom this consumer is told nothing but by a message of a kind that nobody knows.
-    async fn blessed(&self, house: &House) -> Uuid {
-        let (queue, exchange) = (self.name.queue(), house.exchange.as_str());
-        self.channel.queue_unbind(queue.into(), exchange.into(), "#".into(), FieldTable::default()).await.unwrap();
-        let user = house.user(json!({})).await;
-        house.settle().await;
-        house::bind(&self.channel, queue, exchange, "#").await;
-        let mut headers = FieldTable::default();
-        headers.insert("version".into(), AMQPValue::ShortInt(1));
-        let properties = BasicProperties::default().with_type("user.blessed".into()).with_headers(headers);
-        self.send(properties, json!({ "user_id": user }).to_string().as_bytes()).await;
-        user
-    }
-
-    /// The body of the next dead letter.
-    async fn dead_letter(&self) -> Vec<u8> {
-        let letter = eventually("a dead letter", async || {
-            let options = BasicGetOptions { no_ack: true };
-            let letter = self.channel.basic_get(self.name.dead_queue().into(), options).await.unwrap();
-            letter.ok_or_else(|| self.log())
-        });
-        letter.await.delivery.data.clone()
-    }
-
-    async fn dead_letters(&self) -> u32 {
-        let channel = self.connection.create_channel().await.unwrap();
-        topology::depth(&channel, &self.name.dead_queue()).await.unwrap().ready
-    }
-
-    /// Declares what the SDK declares for this subscription: the broker refuses when anything differs.
-    async fn agrees_with_the_sdk(&self, house: &House) {
-        let channel = self.connection.create_channel().await.unwrap();
-        let source = Source { exchange: house.exchange.clone(), prefix: None };
-        let mut subscription = Subscription::new(self.name.clone());
-        subscription.keys.insert("#".parse().unwrap());
-        topology::declare(&channel, &source, &subscription, &[]).await.unwrap();
-    }
-
-    /// A setting with which it ends at once, and says why.
-    async fn refuses(&mut self, setting: &str, nonsense: &str, why: &str) {
-        self.restart(&[(setting, nonsense)]).await;
-        let left = timeout(PATIENCE, self.process.wait()).await.expect("it goes on").unwrap();
-        assert!(!left.success(), "{}", self.log());
-        self.complains(why).await;
-    }
-
-    async fn ask_to_leave(&self) {
-        let pid = self.process.id().unwrap().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
-    }
-
-    /// What it still printed before it left.
-    async fn leaves(&mut self) -> Vec<Value> {
-        let mut last_words = vec![];
-        while let Some(line) = self.line().await {
-            last_words.push(line);
-        }
-        let left = timeout(PATIENCE, self.process.wait()).await.expect("it does not leave").unwrap();
-        assert_eq!(left.code(), Some(0), "{}", self.log());
-        last_words
-    }
-
-    async fn end(mut self) {
-        self.process.kill().await.unwrap();
-        topology::delete(&self.channel, &self.name, &[]).await.unwrap();
-    }
-}
-
-type Lived = (Child, Lines<BufReader<ChildStdout>>, Arc<Mutex<String>>);
-
-fn spawn(language: Language, settings: &[(String, String)]) -> Lived {
-    let (mut process, log) = spawn_to(Stdio::piped(), language, settings);
-    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-    (process, lines, log)
-}
-
-fn spawn_to(stdout: Stdio, language: Language, settings: &[(String, String)]) -> (Child, Arc<Mutex<String>>) {
-    let mut program = language.program();
-    program.envs(settings.iter().cloned()).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
-    let mut process = program.kill_on_drop(true).spawn().unwrap_or_else(|error| panic!("{program:?}: {error}"));
-    let log = Arc::<Mutex<String>>::default();
-    collect(process.stderr.take().unwrap(), log.clone());
-    (process, log)
-}
-
-fn line(event: &str, user: &Uuid, version: i64, profile: Value) -> Value {
-    json!({ "event": event, "user_id": user, "version": version, "profile": profile })
-}
-
-fn forgotten(event: &str, user: &Uuid) -> Value {
-    json!({ "event": event, "user_id": user, "version": null, "profile": null })
-}
+/// What only somebody else says at a look at a user, or at everybody: a page for people, another service, a route that was retired, another address.
+const NOBODYS: [(&str, u16, &str); 7] = [
+    (A_USER, 200, "<html>"),
+    (A_USER, 200, "{}"),
+    (A_USER, 200, r#"{"version":"1.2","profile":"prod"}"#),
+    (A_USER, 410, r#"{"message":"Gone"}"#),
+    (A_USER, 302, ""),
+    (EVERYBODY, 200, r#"{"users":[]}"#),
+    (EVERYBODY, 200, r#"{"users":[{"id":"x"}],"next":null}"#),
+];
 
 /// A House that says of each request how it went.
 async fn talkative_house(db: PgPool) -> House {
@@ -479,6 +129,81 @@ async fn asks_until_it_sees(db: PgPool, language: Language) {
     assert_eq!(consumer.next().await, line("user.created", &ana, 3, json!({ "city": "Bern" })));
     assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
     consumer.end().await;
+}
+
+/// An owner that asks for the wrong delay is asked again after a moment, and not before.
+async fn waits_for_a_moment(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let owner = StandIn::saying(NO_DELAYS.map(|delay| (A_USER, (503, ("retry-after", delay), "{}"))).to_vec()).await;
+    consumer.restart(&[("TIDINGS_URL", &owner.url)]).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    let waited = between(&owner.looks_at(A_USER));
+    let is_moment = |waited: &Duration| *waited > Duration::from_millis(950);
+    assert!(waited.len() == NO_DELAYS.len() && waited.iter().all(is_moment), "{waited:?}: {}", consumer.log());
+    consumer.end().await;
+}
+
+/// Whatever somebody says who stands between: nobody is forgotten for it, no message set aside, no resync taken for complete, and no redirect
+/// followed. At the start a redirect is a mistake in the setting.
+async fn believes_the_owner_alone(db: PgPool, language: Language) {
+    let house = House::open(db).await;
+    let mut consumer = Consumer::start(&house, language).await;
+    let elsewhere = |status, body| (status, ("location", "/elsewhere"), body);
+    let sent_on = StandIn::saying(vec![("/", elsewhere(302, ""))]).await;
+    consumer.refuses("TIDINGS_URL", &sent_on.url, "TIDINGS_URL leads elsewhere: 302").await;
+    assert!(sent_on.looks_at("/elsewhere").is_empty(), "{}", consumer.log());
+
+    let owner = StandIn::saying(NOBODYS.map(|(path, status, body)| (path, elsewhere(status, body))).to_vec()).await;
+    consumer.restart(&[("TIDINGS_URL", &owner.url)]).await;
+    let ana = house.user(json!({})).await;
+    assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
+    assert_eq!(owner.looks_at(A_USER).len(), 6, "{}", consumer.log());
+    consumer.lose_queue().await;
+    assert_eq!(consumer.next().await, line("resync", &Uuid::from_u128(1), 1, json!({})));
+    assert_eq!((owner.looks_at(EVERYBODY).len(), consumer.resyncs()), (3, 1), "{}", consumer.log());
+    for status in [200, 302, 410] {
+        consumer.complains(&format!("the owner cannot be asked: {status}")).await;
+    }
+    assert!(owner.looks_at("/elsewhere").is_empty(), "{}", consumer.log());
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
+    consumer.end().await;
+}
+
+fn between(times: &[Instant]) -> Vec<Duration> {
+    times.windows(2).map(|two| two[1] - two[0]).collect()
+}
+
+/// Those who lost the same broker do not come back to it together: each waits for times of its own.
+async fn comes_back_at_its_own_time(_: PgPool, language: Language) {
+    let (one, two, three) =
+        tokio::join!(comes_back_after(language), comes_back_after(language), comes_back_after(language));
+    let is_apart = |nth: usize| {
+        let waited = [one[nth], two[nth], three[nth]];
+        *waited.iter().max().unwrap() - *waited.iter().min().unwrap() > Duration::from_millis(30)
+    };
+    assert!((0..3).any(is_apart), "{one:?}, {two:?}, {three:?}");
+}
+
+/// How long a process waits before it comes back to a broker that hangs up, three times.
+async fn comes_back_after(language: Language) -> Vec<Duration> {
+    let broker = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let settings = [
+        ("AMQP_URL", format!("amqp://{}", broker.local_addr().unwrap())),
+        ("TIDINGS_URL", "http://127.0.0.1:1".to_owned()),
+        ("TIDINGS_API_KEY", house::key().to_owned()),
+        ("TIDINGS_QUEUE", "consumer".to_owned()),
+    ];
+    let (_process, _lines, log) = spawn(language, &settings.map(|(name, value)| (name.to_owned(), value)));
+    let mut came = vec![];
+    while came.len() < 4 {
+        let knock = timeout(PATIENCE, broker.accept()).await.unwrap_or_else(|_| panic!("{}", log.lock().unwrap()));
+        came.push(Instant::now());
+        // Dropped with its first words unread, the connection is reset: Bunny would wait a while after an orderly end.
+        knock.unwrap().0.readable().await.unwrap();
+    }
+    between(&came)
 }
 
 /// What is no notice: properties and body.
@@ -708,6 +433,14 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
         consumer.complains(&format!("the owner refuses the key: {status}")).await;
         assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
     }
+
+    // The end of the file that it came from is no part of it. What cannot be a key is refused, and not quoted.
+    consumer.restart(&[("TIDINGS_API_KEY", &format!("{seeing}\n"))]).await;
+    consumer.listens().await;
+    assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
+    let broken = seeing.replacen('_', "_\n", 1);
+    consumer.refuses("TIDINGS_API_KEY", &broken, "not one word of printable ASCII").await;
+    assert!(is_silent(&consumer.log()), "a key is in the log: {}", consumer.log());
     consumer.end().await;
 }
 
@@ -863,18 +596,9 @@ async fn verifies(db: PgPool, language: Language) {
     assert_eq!(heard, line("resync", &ana, 1, json!({ "city": "Riga" })));
 }
 
-/// A story, once there is a program to tell it of: to compile one takes longer than connections stay open that say nothing.
+/// A story, once there is a program to tell it of.
 async fn told(db: PgPool, language: Language, story: impl AsyncFnOnce(PgPool, Language)) {
-    let compiled = spawn_blocking(move || match language {
-        Language::Go => {
-            LazyLock::force(&GO);
-        }
-        Language::Java => {
-            LazyLock::force(&JAVA);
-        }
-        Language::Ruby | Language::Python | Language::Node | Language::Php => {}
-    });
-    compiled.await.unwrap();
+    compiled(language).await;
     story(db, language).await;
 }
 
@@ -894,6 +618,21 @@ macro_rules! stories {
             #[sqlx::test]
             async fn never_takes_an_older_state_than_it_was_told_of(db: PgPool) {
                 super::told(db, $language, super::asks_until_it_sees).await;
+            }
+
+            #[sqlx::test]
+            async fn waits_for_a_moment_where_it_is_asked_for_the_wrong_delay(db: PgPool) {
+                super::told(db, $language, super::waits_for_a_moment).await;
+            }
+
+            #[sqlx::test]
+            async fn believes_the_owner_alone(db: PgPool) {
+                super::told(db, $language, super::believes_the_owner_alone).await;
+            }
+
+            #[sqlx::test]
+            async fn comes_back_at_its_own_time(db: PgPool) {
+                super::told(db, $language, super::comes_back_at_its_own_time).await;
             }
 
             #[sqlx::test]

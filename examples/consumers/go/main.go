@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -36,23 +37,57 @@ var (
 	check    = seconds("TIDINGS_CHECK_S", "10")    // from one look whether the exchange is there to the next
 	keys     = os.Args[1:]
 
-	uuid     = regexp.MustCompile(`^(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-	client   = http.Client{Timeout: 10 * time.Second} // keeps its connections
-	seen     = newMemory[bool]()                      // message ids
-	versions = newMemory[int64]()                     // highest version handled, by user; your own copy would keep it beside the data
+	uuid  = regexp.MustCompile(`^(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+	isKey = regexp.MustCompile(`^[!-~]+$`)
+	delay = regexp.MustCompile(`^[1-9]\d{0,3}$`) // a Retry-After that is followed; any other is a second
+
+	denials = map[int]bool{401: true, 403: true} // nothing is wrong with the message: the key may be about to be replaced
+	// With a 410 of whoever stands between; the owner's own is an answer.
+	outages = map[int]bool{408: true, 410: true, 429: true, 502: true, 503: true, 504: true}
+
+	client   = http.Client{Timeout: 10 * time.Second, CheckRedirect: stay} // keeps its connections
+	seen     = newMemory[bool]()                                           // message ids
+	versions = newMemory[int64]()                                          // highest version handled, by user; your own copy would keep it beside the data
 	missed   = false
 	failures = 0
 )
+
+// No redirect is followed: the key would go along.
+func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // A message that no repetition helps; the text never quotes the message.
 type setAside string
 
 func (reason setAside) Error() string { return string(reason) }
 
+// What only the owner says. Whether it is in an answer: whoever stands between says 200 and 410 as well.
+type word interface{ isIn(status int) bool }
+
+// A user, or with the code that he is deleted.
 type record struct {
+	Code    string          `json:"code"`
 	ID      string          `json:"id"`
 	Version int64           `json:"version"`
 	Profile json.RawMessage `json:"profile"`
+}
+
+func (r record) isIn(status int) bool {
+	isGone := status == 410 && r.Code == "user_deleted"
+	isLiving := status == 200 && bytes.HasPrefix(r.Profile, []byte("{"))
+	return (isGone || isLiving) && r.Version > 0
+}
+
+type page struct {
+	Users []record
+	Next  json.RawMessage // a string, or null at the end
+}
+
+func (p page) isIn(status int) bool {
+	isWhole := status == 200 && p.Users != nil && p.Next != nil
+	for _, user := range p.Users {
+		isWhole = isWhole && user.isIn(200)
+	}
+	return isWhole
 }
 
 type line struct {
@@ -90,8 +125,8 @@ func pause(ctx context.Context, atLeast time.Duration) error {
 	}
 }
 
-// What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
-func fetch(ctx context.Context, path string, found any) error {
+// What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch.
+func fetch[wanted word](ctx context.Context, path string) (none wanted, _ error) {
 	end := time.Now().Add(patience)
 	told := map[string]bool{}
 	say := func(text string) {
@@ -106,50 +141,61 @@ func fetch(ctx context.Context, path string, found any) error {
 		if err != nil {
 			say("the owner cannot be asked: " + kind(err))
 		} else {
-			switch status := answer.StatusCode; status {
-			case 200, 410:
-				return json.Unmarshal(body, found)
-			case 404: // no deletion: that is 410
-				return setAside("the owner never knew this user")
-			case 401, 403: // nothing is wrong with the message: the key may be about to be replaced
+			var found wanted
+			switch status := answer.StatusCode; {
+			case json.Unmarshal(body, &found) == nil && found.isIn(status):
+				return found, nil
+			case status == 404: // no deletion: that is 410
+				return none, setAside("the owner never knew this user")
+			case denials[status]:
 				say(fmt.Sprintf("the owner refuses the key: %d", status))
-			case 408, 429, 502, 503, 504:
+			case status < 400 || outages[status]:
 				if !strings.Contains(string(body), `"not_yet_visible"`) {
 					say(fmt.Sprintf("the owner cannot be asked: %d", status))
 				} else if time.Now().After(end) {
-					return setAside("the owner shows no state this new")
+					return none, setAside("the owner shows no state this new")
 				}
-				if seconds, err := strconv.Atoi(answer.Header.Get("Retry-After")); err == nil && seconds > 0 {
+				if after := answer.Header.Get("Retry-After"); delay.MatchString(after) {
+					seconds, _ := strconv.Atoi(after) // digits, so it is one
 					wait = time.Duration(seconds) * time.Second
 				}
 			default:
-				return setAside(fmt.Sprintf("the owner answered %d", status))
+				return none, setAside(fmt.Sprintf("the owner answered %d", status))
 			}
 		}
 		if err := pause(ctx, wait); err != nil {
-			return err
+			return none, err
 		}
 	}
 }
 
 // Read anew for each request when it is in a file: a new key takes effect without a restart.
 func key() (string, error) {
+	text := os.Getenv("TIDINGS_API_KEY")
 	if file := os.Getenv("TIDINGS_API_KEY_FILE"); file != "" {
-		text, err := os.ReadFile(file)
-		return strings.TrimSpace(string(text)), err
+		found, err := os.ReadFile(file)
+		if err != nil {
+			return "", err
+		}
+		text = string(found)
 	}
-	return required("TIDINGS_API_KEY"), nil
+	if text = strings.TrimSpace(text); !isKey.MatchString(text) {
+		return "", errors.New("the key is not one word of printable ASCII") // never quoted
+	}
+	return text, nil
 }
 
-// Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+// Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later.
 func checkKey() {
 	if _, err := key(); err != nil {
 		log.Fatal(err)
 	}
 	if answer, _, err := ask("/v1/users?limit=1"); err != nil {
 		log.Print("the owner cannot be asked: " + kind(err))
-	} else if answer.StatusCode == 401 || answer.StatusCode == 403 {
-		log.Fatalf("the owner refuses the key: %d", answer.StatusCode)
+	} else if status := answer.StatusCode; denials[status] {
+		log.Fatalf("the owner refuses the key: %d", status)
+	} else if status >= 300 && status < 400 {
+		log.Fatalf("TIDINGS_URL leads elsewhere: %d", status)
 	}
 }
 
@@ -232,8 +278,8 @@ func handle(ctx context.Context, message amqp.Delivery) error {
 	}
 	_, isBackfill := message.Headers["tidings-backfill"] // for those who lost what they held
 	if version > versions.kept[userID] || isBackfill {
-		var latest record
-		if err := fetch(ctx, fmt.Sprintf("/v1/users/%s?min_version=%d", userID, version), &latest); err != nil {
+		latest, err := fetch[record](ctx, fmt.Sprintf("/v1/users/%s?min_version=%d", userID, version))
+		if err != nil {
 			return err
 		}
 		if err := keep(&message.Type, userID, latest); err != nil {
@@ -251,24 +297,22 @@ func resync(ctx context.Context) error {
 	log.Print("news may have been missed: resync")
 	event, after := "resync", ""
 	for {
-		var page struct {
-			Users []record
-			Next  *string
-		}
-		if err := fetch(ctx, "/v1/users?limit=500"+after, &page); err != nil {
+		found, err := fetch[page](ctx, "/v1/users?limit=500"+after)
+		if err != nil {
 			return err
 		}
-		for _, user := range page.Users {
+		for _, user := range found.Users {
 			if user.Version > versions.kept[user.ID] {
 				if err := keep(&event, user.ID, user); err != nil {
 					return err
 				}
 			}
 		}
-		if page.Next == nil {
-			return nil
+		var next *string
+		if err := json.Unmarshal(found.Next, &next); err != nil || next == nil {
+			return err
 		}
-		after = "&after=" + *page.Next
+		after = "&after=" + *next
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -446,6 +490,7 @@ func session(ctx context.Context) error {
 
 func main() {
 	log.SetFlags(0)
+	rand.Seed(time.Now().UnixNano()) // before Go 1.20 all processes would draw the same jitter
 	ctx, leave := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer leave()
 	// Looked at here, as the library's own complaint would quote it with the password.

@@ -6,8 +6,11 @@
 
 import com.google.gson.Gson;
 import com.google.gson.GsonBuilder;
+import com.google.gson.JsonArray;
+import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParseException;
+import com.google.gson.JsonPrimitive;
 import com.rabbitmq.client.AMQP.BasicProperties;
 import com.rabbitmq.client.Address;
 import com.rabbitmq.client.AlreadyClosedException;
@@ -43,6 +46,7 @@ import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.TimeoutException;
+import java.util.function.Predicate;
 import java.util.regex.Pattern;
 import javax.net.ssl.SSLContext;
 import javax.net.ssl.SSLParameters;
@@ -61,11 +65,12 @@ public class Consumer {
     static final Duration CHECK = Duration.ofMillis((long) (1000 * seconds("TIDINGS_CHECK_S", "10")));
 
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
+    static final String DELAY = "[1-9]\\d{0,3}"; // a Retry-After that is followed; any other is a second
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
-    static final Set<Integer> OUTAGES = Set.of(408, 429, 502, 503, 504);
+    static final Set<Integer> OUTAGES = Set.of(408, 410, 429, 502, 503, 504); // 410 of whoever stands between; the owner's own is an answer
     static final Gson JSON = new GsonBuilder().serializeNulls().create();
     static final FileOutputStream OUT = new FileOutputStream(FileDescriptor.out); // System.out keeps it to itself when it cannot write
-    static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
+    static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build(); // follows no redirect
 
     /** A message that no repetition helps; the text never quotes the message. */
     static class SetAside extends Exception {
@@ -104,15 +109,52 @@ public class Consumer {
     /** Read anew for each request when it is in a file: a new key takes effect without a restart. */
     static String key() throws IOException {
         String file = System.getenv("TIDINGS_API_KEY_FILE");
-        return file == null ? required("TIDINGS_API_KEY") : Files.readString(Path.of(file)).strip().split("\\s+")[0];
+        String found = (file == null ? required("TIDINGS_API_KEY") : Files.readString(Path.of(file))).strip();
+        if (!found.matches("[!-~]+")) throw new IOException("the key is not one word of printable ASCII"); // never quoted
+        return found;
+    }
+
+    /** Of what came an object, which is empty if none did. */
+    record Answer(int status, JsonObject found, String after) {
+        static Answer of(HttpResponse<String> answer) {
+            JsonObject found = null;
+            try {
+                found = JSON.fromJson(answer.body(), JsonObject.class);
+            } catch (JsonParseException e) {
+                // Whoever stands between answers with anything.
+            }
+            String after = answer.headers().firstValue("Retry-After").orElse("");
+            return new Answer(answer.statusCode(), found == null ? new JsonObject() : found, after);
+        }
+
+        String code() { return found.get("code") instanceof JsonPrimitive code ? code.getAsString() : ""; }
+
+        /** Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well. */
+        boolean isLatest() {
+            return status == 410 ? code().equals("user_deleted") && hasVersion(found) : status == 200 && isRecord(found);
+        }
+
+        boolean isPage() {
+            if (status != 200 || !found.has("next") || !(found.get("users") instanceof JsonArray users)) return false;
+            for (JsonElement user : users) if (!isRecord(user)) return false;
+            return true;
+        }
+    }
+
+    static boolean isRecord(JsonElement found) {
+        return found instanceof JsonObject record && record.get("profile") instanceof JsonObject && hasVersion(record);
+    }
+
+    static boolean hasVersion(JsonObject found) {
+        return found.get("version") instanceof JsonPrimitive version && version.isNumber() && version.getAsString().matches("[1-9]\\d{0,17}");
     }
 
     /** Within 10 s, the body included, which the timeout of a request leaves out. */
-    static HttpResponse<String> ask(String path) throws IOException, InterruptedException {
+    static Answer ask(String path) throws IOException, InterruptedException {
         HttpRequest request = HttpRequest.newBuilder(URI.create(OWNER + path)).header("Authorization", "Bearer " + key()).build();
         CompletableFuture<HttpResponse<String>> answer = HTTP.sendAsync(request, BodyHandlers.ofString());
         try {
-            return answer.get(10, TimeUnit.SECONDS);
+            return Answer.of(answer.get(10, TimeUnit.SECONDS));
         } catch (ExecutionException failed) {
             throw new IOException(failed.getCause());
         } catch (TimeoutException late) {
@@ -122,13 +164,14 @@ public class Consumer {
         }
     }
 
-    /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
+    /** Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later. */
     static void checkKey() throws IOException, InterruptedException {
         key(); // here, where it is no outage that there is none
         try {
-            int status = ask("/v1/users?limit=1").statusCode();
-            if (!DENIALS.contains(status)) return;
-            System.err.println("the owner refuses the key: " + status);
+            int status = ask("/v1/users?limit=1").status();
+            if (DENIALS.contains(status)) System.err.println("the owner refuses the key: " + status);
+            else if (status >= 300 && status < 400) System.err.println("TIDINGS_URL leads elsewhere: " + status);
+            else return;
             System.exit(1);
         } catch (IOException outage) {
             System.err.println("the owner cannot be asked: " + kind(outage)); // whatever it is, the fetches wait
@@ -140,12 +183,12 @@ public class Consumer {
         return (outage.getCause() == null ? outage : outage.getCause()).getClass().getSimpleName();
     }
 
-    /** What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch. */
-    JsonObject fetch(String path) throws InterruptedException, SetAside, Stop {
+    /** What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch. */
+    JsonObject fetch(String path, Predicate<Answer> isWanted) throws InterruptedException, SetAside, Stop {
         long end = System.nanoTime() + PATIENCE.toNanos();
         Set<String> told = new HashSet<>();
         while (true) {
-            HttpResponse<String> answer;
+            Answer answer;
             try {
                 answer = ask(path);
             } catch (IOException outage) {
@@ -153,22 +196,21 @@ public class Consumer {
                 pause(1000);
                 continue;
             }
-            int status = answer.statusCode();
-            if (status == 200 || status == 410) return JSON.fromJson(answer.body(), JsonObject.class);
+            int status = answer.status();
+            if (isWanted.test(answer)) return answer.found();
             if (status == 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
             if (DENIALS.contains(status)) {
                 complainOnce(told, "the owner refuses the key: " + status);
                 pause(1000);
                 continue;
             }
-            if (!OUTAGES.contains(status)) throw new SetAside("the owner answered " + status);
-            if (!answer.body().contains("\"not_yet_visible\"")) {
+            if (status >= 400 && !OUTAGES.contains(status)) throw new SetAside("the owner answered " + status);
+            if (!answer.code().equals("not_yet_visible")) {
                 complainOnce(told, "the owner cannot be asked: " + status);
             } else if (System.nanoTime() > end) {
                 throw new SetAside("the owner shows no state this new");
             }
-            String after = answer.headers().firstValue("Retry-After").orElse("");
-            pause(after.matches("\\d{1,4}") ? 1000 * Long.parseLong(after) : 1000);
+            pause(answer.after().matches(DELAY) ? 1000 * Long.parseLong(answer.after()) : 1000);
         }
     }
 
@@ -215,7 +257,7 @@ public class Consumer {
         boolean isBackfill = message.properties.getHeaders().containsKey("tidings-backfill"); // for those who lost what they held
         if (isNews(notice.userId, notice.version) || isBackfill) {
             String path = "/v1/users/" + notice.userId + "?min_version=" + notice.version;
-            keep(message.properties.getType(), notice.userId, fetch(path));
+            keep(message.properties.getType(), notice.userId, fetch(path, Answer::isLatest));
         }
         if (id != null) seen.put(id, true);
     }
@@ -225,7 +267,7 @@ public class Consumer {
         System.err.println("news may have been missed: resync");
         String after = "";
         while (true) {
-            JsonObject page = fetch("/v1/users?limit=500" + after);
+            JsonObject page = fetch("/v1/users?limit=500" + after, Answer::isPage);
             for (var user : page.getAsJsonArray("users")) {
                 JsonObject latest = user.getAsJsonObject();
                 String id = latest.get("id").getAsString();

@@ -29,8 +29,9 @@ function seconds(name, otherwise) {
 }
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+const DELAY = /^[1-9]\d{0,3}$/; // a Retry-After that is followed; any other is a second
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
-const OUTAGES = [408, 429, 502, 503, 504];
+const OUTAGES = [408, 410, 429, 502, 503, 504]; // 410 of whoever stands between; the owner's own is an answer
 
 class SetAside extends Error {} // a message that no repetition helps; its text never quotes the message
 
@@ -56,55 +57,76 @@ const rest = (ms, signal) => sleep(Math.min(ms, 2 ** 31 - 1), undefined, { signa
 const pause = (ms) => rest(ms * (1 + Math.random()), stop.signal);
 
 // Read anew for each request when it is in a file: a new key takes effect without a restart.
-const key = async () => (TIDINGS_API_KEY_FILE ? (await readFile(TIDINGS_API_KEY_FILE, "utf8")).trim() : TIDINGS_API_KEY);
-
-// Node's fetch keeps connections open by itself.
-async function askOnce(path) {
-  const headers = { authorization: `Bearer ${await key()}` };
-  const answer = await fetch(TIDINGS_URL.replace(/\/$/, "") + path, { headers, signal: AbortSignal.timeout(10_000) });
-  return { answer, found: await answer.text() }; // in full, or the connection cannot be used again
+async function key() {
+  const found = (TIDINGS_API_KEY_FILE ? await readFile(TIDINGS_API_KEY_FILE, "utf8") : TIDINGS_API_KEY).trim();
+  if (!/^[!-~]+$/.test(found)) throw new TypeError("the key is not one word of printable ASCII"); // never quoted
+  return found;
 }
 
-// Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+// Status, the object that came, empty if none did, and when to ask again. Node's fetch keeps connections open by itself.
+async function askOnce(path) {
+  const headers = { authorization: `Bearer ${await key()}` };
+  const signal = AbortSignal.timeout(10_000);
+  const answer = await fetch(TIDINGS_URL.replace(/\/$/, "") + path, { headers, redirect: "manual", signal }); // or the key would go along
+  const body = await answer.text(); // in full, or the connection cannot be used again
+  let found;
+  try {
+    found = JSON.parse(body);
+  } catch {}
+  return { status: answer.status, found: found ?? {}, after: answer.headers.get("retry-after") };
+}
+
+// Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later.
 async function checkKey() {
   await key(); // here, where it is no outage that there is none
-  const { answer } = await askOnce("/v1/users?limit=1").catch((error) => {
+  const { status } = await askOnce("/v1/users?limit=1").catch((error) => {
     console.error(`the owner cannot be asked: ${kind(error)}`);
     return {};
   });
-  if (!DENIALS.includes(answer?.status)) return;
-  console.error(`the owner refuses the key: ${answer.status}`);
+  if (DENIALS.includes(status)) console.error(`the owner refuses the key: ${status}`);
+  else if (status >= 300 && status < 400) console.error(`TIDINGS_URL leads elsewhere: ${status}`);
+  else return;
   process.exit(1);
 }
 
 // Without its text, which may quote what came. fetch wraps the error that says more; a file's has no name of its own.
 const kind = (error) => error.cause?.code ?? (error.name === "Error" ? error.code : error.name);
 
-// What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
-async function ask(path) {
-  const patience = Date.now() + 1000 * PATIENCE_S;
+const isVersion = (number) => Number.isSafeInteger(number) && number > 0;
+
+const isRecord = (found) => typeof found?.profile === "object" && found.profile !== null && isVersion(found.version);
+
+// Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well.
+const isLatest = (status, found) =>
+  status === 410 ? found.code === "user_deleted" && isVersion(found.version) : status === 200 && isRecord(found);
+
+const isPage = (status, { users, next }) => status === 200 && next !== undefined && Array.isArray(users) && users.every(isRecord);
+
+// What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch.
+async function ask(path, isWanted) {
+  const patience = performance.now() + 1000 * PATIENCE_S; // the time of day may jump
   const told = new Set();
   const say = (text) => told.has(text) || (told.add(text) && console.error(text));
   for (;;) {
-    let answer, found;
+    let status, found, after;
     try {
-      ({ answer, found } = await askOnce(path));
+      ({ status, found, after } = await askOnce(path));
     } catch (error) {
       say(`the owner cannot be asked: ${kind(error)}`);
       await pause(1000);
       continue;
     }
-    if (answer.status === 200 || answer.status === 410) return JSON.parse(found);
-    if (answer.status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
-    if (DENIALS.includes(answer.status)) {
-      say(`the owner refuses the key: ${answer.status}`);
+    if (isWanted(status, found)) return found;
+    if (status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+    if (DENIALS.includes(status)) {
+      say(`the owner refuses the key: ${status}`);
       await pause(1000);
       continue;
     }
-    if (!OUTAGES.includes(answer.status)) throw new SetAside(`the owner answered ${answer.status}`);
-    if (!found.includes('"not_yet_visible"')) say(`the owner cannot be asked: ${answer.status}`);
-    else if (Date.now() > patience) throw new SetAside("the owner shows no state this new");
-    await pause(1000 * (Number(answer.headers.get("retry-after")) || 1));
+    if (status >= 400 && !OUTAGES.includes(status)) throw new SetAside(`the owner answered ${status}`);
+    if (found.code !== "not_yet_visible") say(`the owner cannot be asked: ${status}`);
+    else if (performance.now() > patience) throw new SetAside("the owner shows no state this new");
+    await pause(1000 * (DELAY.test(after) ? Number(after) : 1));
   }
 }
 
@@ -115,7 +137,7 @@ function read({ properties, content }) {
   } catch {}
   const version = properties.headers?.version;
   const id = notice?.user_id; // a list of one id would pass the test as text
-  if (typeof id !== "string" || !UUID.test(id) || !Number.isSafeInteger(version) || version < 1) throw new SetAside("not a notice");
+  if (typeof id !== "string" || !UUID.test(id) || !isVersion(version)) throw new SetAside("not a notice");
   return { id: id.toLowerCase(), version };
 }
 
@@ -134,7 +156,7 @@ async function handle(message) {
   if (seen.has(messageId)) return;
   const { id, version } = read(message);
   const isBackfill = "tidings-backfill" in message.properties.headers; // for those who lost what they held
-  if (isNews(id, version) || isBackfill) keep(type, id, await ask(`/v1/users/${id}?min_version=${version}`));
+  if (isNews(id, version) || isBackfill) keep(type, id, await ask(`/v1/users/${id}?min_version=${version}`, isLatest));
   if (messageId) seen.remember(messageId, true);
 }
 
@@ -143,7 +165,7 @@ async function resync() {
   console.error("news may have been missed: resync");
   let page = { next: "" };
   while (page.next !== null) {
-    page = await ask(`/v1/users?limit=500${page.next && `&after=${page.next}`}`);
+    page = await ask(`/v1/users?limit=500${page.next && `&after=${page.next}`}`, isPage);
     for (const { id, ...record } of page.users) if (isNews(id, record.version)) keep("resync", id, record);
     await pause(0);
   }

@@ -33,11 +33,42 @@ function seconds(string $name, string $otherwise): float
     return preg_match('/\A\d{1,9}(\.\d+)?\z/', $value) ? (float) $value : throw new RuntimeException("$name is not a number of seconds");
 }
 
-/** Read anew for each request when it is in a file: a new key takes effect without a restart. */
+/** Read anew for each request when it is in a file: a new key takes effect without a restart. Empty if it is not one word of printable ASCII. */
 function apiKey(): string
 {
     $file = getenv('TIDINGS_API_KEY_FILE');
-    return preg_split('/\s+/', trim($file === false ? setting('TIDINGS_API_KEY') : (string) @file_get_contents($file)))[0];
+    $text = trim($file === false ? setting('TIDINGS_API_KEY') : (string) @file_get_contents($file));
+    return preg_match('/\A[!-~]+\z/', $text) ? $text : '';
+}
+
+/** By a clock that does not jump. */
+function now(): float
+{
+    return hrtime(true) / 1e9;
+}
+
+function isVersion(mixed $number): bool
+{
+    return is_int($number) && $number > 0;
+}
+
+function isRecord(array $found): bool
+{
+    return ($found['profile'] ?? null) instanceof stdClass && isVersion($found['version'] ?? null);
+}
+
+/** Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well. */
+function isLatest(int $status, array $found): bool
+{
+    $isGone = $status === 410 && ($found['code'] ?? null) === 'user_deleted' && isVersion($found['version'] ?? null);
+    return $isGone || ($status === 200 && isRecord($found));
+}
+
+function isPage(int $status, array $found): bool
+{
+    $users = $found['users'] ?? null;
+    return $status === 200 && array_key_exists('next', $found) && is_array($users)
+        && array_filter($users, fn(mixed $user) => isRecord((array) $user)) === $users;
 }
 
 function idOf(AMQPMessage $message): string
@@ -57,8 +88,9 @@ define('CHECK_S', seconds('TIDINGS_CHECK_S', '10')); // from one look whether th
 define('KEYS', array_slice($argv, 1) ?: ['#']);
 
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
+const DELAY = '/^retry-after:\s*([1-9]\d{0,3})\s*$/i'; // a Retry-After that is followed; any other is a second
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
-const OUTAGES = [0, 408, 429, 502, 503, 504]; // 0: not reached at all
+const OUTAGES = [408, 410, 429, 502, 503, 504]; // 410 of whoever stands between; the owner's own is an answer
 
 /** A message that no repetition helps; the text never quotes the message. */
 final class SetAside extends Exception {}
@@ -104,8 +136,8 @@ final class Consumer
     /** Sends heartbeats meanwhile: PHP has no thread for them. Jitter keeps consumers from coming back all at once. */
     private function pause(float $seconds): void
     {
-        $over = microtime(true) + $seconds * (1 + lcg_value());
-        while (!$this->stopping && microtime(true) < $over) {
+        $over = now() + $seconds * (1 + lcg_value());
+        while (!$this->stopping && now() < $over) {
             usleep(50_000);
             $this->connection?->checkHeartBeat();
         }
@@ -114,56 +146,57 @@ final class Consumer
         }
     }
 
-    /** Status, body, and the seconds after which to ask again. Without an answer the status is 0, and in place of a body is why. */
+    /** Status, the object that came, empty if none did, and the seconds after which to ask again. Without an answer it is 0 and why. */
     private function ask(string $path): array
     {
         $key = apiKey();
         if ($key === '') { // moved away, in the middle of being replaced
-            return [0, 'no key', 1];
+            return [0, ['why' => 'no key'], 1];
         }
         $after = 1;
         $header = function ($http, string $line) use (&$after): int {
-            $after = preg_match('/^retry-after: *(\d{1,4})\s*$/i', $line, $found) ? (int) $found[1] : $after;
+            $after = preg_match(DELAY, $line, $found) ? (int) $found[1] : $after;
             return strlen($line);
         };
         curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,
             CURLOPT_HEADERFUNCTION => $header, CURLOPT_HTTPHEADER => ['Authorization: Bearer ' . $key]]);
         $body = curl_exec($this->http);
         return $body === false
-            ? [0, curl_strerror(curl_errno($this->http)), $after] // curl_error() may quote what came
-            : [curl_getinfo($this->http, CURLINFO_RESPONSE_CODE), $body, $after];
+            ? [0, ['why' => curl_strerror(curl_errno($this->http))], $after] // curl_error() may quote what came
+            : [curl_getinfo($this->http, CURLINFO_RESPONSE_CODE), (array) json_decode($body), $after]; // objects stay objects: {} is not []
     }
 
-    /** Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later. */
+    /** Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later. */
     public function checkKey(): void
     {
         if (apiKey() === '') {
-            throw new RuntimeException('there is no key in TIDINGS_API_KEY_FILE');
+            throw new RuntimeException('there is no key, or it is not one word of printable ASCII');
         }
-        [$status, $body] = $this->ask('/v1/users?limit=1');
+        [$status, $found] = $this->ask('/v1/users?limit=1');
         if ($status === 0) {
-            fwrite(STDERR, "the owner cannot be asked: $body\n");
-        }
-        if (in_array($status, DENIALS, true)) {
+            fwrite(STDERR, "the owner cannot be asked: {$found['why']}\n");
+        } elseif (in_array($status, DENIALS, true)) {
             fwrite(STDERR, "the owner refuses the key: $status\n");
+            exit(1);
+        } elseif ($status >= 300 && $status < 400) {
+            fwrite(STDERR, "TIDINGS_URL leads elsewhere: $status\n");
             exit(1);
         }
     }
 
-    /** What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch. */
-    private function fetch(string $path): array
+    /** What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch. */
+    private function fetch(string $path, callable $isWanted): array
     {
-        $patience = microtime(true) + PATIENCE_S;
+        $patience = now() + PATIENCE_S;
         $told = [];
         $say = function (string $text) use (&$told): void {
             isset($told[$text]) || fwrite(STDERR, "$text\n");
             $told[$text] = true;
         };
         while (true) {
-            [$status, $body, $after] = $this->ask($path);
-            if ($status === 200 || $status === 410) {
-                // Objects stay objects: an empty profile is {} and not [].
-                return (array) json_decode($body, flags: JSON_THROW_ON_ERROR);
+            [$status, $found, $after] = $this->ask($path);
+            if ($isWanted($status, $found)) {
+                return $found;
             }
             if ($status === 404) { // no deletion: that is 410
                 throw new SetAside('the owner never knew this user');
@@ -173,12 +206,12 @@ final class Consumer
                 $this->pause(1);
                 continue;
             }
-            if (!in_array($status, OUTAGES, true)) {
+            if ($status >= 400 && !in_array($status, OUTAGES, true)) {
                 throw new SetAside("the owner answered $status");
             }
-            if (!str_contains($body, '"not_yet_visible"')) {
-                $say('the owner cannot be asked: ' . ($status ?: $body));
-            } elseif (microtime(true) > $patience) {
+            if (($found['code'] ?? null) !== 'not_yet_visible') {
+                $say('the owner cannot be asked: ' . ($status ?: $found['why']));
+            } elseif (now() > $patience) {
                 throw new SetAside('the owner shows no state this new');
             }
             $this->pause($after);
@@ -223,7 +256,7 @@ final class Consumer
         [$id, $version] = $this->read($message);
         $isBackfill = isset($message->get('application_headers')->getNativeData()['tidings-backfill']); // for those who lost what they held
         if ($this->isNews($id, $version) || $isBackfill) {
-            $this->keep($message->has('type') ? $message->get('type') : null, $id, $this->fetch("/v1/users/$id?min_version=$version"));
+            $this->keep($message->has('type') ? $message->get('type') : null, $id, $this->fetch("/v1/users/$id?min_version=$version", isLatest(...)));
         }
         if ($messageId !== '') {
             $this->seen->remember($messageId, true);
@@ -236,7 +269,7 @@ final class Consumer
         fwrite(STDERR, "news may have been missed: resync\n");
         $after = '';
         do {
-            $page = $this->fetch("/v1/users?limit=500$after");
+            $page = $this->fetch("/v1/users?limit=500$after", isPage(...));
             foreach ($page['users'] as $user) {
                 if ($this->isNews($user->id, $user->version)) {
                     $this->keep('resync', $user->id, (array) $user);
@@ -355,7 +388,7 @@ final class Consumer
         $this->missed = false;
         $tag = $channel->basic_consume(QUEUE, callback: fn(AMQPMessage $message) => $this->deliver($message));
         $this->failures = 0;
-        $look = microtime(true) + CHECK_S;
+        $look = now() + CHECK_S;
         while (!$this->stopping) {
             try {
                 $channel->wait(timeout: 1); // then it is time to look whether we should leave
@@ -365,32 +398,41 @@ final class Consumer
                 $this->missed = true;
                 throw $cancelled;
             }
-            if (microtime(true) > $look) { // nobody tells when the exchange is deleted, and our bindings with it
+            if (now() > $look) { // nobody tells when the exchange is deleted, and our bindings with it
                 $this->prepare()->close();
                 if ($this->missed) {
                     throw new RuntimeException('lost');
                 }
-                $look = microtime(true) + CHECK_S;
+                $look = now() + CHECK_S;
             }
         }
         $channel->basic_cancel($tag);
     }
 
+    /** Gives back what was not acknowledged. Who is silent hears no farewell: the library would wait 10 s for each channel's answer to it. */
+    private function hangUp(bool $isSilent): void
+    {
+        try {
+            $isSilent || $this->connection?->close();
+        } catch (Throwable) {
+        }
+        $this->connection?->getIO()->close();
+        $this->connection = null;
+    }
+
     public function run(): void
     {
         while (!$this->stopping) {
+            $isSilent = false;
             try {
                 $this->session();
             } catch (Stop) {
             } catch (Throwable $error) {
                 // The broker's own words are safe to show; another error's may quote what was fetched.
                 fwrite(STDERR, 'session ended: ' . $error::class . ' ' . ($error instanceof AMQPExceptionInterface ? $error->getMessage() : '') . "\n");
+                $isSilent = $error instanceof AMQPTimeoutException && !$this->stopping; // a signal ends a wait for an answer so, too
             }
-            try {
-                $this->connection?->close(); // gives back what was not acknowledged
-            } catch (Throwable) {
-            }
-            $this->connection = null;
+            $this->hangUp($isSilent);
             try {
                 $this->pause(min(0.25 * 2 ** $this->failures++, 10));
             } catch (Stop) {

@@ -17,8 +17,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
@@ -44,8 +43,10 @@ def seconds(name, otherwise):
 PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30")  # for a state that the owner has told of and does not show
 CHECK_S = seconds("TIDINGS_CHECK_S", "10")  # from one look whether the exchange is there to the next
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+DELAY = re.compile(r"[1-9][0-9]{0,3}")  # a Retry-After that is followed; any other is a second
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
-OUTAGES = (408, 429, 502, 503, 504)
+REDIRECTS = range(300, 400)  # never followed: the key would go along
+OUTAGES = (408, 410, 429, 502, 503, 504)  # 410 of whoever stands between; the owner's own is an answer
 
 
 class SetAside(Exception):
@@ -93,33 +94,32 @@ class Consumer:
         if self.stopping:
             raise Stop
 
-    def fetch(self, path):
-        """What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch."""
+    def fetch(self, path, wanted):
+        """What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch."""
         patience = time.monotonic() + PATIENCE_S
         told = set()
         while True:
             try:
-                status, headers, body = ask(path)
+                status, found, after = ask(path)
             except (OSError, HTTPException) as error:
                 complain_once(told, f"the owner cannot be asked: {kind(error)}")
                 self.pause(1)
                 continue
-            if status in (200, 410):
-                return json.loads(body)
+            if wanted(status, found):
+                return found
             if status == 404:  # no deletion: that is 410
                 raise SetAside("the owner never knew this user")
             if status in DENIALS:
                 complain_once(told, f"the owner refuses the key: {status}")
                 self.pause(1)
                 continue
-            if status not in OUTAGES:
+            if status >= 400 and status not in OUTAGES:
                 raise SetAside(f"the owner answered {status}")
-            if b'"not_yet_visible"' not in body:
+            if found.get("code") != "not_yet_visible":
                 complain_once(told, f"the owner cannot be asked: {status}")
             elif time.monotonic() > patience:
                 raise SetAside("the owner shows no state this new")
-            after = headers.get("Retry-After", "")
-            self.pause(int(after) if after.isdecimal() else 1)
+            self.pause(int(after) if DELAY.fullmatch(after) else 1)
 
     def keep(self, event, user_id, record):
         """Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again."""
@@ -136,7 +136,7 @@ class Consumer:
         user_id, version = read(properties, body)
         # A backfill is for those who lost what they held.
         if version > self.versions.get(user_id, 0) or "tidings-backfill" in properties.headers:
-            self.keep(properties.type, user_id, self.fetch(f"/v1/users/{user_id}?min_version={version}"))
+            self.keep(properties.type, user_id, self.fetch(f"/v1/users/{user_id}?min_version={version}", is_latest))
         if properties.message_id:
             self.seen.remember(properties.message_id, True)
 
@@ -156,7 +156,7 @@ class Consumer:
         complain("news may have been missed: resync")
         page = {"next": ""}
         while page["next"] is not None:
-            page = self.fetch("/v1/users?limit=500" + (f"&after={page['next']}" if page["next"] else ""))
+            page = self.fetch("/v1/users?limit=500" + (f"&after={page['next']}" if page["next"] else ""), is_page)
             for user in page["users"]:
                 if user["version"] > self.versions.get(user["id"], 0):
                     self.keep("resync", user["id"], user)
@@ -239,11 +239,14 @@ class Consumer:
 def key():
     """Read anew for each request when it is in a file: a new key takes effect without a restart."""
     file = os.environ.get("TIDINGS_API_KEY_FILE")
-    return (Path(file).read_text().split() or [""])[0] if file else os.environ["TIDINGS_API_KEY"]
+    found = (Path(file).read_text("latin-1") if file else os.environ["TIDINGS_API_KEY"]).strip()
+    if not re.fullmatch("[!-~]+", found):
+        raise OSError("the key is not one word of printable ASCII")  # never quoted
+    return found
 
 
 def check_key():
-    """Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later."""
+    """Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later."""
     key()  # here, where it is no outage that there is none
     try:
         status, _, _ = ask("/v1/users?limit=1")
@@ -251,6 +254,8 @@ def check_key():
         return complain(f"the owner cannot be asked: {kind(error)}")
     if status in DENIALS:
         sys.exit(f"the owner refuses the key: {status}")
+    if status in REDIRECTS:
+        sys.exit(f"TIDINGS_URL leads elsewhere: {status}")
 
 
 def kind(error):
@@ -259,20 +264,33 @@ def kind(error):
     return type(reason if isinstance(reason, Exception) else error).__name__
 
 
+class AsItComes(HTTPErrorProcessor):
+    """No answer is an exception, and no redirect is followed."""
+
+    def http_response(self, _, answer):
+        return answer
+
+    https_response = http_response
+
+
+HTTP = build_opener(AsItComes)
+
+
 def ask(path):
-    request = Request(OWNER + path)
-    request.add_unredirected_header("Authorization", f"Bearer {key()}")  # for the owner alone
+    """Status, the object that came, empty if none did, and when to ask again."""
+    request = Request(OWNER + path, headers={"Authorization": f"Bearer {key()}"})
+    with within(10), HTTP.open(request) as answer:
+        status, after, body = answer.status, answer.headers.get("Retry-After", "").strip(), answer.read()
     try:
-        with within(10), urlopen(request) as answer:
-            return answer.status, answer.headers, answer.read()
-    except HTTPError as refusal:
-        with within(10), refusal:
-            return refusal.code, refusal.headers, refusal.read()
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    return status, found if isinstance(found, dict) else {}, after
 
 
 @contextmanager
 def within(seconds):
-    """TimeoutError when it takes longer, whatever the owner does: urlopen's own limit counts from each piece that arrives."""
+    """TimeoutError when it takes longer, whatever the owner does: urllib's own limit counts from each piece that arrives."""
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -285,15 +303,34 @@ def give_up(*_):
     raise TimeoutError
 
 
+def is_version(number):
+    # pika gives a subclass of int for 64 bits, and a bool is an int to Python, though not to us.
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
+def is_record(found):
+    return isinstance(found, dict) and isinstance(found.get("profile"), dict) and is_version(found.get("version"))
+
+
+def is_latest(status, found):
+    """Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well."""
+    if status == 410:
+        return found.get("code") == "user_deleted" and is_version(found.get("version"))
+    return status == 200 and is_record(found)
+
+
+def is_page(status, found):
+    users = found.get("users")
+    return status == 200 and "next" in found and isinstance(users, list) and all(map(is_record, users))
+
+
 def read(properties, body):
     try:
         notice = json.loads(body)
         user_id, version = notice["user_id"], (properties.headers or {})["version"]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise SetAside("not a notice") from None
-    # pika gives a subclass of int for 64 bits, and a bool is an int to Python, though not to us.
-    is_whole = isinstance(version, int) and not isinstance(version, bool)
-    if not isinstance(user_id, str) or not UUID.fullmatch(user_id) or not is_whole or version < 1:
+    if not isinstance(user_id, str) or not UUID.fullmatch(user_id) or not is_version(version):
         raise SetAside("not a notice")
     return user_id.lower(), version
 

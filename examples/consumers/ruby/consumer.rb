@@ -27,8 +27,10 @@ PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30") # for a state that the owner ha
 CHECK_S = seconds("TIDINGS_CHECK_S", "10") # from one look whether the exchange is there to the next
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
-DENIALS = %w[401 403] # nothing is wrong with the message: the key may be about to be replaced
-OUTAGES = %w[408 429 502 503 504]
+DELAY = /\A[1-9]\d{0,3}\z/ # a Retry-After that is followed; any other is a second
+DENIALS = [401, 403] # nothing is wrong with the message: the key may be about to be replaced
+REDIRECTS = 300..399 # never followed: the key would go along
+OUTAGES = [408, 410, 429, 502, 503, 504] # 410 of whoever stands between; the owner's own is an answer
 NETWORK = [SystemCallError, SocketError, IOError, Timeout::Error, Net::ProtocolError, Net::HTTPBadResponse, OpenSSL::SSL::SSLError]
 
 class SetAside < StandardError; end # a message that no repetition helps; its text never quotes the message
@@ -60,45 +62,63 @@ end
 # Read anew for each request when it is in a file: a new key takes effect without a restart.
 def key
   file = ENV["TIDINGS_API_KEY_FILE"]
-  file ? File.read(file).split.first.to_s : ENV.fetch("TIDINGS_API_KEY")
+  text = file ? File.binread(file) : ENV.fetch("TIDINGS_API_KEY").b
+  text[/\A\s*([!-~]+)\s*\z/, 1] or raise IOError, "the key is not one word of printable ASCII" # never quoted
 end
 
-# Within 10 s, whatever the owner does: Net::HTTP's own limits count from each piece that arrives.
+# Status, the object that came, empty if none did, and when to ask again. Within 10 s, whatever the owner does: Net::HTTP's own limits
+# count from each piece that arrives.
 def ask(path)
-  Timeout.timeout(10) do
+  answer = Timeout.timeout(10) do
     HTTP.start unless HTTP.started?
     HTTP.get(OWNER.path.chomp("/") + path, "Authorization" => "Bearer #{key}")
   end
+  found = JSON.parse(answer.body) rescue nil
+  [answer.code.to_i, found.is_a?(Hash) ? found : {}, answer["Retry-After"].to_s]
 end
 
-# Once, before anything is taken from the queue: a wrong key is the end. An outage is waited for later.
+# Once, before anything is taken from the queue: a wrong key, or address, is the end. An outage is waited for later.
 def check_key
-  code = ask("/v1/users?limit=1").code
-  abort "the owner refuses the key: #{code}" if DENIALS.include?(code)
+  status, = ask("/v1/users?limit=1")
+  abort "the owner refuses the key: #{status}" if DENIALS.include?(status)
+  abort "TIDINGS_URL leads elsewhere: #{status}" if REDIRECTS.cover?(status)
 rescue *NETWORK => error
   warn "the owner cannot be asked: #{error.class}"
   HTTP.finish if HTTP.started?
 end
 
-# What the owner says, asked for as long as it takes. What is waited for is told, once for each fetch.
-def fetch(path)
+def version?(number) = number.is_a?(Integer) && number.positive?
+
+def record?(found) = found.is_a?(Hash) && found["profile"].is_a?(Hash) && version?(found["version"])
+
+# Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well.
+def latest?(status, found)
+  status == 200 ? record?(found) : status == 410 && found["code"] == "user_deleted" && version?(found["version"])
+end
+
+def page?(status, found)
+  users = found["users"]
+  status == 200 && found.key?("next") && users.is_a?(Array) && users.all? { |user| record?(user) }
+end
+
+# What the owner says, once it is what is `wanted`, asked for as long as it takes. What is waited for is told, once for each fetch.
+def fetch(path, wanted)
   patience = now + PATIENCE_S
   told = Set.new
   say = ->(text) { warn text if told.add?(text) }
   loop do
-    answer = ask(path)
-    found = JSON.parse(answer.body) rescue {}
-    case answer.code
-    when "200", "410" then return found
-    when "404" then raise SetAside, "the owner never knew this user" # no deletion: that is 410
+    status, found, after = ask(path)
+    return found if wanted.(status, found)
+    case status
+    when 404 then raise SetAside, "the owner never knew this user" # no deletion: that is 410
     when *DENIALS
-      say.("the owner refuses the key: #{answer.code}")
+      say.("the owner refuses the key: #{status}")
       pause(1)
-    when *OUTAGES
-      say.("the owner cannot be asked: #{answer.code}") if found["code"] != "not_yet_visible"
+    when ...400, *OUTAGES
+      say.("the owner cannot be asked: #{status}") if found["code"] != "not_yet_visible"
       raise SetAside, "the owner shows no state this new" if found["code"] == "not_yet_visible" && now > patience
-      pause(Float(answer["Retry-After"] || 1, exception: false) || 1)
-    else raise SetAside, "the owner answered #{answer.code}"
+      pause((after[DELAY] || 1).to_i)
+    else raise SetAside, "the owner answered #{status}"
     end
   rescue *NETWORK => error
     say.("the owner cannot be asked: #{error.class}") # its text may quote what came
@@ -110,9 +130,7 @@ end
 def read(properties, body)
   notice = JSON.parse(body) rescue nil
   version = properties.headers&.fetch("version", nil)
-  unless notice.is_a?(Hash) && UUID.match?(notice["user_id"].to_s) && version.is_a?(Integer) && version.positive?
-    raise SetAside, "not a notice"
-  end
+  raise SetAside, "not a notice" unless notice.is_a?(Hash) && UUID.match?(notice["user_id"].to_s) && version?(version)
   [notice["user_id"].downcase, version]
 end
 
@@ -127,7 +145,7 @@ def handle(properties, body)
   return if SEEN.key?(properties.message_id)
   user_id, version = read(properties, body)
   if version > VERSIONS.fetch(user_id, 0) || properties.headers.key?("tidings-backfill") # for those who lost what they held
-    keep(properties.type, user_id, fetch("/v1/users/#{user_id}?min_version=#{version}"))
+    keep(properties.type, user_id, fetch("/v1/users/#{user_id}?min_version=#{version}", method(:latest?)))
   end
   SEEN.remember(properties.message_id, true) if properties.message_id
 end
@@ -137,7 +155,7 @@ def resync
   warn "news may have been missed: resync"
   after = nil
   loop do
-    page = fetch("/v1/users?limit=500#{after && "&after=#{after}"}")
+    page = fetch("/v1/users?limit=500#{after && "&after=#{after}"}", method(:page?))
     page["users"].each { |user| keep("resync", user["id"], user) if user["version"] > VERSIONS.fetch(user["id"], 0) }
     after = page["next"] or return
     pause(0)
