@@ -1,6 +1,9 @@
 //! What the example applications have in common: where things are, and how to leave.
 
-use std::time::Duration;
+use std::{
+    io::{IsTerminal, stderr},
+    time::Duration,
+};
 
 use anyhow::Context;
 use sqlx::{PgPool, postgres::PgPoolOptions};
@@ -72,7 +75,8 @@ pub fn stop() -> anyhow::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Says what goes on, on stderr.
+/// Says what goes on, on stderr; in colours to who reads it there.
 pub fn log() {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter("info,lapin=off").init();
+    let log = tracing_subscriber::fmt().with_writer(stderr).with_ansi(stderr().is_terminal());
+    log.with_env_filter("info,lapin=off").init();
 }

@@ -42,7 +42,8 @@ bring_up_bench_servers() {
 
 build_bench() {
     cd "$ROOT" || exit
-    cargo build --quiet --locked --release --package tidings --bin tidings --package tidings-bench --bin tidings-bench
+    with_progress "building the bench" \
+        cargo build --quiet --locked --release --package tidings --bin tidings --package tidings-bench --bin tidings-bench
 }
 
 bench_binary() { echo "${CARGO_TARGET_DIR:-$ROOT/target}/release/tidings-bench"; }

@@ -13,7 +13,8 @@ fuzz() {
         shift
     fi
     local seconds=${1:-60} failed=0
-    [[ $seconds =~ ^[1-9][0-9]*$ ]] || die "seconds are a number, not $seconds"
+    [[ $seconds =~ ^[1-9][0-9]*$ ]] || die "seconds are a number, not $seconds" "./dev help"
+    no_more "${@:2}"
     require_rust
     ((EUID == 0)) || find_cxx >/dev/null || die "there is no C++ compiler" "have it installed: sudo apt-get install $(package_of cxx)"
     provide linker cxx
@@ -23,9 +24,8 @@ fuzz() {
 }
 
 build_fuzzer() {
-    say "building the fuzzer"
     RUSTC_WRAPPER=$ROOT/fuzz/rustc CARGO_TARGET_DIR=$ROOT/target/fuzz \
-        cargo build --quiet --locked --release --manifest-path "$ROOT/fuzz/Cargo.toml"
+        with_progress "building the fuzzer" cargo build --quiet --locked --release --manifest-path "$ROOT/fuzz/Cargo.toml"
 }
 
 fuzz_one() {

@@ -10,11 +10,11 @@ INSTRUCTIONS_TIMES=1000
 
 # instructions [--accept]: without it, fails when a path costs more than the tolerance allows, or less without having been told.
 instructions() {
-    [[ ${1---accept} == --accept && $# -le 1 ]] || die "instructions takes --accept and nothing else"
+    [[ ${1---accept} == --accept && $# -le 1 ]] || die "instructions takes --accept and nothing else" "./dev help"
     require_rust
     provide linker valgrind
     cd "$ROOT" || exit
-    cargo build --quiet --locked --release --package tidings-bench --bin hot_paths
+    with_progress "building the hot paths" cargo build --quiet --locked --release --package tidings-bench --bin hot_paths
     local counted=$DEV/instructions.tsv
     count_all >"$counted"
     if [[ ${1-} == --accept ]]; then

@@ -27,7 +27,12 @@ start_service() {
     choose_address
     TIDINGS_LISTEN=$(service_address) launch tidings "$(binary)" serve
     echo "$wanted" >"$DEV/run/tidings.fingerprint"
-    (wait_ready tidings 30 service_becomes_ready) || die "tidings does not get ready" "GET /readyz says: $(ask_readiness | tail -n 1)"
+    (wait_ready tidings 30 service_becomes_ready) || {
+        local answer
+        # One that is gone has said why, and answers nothing.
+        answer=$(ask_readiness | tail -n 1) || exit 1
+        die "tidings does not get ready" "GET /readyz says: $answer"
+    }
 }
 
 # The service itself allows its requests 20 seconds to end.
@@ -161,10 +166,11 @@ tidings() {
 
 # An example application with a database of its own, beside the running service.
 app() {
-    local name=${1-}
+    local name=${1-} program=${CARGO_TARGET_DIR:-$ROOT/target}/debug/examples/${1-}
     [[ -f $ROOT/examples/$name/main.rs && $name =~ ^(orders|events|crm|invoices)$ ]] ||
         die "no such application: $name" "orders, events, crm and invoices are in examples/"
     shift
+    case ${1-} in -h | --help) build_app "$name" && exec "$program" "$@" ;; esac
     TIDINGS_URL=$(service_url)
     TIDINGS_API_KEY=$(key)
     use_servers
@@ -172,5 +178,10 @@ app() {
     APP_DATABASE_URL=$(database_beside "app_$name")
     (psql_at "$APP_DATABASE_URL" -qc '') >&2 2>/dev/null || (psql_at "$DATABASE_URL" -qc "create database app_$name") >&2 || die "there can be no database app_$name"
     export TIDINGS_URL TIDINGS_API_KEY APP_DATABASE_URL
-    exec cargo run --quiet --locked --manifest-path "$ROOT/Cargo.toml" --example "$name" -- "$@"
+    build_app "$name"
+    exec "$program" "$@"
+}
+
+build_app() {
+    with_progress "building $1" cargo build --quiet --locked --manifest-path "$ROOT/Cargo.toml" --example "$1" || die "the build failed"
 }

@@ -17,6 +17,9 @@ die() {
     exit 1
 }
 
+# no_more [ARGS..]: what a command does not know is refused before anything is done, and not passed over.
+no_more() { (($# == 0)) || die "no such argument: $1" "./dev help"; }
+
 # still WHAT SECONDS: the progress line.
 still() { say "... $1 ($2 s)"; }
 

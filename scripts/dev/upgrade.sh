@@ -5,6 +5,7 @@
 # upgrade [REVISION]: from this revision, which is the one before the newest migration by itself.
 upgrade() {
     local before=$DEV/upgrade revision=${1-}
+    no_more "${@:2}"
     require_rust
     [[ -n $revision ]] || revision=$(before_the_newest_migration)
     git -C "$ROOT" rev-parse --quiet --verify "$revision^{commit}" >/dev/null ||
@@ -16,7 +17,8 @@ upgrade() {
     use_servers
     say "from $(git -C "$ROOT" log -1 --format='%h (%as)' "$revision")"
     check_out_before "$before" "$revision"
-    cargo build --quiet --locked --bin tidings --manifest-path "$before/Cargo.toml" --target-dir "$before/target"
+    with_progress "building it" \
+        cargo build --quiet --locked --bin tidings --manifest-path "$before/Cargo.toml" --target-dir "$before/target"
     cd "$ROOT" || exit
     TIDINGS_BEFORE=$before cargo test --locked --test it -- --ignored --nocapture upgrade::
 }
