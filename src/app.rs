@@ -117,7 +117,8 @@ pub fn full(
         .merge(registry(guarded(clients::routes(), clients, desks.processing)))
         .merge(Router::from(ops::routes()).with_state(ops))
         .merge(Router::from(docs::routes()).with_state(files))
-        .merge(docs::pages());
+        .merge(docs::pages())
+        .fallback(route_not_found);
     // Outermost: who was refused for want of room, or was too late, was told of nobody.
     Ok(with_manners(app, limits).layer(observing))
 }
@@ -132,9 +133,10 @@ fn registry(routes: Router) -> Router {
     routes.layer(middleware::from_fn(to_the_end))
 }
 
-/// The operator's questions alone, for an instance that only relays.
+/// The operator's questions alone, for an instance that only relays. It has no document that would list them.
 pub fn ops_only(ops: Ops, limits: Limits) -> Router {
-    with_manners(Router::from(ops::routes()).with_state(ops), limits)
+    let not_here = async || Problem::new(Code::RouteNotFound, "this is a relay: it has /healthz, /readyz and /metrics");
+    with_manners(Router::from(ops::routes()).fallback(not_here).with_state(ops), limits)
 }
 
 /// The same for an instance that is not ready yet, as far as it can answer them; to all else it says that it waits.
@@ -148,5 +150,5 @@ pub fn while_starting(starting: Starting, limits: Limits) -> Router {
 
 fn with_manners(app: Router, limits: Limits) -> Router {
     let manners = middleware::from_fn_with_state(limits, manners);
-    app.fallback(route_not_found).method_not_allowed_fallback(method_not_allowed).layer(manners)
+    app.method_not_allowed_fallback(method_not_allowed).layer(manners)
 }

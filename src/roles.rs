@@ -65,6 +65,9 @@ pub async fn serve(settings: config::Serve, mut faults: config::Faults) -> anyho
     let deadline = settings.erasure.parse(&mut faults);
     let limits = settings.limits.parse(&mut faults);
     let management = broker.as_ref().and_then(|broker| settings.management.open(broker, &mut faults));
+    if relays && broker.is_none() {
+        settings.management.check(&mut faults);
+    }
     faults.none()?;
     let (Some(db), Some(address), Some(schema), Some(watching), Some(deadline), Some(limits), Some(source)) =
         (db, address, schema, watching, deadline, limits, source)

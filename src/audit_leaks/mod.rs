@@ -39,7 +39,7 @@ pub async fn run(asked: config::AuditLeaks, mut faults: Faults) -> anyhow::Resul
     let db = asked.database.open(&mut faults);
     let how_long = faults.note("--listen", duration(&asked.listen));
     let listens = !asked.no_broker;
-    let broker = if listens || !asked.peek.is_empty() { asked.amqp.open(&mut faults) } else { None };
+    let broker = if listens || !asked.peek.is_empty() { asked.exchange.open(&mut faults) } else { None };
     let metrics = asked.metrics.as_deref().map(str::parse::<SocketAddr>).transpose();
     let metrics =
         faults.note("--metrics", metrics.map_err(|_| "expected an IP address and a port, such as 127.0.0.1:8080"));

@@ -61,8 +61,8 @@ async fn start(
     place: Place,
     Body(asked): Body<Start, START_LIMIT_BYTES>,
 ) -> Result<(StatusCode, [(header::HeaderName, String); 1], Json<Progress>), Problem> {
-    place.turn_at_the_registry(&caller.client).await?;
     let plan = asked.plan().map_err(body_invalid)?;
+    place.turn_at_the_registry(&caller.client).await?;
     let started = backfills.start(&name, &plan).await?;
     let location = [(header::LOCATION, format!("/v1/subscriptions/{name}/backfill"))];
     Ok((StatusCode::ACCEPTED, location, Json(Progress::of(&name, &started))))
@@ -110,9 +110,9 @@ async fn resume(
     Params(asked): Params<NewRate>,
     place: Place,
 ) -> Result<Json<Progress>, Problem> {
-    place.turn_at_the_registry(&caller.client).await?;
     let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range()));
     let rate = asked.rate_per_s.map(|rate| within(&RATES, rate).ok_or_else(invalid)).transpose()?;
+    place.turn_at_the_registry(&caller.client).await?;
     act(&backfills, &name, Action::Resume(rate)).await
 }
 

@@ -145,9 +145,15 @@ impl Deref for Session {
 }
 
 impl Broker {
-    pub fn new(uri: AMQPUri, trust: Trust, exchange: String, prefix: Option<String>) -> Self {
+    pub fn new(uri: AMQPUri, trust: Trust, exchange: String) -> Self {
         let source = cloudevents_source(&exchange);
-        Self { uri, trust, exchange, source, prefix, registry: None, note_missing: None }
+        Self { uri, trust, exchange, source, prefix: None, registry: None, note_missing: None }
+    }
+
+    /// With these words before every routing key.
+    #[must_use]
+    pub fn with_prefix(self, prefix: Option<String>) -> Self {
+        Self { prefix, ..self }
     }
 
     /// With another user for all but publishing to the exchange.
@@ -391,12 +397,8 @@ mod tests {
             assert!(parse_prefix(prefix).is_err(), "{prefix}");
         }
         let uri = parse_url(&"amqp://localhost".into()).unwrap();
-        let broker = Broker::new(
-            uri,
-            Trust::default(),
-            parse_exchange("master data").unwrap(),
-            Some(parse_prefix("eu.prod").unwrap()),
-        );
+        let broker = Broker::new(uri, Trust::default(), parse_exchange("master data").unwrap())
+            .with_prefix(Some(parse_prefix("eu.prod").unwrap()));
         assert_eq!(broker.routing_key(&Event::Deleted), "eu.prod.user.deleted");
         assert_eq!(broker.source(), "urn:tidings:master-data");
     }
@@ -404,7 +406,7 @@ mod tests {
     #[test]
     fn who_may_listen_is_told_by_the_address() {
         let is_overheard = |url: &str| {
-            Broker::new(parse_url(&url.into()).unwrap(), Trust::default(), "masterdata".into(), None).is_overheard()
+            Broker::new(parse_url(&url.into()).unwrap(), Trust::default(), "masterdata".into()).is_overheard()
         };
         assert!(
             !is_overheard("amqp://localhost") && !is_overheard("amqp://[::1]:1/%2f") && !is_overheard("amqps://broker")
@@ -437,7 +439,7 @@ mod tests {
             ("amqp://host/user%20data", "user data"),
         ] {
             let uri = parse_url(&url.into()).unwrap();
-            assert_eq!(Broker::new(uri, Trust::default(), "masterdata".into(), None).vhost(), vhost, "{url}");
+            assert_eq!(Broker::new(uri, Trust::default(), "masterdata".into()).vhost(), vhost, "{url}");
         }
     }
 

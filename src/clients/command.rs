@@ -19,7 +19,7 @@ use time::OffsetDateTime;
 
 use super::{
     key::Key,
-    model::{Client, NewClient},
+    model::{Client, NewClient, Scope},
     store::{self, KeyFacts},
 };
 use crate::{
@@ -41,6 +41,7 @@ pub async fn run(action: ClientAction, mut faults: Faults) -> anyhow::Result<()>
             faults.none()?;
             let mut connection = open(db).await?;
             let clients = asked(store::find(&mut connection).await)?;
+            let clients: Vec<Client> = clients.into_iter().map(Client::effective).collect();
             let keys = asked(store::keys(&mut connection).await)?;
             if list.json { print_json(&clients, &keys) } else { print_table(&clients, &keys) }
         }
@@ -48,7 +49,12 @@ pub async fn run(action: ClientAction, mut faults: Faults) -> anyhow::Result<()>
 }
 
 async fn create(asked_for: ClientCreate, mut faults: Faults) -> anyhow::Result<()> {
-    let scopes = parsed("--scope", &asked_for.scopes, &mut faults);
+    let scopes: BTreeSet<Scope> = parsed("--scope", &asked_for.scopes, &mut faults);
+    for (setting, fields) in [("--field", &asked_for.fields), ("--write-field", &asked_for.write_fields)] {
+        if scopes.contains(&Scope::Admin) && !fields.is_empty() {
+            faults.note::<(), _>(setting, Err("admin is every field: leave this out, or give other scopes"));
+        }
+    }
     let client = faults.note("NAME", NewClient::named(&asked_for.name, scopes));
     let schema = config::schema(asked_for.profile_schema.as_deref(), &mut faults);
     let fields = fields("--field", &asked_for.fields, schema.as_ref(), &mut faults);
@@ -138,7 +144,7 @@ fn asked<T>(outcome: sqlx::Result<T>) -> anyhow::Result<T> {
 }
 
 fn explained(trouble: Trouble) -> anyhow::Error {
-    anyhow!("{}\nhint: is the database up, and migrated? `tidings migrate`", trouble.report())
+    anyhow!("{}\nhint: {}", trouble.report(), trouble.advice())
 }
 
 fn parsed<T>(setting: &str, texts: &[String], faults: &mut Faults) -> BTreeSet<T>

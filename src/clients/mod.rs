@@ -20,7 +20,7 @@ pub use key::{Key, KeyId};
 pub use model::{Caller, Client, InvalidName, InvalidScope, NewClient, Scope};
 pub use roster::{Clients, check};
 pub use store::{
-    CLIENT_OF, CREATE, DECLARED, EXISTS, FIND, ISSUE, KEYS, LIVE_KEYS, PROCESSING, RETIRE, REVOKE, REVOKE_KEY, ROSTER,
-    USED, create, declared_fields, exists, issue,
+    CLIENT_OF, CREATE, DECLARED, FIND, GRANTED, ISSUE, KEYS, LIVE_KEYS, PROCESSING, RETIRE, REVOKE, REVOKE_KEY, ROSTER,
+    USED, create, declared_fields, issue, may_declare,
 };
 pub use token::Tokens;

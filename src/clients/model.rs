@@ -219,6 +219,15 @@ pub struct Client {
     pub revoked_at: Option<OffsetDateTime>,
 }
 
+impl Client {
+    /// Without lists that are without effect: to an administrator none applies, though some were made with one.
+    #[must_use]
+    pub fn effective(self) -> Self {
+        let is_admin = self.scopes.iter().any(|scope| scope == Scope::Admin.as_str());
+        if is_admin { Self { fields: None, write_fields: None, ..self } } else { self }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@ use super::{
     key::{Key, KeyId},
     model::{Client, NewClient, Scope},
 };
-use crate::web::Rate;
+use crate::{profile::FieldSet, web::Rate};
 
 /// Keys that open something now, by the database's clock.
 pub const LIVE_KEYS: &str = "
@@ -144,16 +144,25 @@ select name, routing_keys, fields, owner, purpose, client
  order by name
 ";
 
-pub const EXISTS: &str = "
-select exists (select from clients where name = $1 and revoked_at is null)
+/// What a client may do, and its list.
+pub const GRANTED: &str = "
+select scopes, fields
+  from clients
+ where name = $1 and revoked_at is null
 ";
 
-/// Whether there is a client of this name that was not revoked.
+/// The fields that a subscription may declare for which this client stands: all that it may ever come to read. `None` when there is no such
+/// client, or it was revoked.
 ///
 /// # Errors
 /// When the database does not answer.
-pub async fn exists(on: impl PgExecutor<'_>, name: &str) -> sqlx::Result<bool> {
-    sqlx::query_scalar(EXISTS).bind(name).fetch_one(on).await
+pub async fn may_declare(on: impl PgExecutor<'_>, client: &str) -> sqlx::Result<Option<FieldSet>> {
+    let granted: Option<(Vec<String>, Option<Vec<String>>)> =
+        sqlx::query_as(GRANTED).bind(client).fetch_optional(on).await?;
+    let Some((scopes, fields)) = granted else { return Ok(None) };
+    let is_admin = parsed::<Scope, BTreeSet<_>>(&scopes)?.contains(&Scope::Admin);
+    let list = fields.as_deref().map(parsed).transpose()?;
+    Ok(Some(if is_admin { FieldSet::All } else { FieldSet::of(list) }))
 }
 
 /// A live key as it is kept.

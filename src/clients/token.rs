@@ -6,13 +6,14 @@
 use std::{
     collections::HashMap,
     fs,
+    ops::RangeInclusive,
     path::Path,
     sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, bail, ensure};
 use jsonwebtoken::{
-    Algorithm, DecodingKey, Validation, decode, decode_header, get_current_timestamp,
+    Algorithm, DecodingKey, DecodingKeyKind, Validation, crypto, decode, decode_header, get_current_timestamp,
     jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse},
 };
 use serde_json::{Map, Value};
@@ -61,7 +62,7 @@ impl Tokens {
             validation.set_issuer(&[issuer]);
             validation.set_audience(&[audience]);
             validation.set_required_spec_claims(&["exp", "iss", "aud"]);
-            let key = DecodingKey::from_jwk(jwk).with_context(|| format!("key {id:?}"))?;
+            let key = verifying(jwk, algorithm).with_context(|| format!("key {id:?}"))?;
             ensure!(keys.insert(id.clone(), (key, validation)).is_none(), "two keys have the kid {id:?}");
         }
         Ok(Self { keys, client_claim: client_claim.to_owned(), verified: Mutex::default() })
@@ -144,6 +145,42 @@ fn algorithm(jwk: &Jwk) -> anyhow::Result<Algorithm> {
     Ok(algorithm)
 }
 
+/// Of an Ed25519 key, in bytes.
+const ED25519_BYTES: usize = 32;
+/// Of an RSA key's modulus, in bits: RFC 7518, section 3.3, asks for no less, and the library takes no more.
+const RSA_BITS: RangeInclusive<usize> = 2048..=4096;
+/// Of its exponent.
+const RSA_EXPONENT_BITS: RangeInclusive<usize> = 2..=33;
+
+/// The key, which is sound: the library itself looks when a token comes, and panics at an Ed25519 key that was cut off.
+fn verifying(jwk: &Jwk, algorithm: Algorithm) -> anyhow::Result<DecodingKey> {
+    let key = DecodingKey::from_jwk(jwk)?;
+    match key.kind() {
+        DecodingKeyKind::RsaModulusExponent { n, e } => {
+            let is_sound =
+                RSA_BITS.contains(&bits(n)) && RSA_EXPONENT_BITS.contains(&bits(e)) && is_odd(n) && is_odd(e);
+            ensure!(is_sound, "its \"n\" and \"e\" are no RSA key of 2048 to 4096 bits");
+        }
+        DecodingKeyKind::SecretOrDer(bytes) => {
+            let is_whole = algorithm != Algorithm::EdDSA || bytes.len() == ED25519_BYTES;
+            // No signature is right; whether one can be looked at is what is asked.
+            ensure!(is_whole && crypto::verify("", &[], &key, algorithm).is_ok(), "it is no public key of its curve");
+        }
+    }
+    Ok(key)
+}
+
+/// How long a big-endian number is, without what is zero before it.
+fn bits(number: &[u8]) -> usize {
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
+    let first = number.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);
+    (number.len() - zeros) * 8 - first
+}
+
+fn is_odd(number: &[u8]) -> bool {
+    number.last().is_some_and(|last| last % 2 == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use std::env::temp_dir;
@@ -161,13 +198,17 @@ mod tests {
         let private = b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20".to_vec();
         let seed = URL_SAFE_NO_PAD.decode("nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A").unwrap();
         let signing = EncodingKey::from_ed_der(&[private, seed].concat());
-        let jwks = temp_dir().join(Uuid::new_v4().to_string());
-        let set = json!({ "keys": [{ "kty": "OKP", "crv": "Ed25519", "kid": "one", "x": public }] });
-        fs::write(&jwks, set.to_string()).unwrap();
-        let tokens = Tokens::pinned(&jwks, "https://id.example.org", "tidings", "sub").unwrap();
-        fs::remove_file(jwks).unwrap();
+        let tokens = pinned(&json!({ "kty": "OKP", "crv": "Ed25519", "kid": "one", "x": public })).unwrap();
         let header = Header { kid: Some("one".to_owned()), ..Header::new(Algorithm::EdDSA) };
         (tokens, move |claims| encode(&header, claims, &signing).unwrap())
+    }
+
+    fn pinned(key: &Value) -> anyhow::Result<Tokens> {
+        let jwks = temp_dir().join(Uuid::new_v4().to_string());
+        fs::write(&jwks, json!({ "keys": [key] }).to_string()).unwrap();
+        let tokens = Tokens::pinned(&jwks, "https://id.example.org", "tidings", "sub");
+        fs::remove_file(jwks).unwrap();
+        tokens
     }
 
     fn claims(ends_in_s: i64) -> Value {
@@ -199,6 +240,34 @@ mod tests {
         assert!(tokens.recall(&ending).is_some(), "clocks may differ");
         tokens.remember(&ending, claimed, get_current_timestamp() - LEEWAY_S);
         assert_eq!(tokens.recall(&ending), None);
+    }
+
+    /// Those of RFC 7515, appendices A.2 and A.3, and the base point of P-384. What is refused is told by the chapter `tokens`.
+    #[test]
+    fn sound_keys_are_taken() {
+        let n = "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-\
+                 yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUsLA9e\
+                 -KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco\
+                 9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ";
+        let (x, y) = ("f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU", "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0");
+        let (base_x, base_y) = (
+            "qofKIr6LBTeOscce8yCtdG4dO2KLp5uYWfdB4IJUKjhVAvJdv1UpbDpUXjhydgq3",
+            "NhfeSpYmLG9dnpi_kpLcKfj0Hb0omhR86doxE7XwuMAKYLHOHX6BnXpDHXyQ6g5f",
+        );
+        for key in [
+            json!({ "kty": "RSA", "kid": "one", "alg": "RS256", "n": n, "e": "AQAB" }),
+            json!({ "kty": "RSA", "kid": "one", "alg": "PS512", "n": n, "e": "AQAB" }),
+            json!({ "kty": "EC", "crv": "P-256", "kid": "one", "x": x, "y": y }),
+            json!({ "kty": "EC", "crv": "P-384", "kid": "one", "x": base_x, "y": base_y }),
+        ] {
+            assert!(pinned(&key).is_ok(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_number_is_as_long_as_it_is_without_the_zeros_before_it() {
+        let numbers: [&[u8]; 6] = [&[], &[0, 0], &[1], &[0, 3], &[1, 0, 1], &[0, 255, 1]];
+        assert_eq!(numbers.map(bits), [0, 0, 1, 2, 17, 16]);
     }
 
     #[test]

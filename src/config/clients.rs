@@ -15,7 +15,8 @@ pub struct Client {
 
 const CLIENT_HELP: &str = "\
 Examples:
-  tidings client create orders --scope users:read,subscriptions --field address,city --purpose 'ships what was ordered'
+  tidings client create orders --scope users:read,subscriptions \\
+    --field address,city --purpose 'ships what was ordered'
   KEY=$(tidings client create hr --scope users:read,users:write)
   tidings client rotate hr --overlap 2d
   tidings client revoke orders";

@@ -115,8 +115,11 @@ impl Secret<'_> {
         faults: &mut Faults,
         parse: impl FnOnce(&SecretString) -> Result<T, E>,
     ) -> Option<Option<T>> {
-        let is_set = self.file.is_some() || std::env::var_os(self.name).is_some();
-        if is_set { self.parse(faults, parse).map(Some) } else { Some(None) }
+        if self.is_set() { self.parse(faults, parse).map(Some) } else { Some(None) }
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.file.is_some() || std::env::var_os(self.name).is_some()
     }
 
     fn read(&self) -> Result<SecretString, String> {

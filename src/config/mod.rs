@@ -15,7 +15,7 @@ pub use clients::{Client, ClientAction, ClientCreate, ClientList, ClientRevoke, 
 pub use deletions::{DeletionsAction, DeletionsOverdue, DeletionsServers, DeletionsShow};
 pub use faults::{Faults, WrongSettings, duration};
 pub use import::{Import, ImportSettings, Input};
-pub use servers::{Amqp, Api, DEFAULT_EXCHANGE, Database, ManagementApi};
+pub use servers::{Amqp, Api, DEFAULT_EXCHANGE, Database, Exchange, ManagementApi};
 pub use serving::{Connections, Erasure, Jwt, Limits, Listen, Watched, Watching};
 pub use subscriptions::{
     BackfillAction, BackfillOf, BackfillResume, BackfillStart, DeadLettersAction, DeadLettersList, DeadLettersPurge,
@@ -108,17 +108,20 @@ pub enum Command {
     Healthcheck(Healthcheck),
 }
 
+/// No line of an example is wider than a terminal mostly is: clap would break it, and what is pasted would be two commands.
 const SERVE_HELP: &str = "\
 Examples:
-  DATABASE_URL=postgres://tidings@localhost/tidings AMQP_URL=amqp://localhost tidings serve
-  DATABASE_URL_FILE=/run/secrets/db AMQP_URL_FILE=/run/secrets/amqp tidings serve --listen 0.0.0.0:8080
+  DATABASE_URL=postgres://tidings@localhost/tidings AMQP_URL=amqp://localhost \\
+    tidings serve
+  DATABASE_URL_FILE=/run/secrets/db AMQP_URL_FILE=/run/secrets/amqp \\
+    tidings serve --listen 0.0.0.0:8080
   tidings serve --no-relay      # and `tidings relay` elsewhere";
 
 const TAIL_HELP: &str = "\
 Examples:
   tidings tail                                  # everything
   tidings tail user.created user.deleted        # two routing keys
-  tidings tail 'user.*'                         # a pattern of the topic exchange
+  tidings tail 'user.*'                         # a pattern of a topic exchange
   tidings tail --fields job_title,company       # only changes of these fields
   tidings tail --fields job_title user.deleted  # the same, and deletions";
 
@@ -193,9 +196,11 @@ impl Serve {
         asks_nobody
     }
 
-    /// Whether it relays too. Who meant to say so and failed mostly wants no broker, and is not told that one is missing.
+    /// Whether it relays too. Who meant to say so and failed mostly wants no broker, and is not told that none is named; only what is wrong
+    /// with one that is.
     pub fn relays(&self, faults: &mut Faults) -> bool {
-        faults.note("TIDINGS_NO_RELAY", switch(&self.no_relay)).is_some_and(|no_relay| !no_relay)
+        let no_relay = faults.note("TIDINGS_NO_RELAY", switch(&self.no_relay));
+        no_relay.map_or_else(|| self.amqp.exchange.is_set(), |no_relay| !no_relay)
     }
 
     pub fn requires_if_match(&self, faults: &mut Faults) -> bool {
@@ -258,17 +263,17 @@ impl Tail {
 
 const AUDIT_HELP: &str = "\
 Examples:
-  tidings audit-leaks                                       # tables, and what is published within 10 s
+  tidings audit-leaks                # tables, and what is published within 10 s
   tidings audit-leaks --file /var/log/tidings.log --metrics 127.0.0.1:8080
   journalctl -u tidings | tidings audit-leaks --no-broker --file -
-  tidings audit-leaks --peek orders                         # costs each message in it a delivery";
+  tidings audit-leaks --peek orders  # costs each message in it a delivery";
 
 #[derive(Debug, Args)]
 pub struct AuditLeaks {
     #[command(flatten)]
     pub database: Database,
     #[command(flatten)]
-    pub amqp: Amqp,
+    pub exchange: Exchange,
     /// Values to look for, of living users drawn at random.
     #[arg(long, default_value = "200", value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=5_000))]
     pub values: u16,

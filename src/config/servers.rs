@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use lapin::uri::AMQPUri;
 use secrecy::{ExposeSecret, SecretString};
 use tidings_sdk::{topology::Source, trust::Trust};
 
@@ -32,22 +33,52 @@ impl Database {
 
 pub const DEFAULT_EXCHANGE: &str = "masterdata";
 
+/// An exchange, and the broker where it is.
 #[derive(Debug, Args)]
-pub struct Amqp {
+pub struct Exchange {
     /// File that holds the URL of the broker. The URL itself is given by AMQP_URL only.
     #[arg(long, env = "AMQP_URL_FILE", value_name = "FILE", value_parser = path())]
     pub amqp_url_file: Option<PathBuf>,
-    /// File that holds the URL of the broker with another user, for all but publishing to the exchange: declaring, reading dead letters,
-    /// backfilling. The URL itself is given by AMQP_REGISTRY_URL only. Without either, the user of AMQP_URL does it all.
-    #[arg(long, env = "AMQP_REGISTRY_URL_FILE", value_name = "FILE", value_parser = path())]
-    pub amqp_registry_url_file: Option<PathBuf>,
     /// File of the certificate authorities (PEM) by which a broker at an amqps:// address, and its management API at https://, are
     /// known, beside those of this machine.
     #[arg(long, env = "AMQP_CA_FILE", value_name = "FILE", value_parser = path())]
     pub amqp_ca_file: Option<PathBuf>,
-    /// Topic exchange to publish to.
+    /// Topic exchange that is published to.
     #[arg(long, env = "TIDINGS_EXCHANGE", default_value = DEFAULT_EXCHANGE, value_name = "NAME")]
     pub exchange: String,
+}
+
+impl Exchange {
+    /// Without the words before its routing keys: for who listens to all of them.
+    pub fn open(&self, faults: &mut Faults) -> Option<Broker> {
+        let uri = self.url().parse(faults, broker::parse_url);
+        let trust = trust("AMQP_CA_FILE", self.amqp_ca_file.as_deref(), faults);
+        let exchange = self.name(faults);
+        Some(Broker::new(uri?, trust?, exchange?))
+    }
+
+    /// Whether it is said where the broker is.
+    pub fn is_set(&self) -> bool {
+        self.url().is_set()
+    }
+
+    fn url(&self) -> Secret<'_> {
+        Secret { name: "AMQP_URL", file: self.amqp_url_file.as_ref() }
+    }
+
+    fn name(&self, faults: &mut Faults) -> Option<String> {
+        faults.note("TIDINGS_EXCHANGE", broker::parse_exchange(&self.exchange))
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Amqp {
+    #[command(flatten)]
+    pub exchange: Exchange,
+    /// File that holds the URL of the broker with another user, for all but publishing to the exchange: declaring, reading dead letters,
+    /// backfilling. The URL itself is given by AMQP_REGISTRY_URL only. Without either, the user of AMQP_URL does it all.
+    #[arg(long, env = "AMQP_REGISTRY_URL_FILE", value_name = "FILE", value_parser = path())]
+    pub amqp_registry_url_file: Option<PathBuf>,
     /// Words before every routing key: PREFIX.user.deleted.
     #[arg(long, env = "TIDINGS_ROUTING_KEY_PREFIX", value_name = "PREFIX")]
     pub routing_key_prefix: Option<String>,
@@ -57,12 +88,11 @@ const REGISTRY_URL: &str = "AMQP_REGISTRY_URL";
 
 impl Amqp {
     pub fn open(&self, faults: &mut Faults) -> Option<Broker> {
-        let uri = Secret { name: "AMQP_URL", file: self.amqp_url_file.as_ref() }.parse(faults, broker::parse_url);
-        let trust = trust("AMQP_CA_FILE", self.amqp_ca_file.as_deref(), faults);
+        let broker = self.exchange.open(faults);
         let registry = Secret { name: REGISTRY_URL, file: self.amqp_registry_url_file.as_ref() };
         let registry = registry.parse_if_set(faults, broker::parse_url);
-        let Source { exchange, prefix } = self.source(faults)?;
-        let broker = Broker::new(uri?, trust?, exchange, prefix);
+        let prefix = self.prefix(faults);
+        let broker = broker?.with_prefix(prefix?);
         Some(match registry? {
             Some(uri) => broker.with_registry(uri),
             None => broker,
@@ -71,10 +101,13 @@ impl Amqp {
 
     /// What is published to, wherever the broker is.
     pub fn source(&self, faults: &mut Faults) -> Option<Source> {
-        let exchange = faults.note("TIDINGS_EXCHANGE", broker::parse_exchange(&self.exchange));
-        let prefix = self.routing_key_prefix.as_deref().map(broker::parse_prefix).transpose();
-        let prefix = faults.note("TIDINGS_ROUTING_KEY_PREFIX", prefix);
+        let (exchange, prefix) = (self.exchange.name(faults), self.prefix(faults));
         Some(Source { exchange: exchange?, prefix: prefix? })
+    }
+
+    fn prefix(&self, faults: &mut Faults) -> Option<Option<String>> {
+        let prefix = self.routing_key_prefix.as_deref().map(broker::parse_prefix).transpose();
+        faults.note("TIDINGS_ROUTING_KEY_PREFIX", prefix)
     }
 }
 
@@ -101,6 +134,11 @@ impl ManagementApi {
     pub fn open(&self, broker: &Broker, faults: &mut Faults) -> Option<Management> {
         let url = Secret { name: MANAGEMENT_URL, file: self.rabbitmq_management_url_file.as_ref() };
         url.parse_if_set(faults, |url| Management::new(url, broker)).flatten()
+    }
+
+    /// Notes what is wrong with it where the broker's own settings are wrong: it is told with them.
+    pub fn check(&self, faults: &mut Faults) {
+        self.open(&Broker::new(AMQPUri::default(), Trust::default(), DEFAULT_EXCHANGE.to_owned()), faults);
     }
 }
 

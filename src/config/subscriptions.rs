@@ -15,7 +15,8 @@ pub struct Subscription {
 
 const SUBSCRIPTION_HELP: &str = "\
 Examples:
-  tidings subscription put orders --key user.deleted --field address --owner team-orders --purpose 'cancels pending orders'
+  tidings subscription put orders --key user.deleted --field address \\
+    --owner team-orders --purpose 'cancels pending orders'
   tidings subscription list
   tidings subscription show orders --json
   tidings subscription delete orders --discard-waiting";

@@ -20,7 +20,7 @@ use crate::{
     telemetry::with_causes,
     web::{
         Body, Code, Cursor, MessageId, NoParams, Params, Place, Plain, Problem, Refusals, body_invalid, cursor,
-        invalid_cursor, read_cursor, refuses,
+        invalid_cursor, page_limit, read_cursor, refuses,
     },
 };
 
@@ -53,12 +53,9 @@ async fn list(
     Params(page): Params<PageAfter>,
     place: Place,
 ) -> Result<Json<Page>, Problem> {
-    place.turn_at_the_registry(&caller.client).await?;
-    let limit = page.limit.unwrap_or(DEFAULT_PAGE);
-    if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
-    }
+    let limit = page_limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.as_deref().map(read_place).transpose()?.unwrap_or_default();
+    place.turn_at_the_registry(&caller.client).await?;
     let found = letters.list(&name, after, limit, page.reason).await?;
     let next = found.next.map(|place| cursor(Uuid::from_u128(place.unsigned_abs().into())));
     let total = found.by_reason.values().sum();
@@ -84,8 +81,8 @@ async fn redrive(
     place: Place,
     Body(asked): Body<Redrive>,
 ) -> Result<Json<Done>, Problem> {
-    place.turn_at_the_registry(&caller.client).await?;
     let selection = asked.selection().map_err(body_invalid)?;
+    place.turn_at_the_registry(&caller.client).await?;
     let up_to = letters.last_place(&name).await?;
     Ok(Json(letters.redrive(&name, &selection, up_to).await?.into()))
 }

@@ -56,9 +56,7 @@ fn open(servers: &DeletionsServers, mut faults: Faults) -> anyhow::Result<Ledger
 
 fn explained(error: Error) -> anyhow::Error {
     match error {
-        Error::Query(trouble) => {
-            anyhow!("{}\nhint: is the database up, and migrated? `tidings migrate`", trouble.report())
-        }
+        Error::Query(trouble) => anyhow!("{}\nhint: {}", trouble.report(), trouble.advice()),
         error => error.into(),
     }
 }

@@ -21,7 +21,10 @@ use crate::{
     clients::{Administer, Allowed, Guarded, ReadUsers},
     json::Fault,
     users::SeenGone,
-    web::{Body, Code, Cursor, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, invalid_cursor, refuses},
+    web::{
+        Body, Code, Cursor, Id, NoParams, Params, Plain, Problem, Refusals, body_invalid, invalid_cursor, page_limit,
+        refuses,
+    },
 };
 
 /// The verbs' errors.
@@ -83,10 +86,7 @@ async fn list(
     Params(page): Params<PageAfter>,
 ) -> Result<Json<Page>, Problem> {
     let Wanted::Overdue = page.state;
-    let limit = page.limit.unwrap_or(DEFAULT_PAGE);
-    if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {MAX_PAGE}")));
-    }
+    let limit = page_limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.as_deref().map(read_place).transpose()?.unwrap_or(Place::START);
     // One more than asked for tells whether there is a next page.
     let mut found = deletions.ledger().overdue(after, limit + 1).await?;

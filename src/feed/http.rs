@@ -16,7 +16,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Change, Entry, Error, Feed, Sum, cursor::Cursor};
 use crate::{
     clients::{Allowed, Guarded, ReadUsers},
-    web::{self, Code, Params, Place, Problem, Refusals, cursor, invalid_cursor, read_cursor, refuses},
+    web::{self, Code, Params, Place, Problem, Refusals, cursor, invalid_cursor, page_limit, read_cursor, refuses},
 };
 
 pub fn routes() -> OpenApiRouter<Guarded<Feed>> {
@@ -49,7 +49,7 @@ async fn changes(
     Params(page): Params<PageAfter>,
     place: Place,
 ) -> Result<Json<Changes>, Problem> {
-    let limit = limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
+    let limit = page_limit(page.limit, DEFAULT_PAGE, MAX_PAGE)?;
     let after = page.after.map(|text| Cursor::from_text(&text).ok_or_else(invalid_cursor)).transpose()?;
     place.turn(&caller.client).await?;
     let page = place.to_the_end(async move { feed.changes(after, limit).await }).await??;
@@ -71,7 +71,8 @@ async fn compare(
     Params(spread): Params<Spread>,
 ) -> Result<Json<Digests>, Problem> {
     let buckets = buckets(spread.buckets)?;
-    let limit = spread.limit.map_or(Ok(usize::MAX), |asked| limit(Some(asked), MAX_DIGEST_PAGE, MAX_DIGEST_PAGE))?;
+    let limit =
+        spread.limit.map_or(Ok(usize::MAX), |asked| page_limit(Some(asked), MAX_DIGEST_PAGE, MAX_DIGEST_PAGE))?;
     let after = spread.after.as_deref().map(read_cursor).transpose()?;
     let Sum { digests, next } = feed.digest(&caller.client, buckets, after, limit).await?;
     let digests: Vec<BucketDigest> = digests.into_iter().map(BucketDigest::from).collect();
@@ -93,7 +94,7 @@ async fn list_bucket(
     if bucket >= buckets {
         return Err(invalid_bucket());
     }
-    let limit = limit(page.limit, MAX_BUCKET_PAGE, MAX_BUCKET_PAGE)?;
+    let limit = page_limit(page.limit, MAX_BUCKET_PAGE, MAX_BUCKET_PAGE)?;
     let after = page.after.as_deref().map(read_cursor).transpose()?;
     if after.is_some_and(|id| digest::bucket(id, buckets) != bucket) {
         return Err(invalid_cursor());
@@ -113,13 +114,6 @@ const MAX_PAGE: usize = 1_000;
 const MAX_BUCKET_PAGE: usize = 10_000;
 const MAX_DIGEST_PAGE: usize = 1_000_000;
 const DEFAULT_BUCKETS: u32 = 256;
-
-fn limit(asked: Option<usize>, default: usize, max: usize) -> Result<usize, Problem> {
-    match asked.unwrap_or(default) {
-        limit if (1..=max).contains(&limit) => Ok(limit),
-        _ => Err(Problem::new(Code::InvalidQuery, format!("limit is a number from 1 to {max}"))),
-    }
-}
 
 fn buckets(asked: Option<u32>) -> Result<u32, Problem> {
     match asked.unwrap_or(DEFAULT_BUCKETS) {

@@ -4,7 +4,7 @@
 //! Not here, on purpose: deciding what to do about it.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,6 @@ use prometheus_client::{
 };
 use serde::Serialize;
 use sqlx::PgPool;
-use std::sync::atomic::AtomicU64;
 use tokio::{
     sync::Mutex,
     time::{sleep, timeout},

@@ -87,7 +87,7 @@ async fn register(put: SubscriptionPut, mut faults: Faults) -> anyhow::Result<()
         client: put.client,
     };
     let done = async {
-        let put = subscriptions.put(name.clone(), wish, Asker::Operator).await?;
+        let put = subscriptions.put(subscriptions.admit(name.clone(), wish, Asker::Operator)?).await?;
         Ok((put, subscriptions.view(&name).await?))
     };
     let (done, view) = ended(&subscriptions, done).await?;
@@ -141,7 +141,13 @@ fn open(
     let db = servers.database.open(&mut faults);
     let broker = servers.amqp.open(&mut faults);
     let schema = config::schema(schema, &mut faults);
-    let management = broker.as_ref().zip(management).and_then(|(broker, api)| api.open(broker, &mut faults));
+    let management = management.and_then(|api| match &broker {
+        Some(broker) => api.open(broker, &mut faults),
+        None => {
+            api.check(&mut faults);
+            None
+        }
+    });
     faults.none()?;
     let (Some(db), Some(broker), Some(schema)) = (db, broker, schema) else {
         unreachable!("no faults, so all are there")
@@ -176,7 +182,7 @@ fn named(name: Option<SubscriptionName>) -> SubscriptionName {
 /// The error, and on a line of its own what can be done.
 fn explained(error: Error) -> anyhow::Error {
     let hint = match &error {
-        Error::Invalid(faults) => return wrong_settings(faults).into(),
+        Error::Invalid(faults) | Error::NotReadable(faults) => return wrong_settings(faults).into(),
         Error::Taken(_) => "give the same --owner, choose another name, or delete it first",
         Error::NameOfExchange | Error::Adopted => "choose another name",
         Error::NotFound => "`tidings subscription list` tells what there is",
@@ -188,7 +194,7 @@ fn explained(error: Error) -> anyhow::Error {
             "it is registered; give the broker's user the right, and the running service declares it"
         }
         Error::Undeclared(_) => "it is registered; the running service declares it, as soon as its broker is there",
-        Error::Database(_) => "is the database up, and migrated? `tidings migrate`",
+        Error::Database(trouble) => trouble.advice(),
         Error::Broker(_) | Error::NoBroker => {
             "nothing was changed; is the broker up, and TIDINGS_EXCHANGE as it is for the service?"
         }

@@ -41,8 +41,8 @@ struct Registration {
     purpose: String,
     /// Delete it when it had no consumer for so long. Without, or null: never.
     expires_after_s: Option<u64>,
-    /// The client that stands for it, and may read what it declares; only an administrator may name another than itself. Without, or
-    /// null: the client that registers it, or, for an administrator, whoever stood for it before.
+    /// The client that stands for it, and may read what it declares, which has to be within its list; only an administrator may name
+    /// another than itself. Without, or null: the client that registers it, or, for an administrator, whoever stood for it before.
     client: Option<String>,
 }
 
@@ -89,7 +89,6 @@ async fn put(
     place: Place,
     Body(registration): Body<Registration>,
 ) -> Result<Response, Problem> {
-    place.turn_at_the_registry(&caller.client).await?;
     let fields = registration.fields.iter().enumerate();
     let strangers: Vec<String> = fields
         .filter(|(_, field)| !caller.may_declare.has(field))
@@ -98,8 +97,9 @@ async fn put(
     if !strangers.is_empty() {
         return Err(field_forbidden(strangers));
     }
-    let asker = Asker::of(&caller);
-    let put = subscriptions.put(name.clone(), registration.into(), asker).await?;
+    let admitted = subscriptions.admit(name.clone(), registration.into(), Asker::of(&caller))?;
+    place.turn_at_the_registry(&caller.client).await?;
+    let put = subscriptions.put(admitted).await?;
     let view = Json(subscriptions.view(&name).await?);
     Ok(match put {
         Put::Created => {
@@ -185,6 +185,11 @@ impl From<Error> for Problem {
             "it is registered, and will be declared as soon as possible; until then its queue misses what is published";
         match error {
             Error::Invalid(faults) => Self::from(Code::SubscriptionInvalid).with_errors(faults),
+            Error::NotReadable(faults) => Self::new(
+                Code::FieldForbidden,
+                "some fields are not for the client that is to stand for it, see errors",
+            )
+            .with_errors(faults),
             Error::NoBroker => Self::new(
                 Code::NoBrokerHere,
                 "this instance was started without a broker; ask one that has one, or use `tidings subscription`",

@@ -69,12 +69,14 @@ async fn a_batch_has_from_1_to_500_ids(db: PgPool) {
     ids.push(Uuid::new_v4());
     let too_many = json!({ "ids": ids }).to_string();
     let bad = format!(r#"{{"ids":["7","{}","{}","{}"]}}"#, ids[0], ids[0].simple(), Uuid::nil());
-    let table: [(&str, &[(&str, &str)]); 9] = [
+    let table: [(&str, &[(&str, &str)]); 11] = [
         (&too_many, &[("/ids", "length")]),
         (r#"{"ids":[]}"#, &[("/ids", "length")]),
         (&bad, &[("/ids/0", "format"), ("/ids/2", "format"), ("/ids/3", "format")]),
         (r#"{"ids":[7]}"#, &[("/ids/0", "type")]),
+        (r#"{"ids":[7,"x",true]}"#, &[("/ids/0", "type"), ("/ids/2", "type")]),
         (r#"{"ids":"7"}"#, &[("/ids", "type")]),
+        (r#"{"ids":"7","y":1}"#, &[("/ids", "type"), ("/y", "unknown_member")]),
         (r#"{"ids":null}"#, &[("/ids", "type")]),
         ("{}", &[("/ids", "required")]),
         (r#"{"ids":[],"fields/x":1}"#, &[("/fields~1x", "unknown_member")]),
@@ -204,6 +206,11 @@ async fn one_of_many_may_say_which_version_it_replaces(db: PgPool) {
             refused("precondition_required", Value::Null),
         ]
     );
+    // What each is told to do is what can be done.
+    let details: Vec<&str> = results.iter().filter_map(|result| result["problem"]["detail"].as_str()).collect();
+    assert!(details[0].contains("at version 1") && details[1].contains("somebody has this id"), "{details:?}");
+    assert!(details[2].contains("if_version"), "{details:?}");
+    assert_eq!(replaced(&house, &[entry(&all[3], json!(1))]).await[0]["state"], "replaced");
 }
 
 #[sqlx::test]

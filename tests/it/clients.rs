@@ -407,6 +407,27 @@ async fn the_external_id_is_a_field_like_another(db: PgPool) {
     assert_eq!(renamed.body["external_id"], "E-2");
 }
 
+/// A list beside `admin` would be shown, and be without effect.
+#[sqlx::test]
+async fn an_administrator_has_no_list_of_fields(db: PgPool) {
+    let house = House::open(db).await;
+    for flag in ["--field", "--write-field"] {
+        let words = format!("create adm --scope users:read,admin {flag} city");
+        let (code, stdout, stderr) = client_command(&house, &words).await;
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{stderr}");
+        assert!(stderr.contains(&format!("{flag}: admin is every field")), "{stderr}");
+    }
+    // One that was made with a list all the same is not shown with it.
+    client(&house, "create adm --scope admin").await;
+    let listed = "update clients set fields = '{city}', write_fields = '{city}' where name = 'adm'";
+    sqlx::query(listed).execute(&house.db).await.unwrap();
+    let table = client(&house, "list").await;
+    assert!(table.contains("adm  admin  every field"), "{table}");
+    let all: Value = serde_json::from_str(&client(&house, "list --json").await).unwrap();
+    let adm = all.as_array().unwrap().iter().find(|client| client["name"] == "adm").unwrap();
+    assert_eq!((&adm["fields"], &adm["write_fields"]), (&Value::Null, &Value::Null));
+}
+
 #[sqlx::test]
 async fn what_may_be_written_can_be_less_than_what_may_be_read(db: PgPool) {
     let house = House::open(db).await;
@@ -519,6 +540,58 @@ async fn who_stands_for_a_subscription_is_said_by_those_who_may(db: PgPool) {
     Answer::to(house.request(Method::DELETE, &path)).await.ok();
 }
 
+/// What it declares beyond its client's list would wake that client, and take away all else that it reads.
+#[sqlx::test]
+async fn nobody_declares_for_a_client_what_it_may_not_come_to_read(db: PgPool) {
+    let house = House::open(db).await;
+    let words = "create invoices --scope users:read,subscriptions --field city,postcode";
+    let invoices = Holder::of(&client(&house, words).await, &house.service);
+    let ana = house.user(json!({ "city": "Riga", "email": "ana@example.org" })).await;
+    let name = format!("invoices.{}", Uuid::new_v4().simple());
+    let path = format!("/v1/subscriptions/{name}");
+    let standing = |client: &str, fields: &[&str]| {
+        let mut wish = registration(&["user.deleted"], fields);
+        wish["client"] = client.into();
+        wish
+    };
+    let put = async |wish: Value| Answer::to(house.request(Method::PUT, &path).json(&wish)).await;
+    let is_refused = |refused: &Answer| {
+        assert_eq!(refused.refusal(403), "field_forbidden");
+        assert_eq!(refused.body["errors"].as_array().unwrap().len(), 1, "{refused:?}");
+        assert_eq!(refused.body["errors"][0]["pointer"], "/fields/1");
+        let detail = refused.body["errors"][0]["detail"].as_str().unwrap();
+        assert!(detail.contains("email") && detail.contains("invoices"), "{detail}");
+    };
+    is_refused(&put(standing("invoices", &["city", "email"])).await);
+    assert_eq!(house.page(&path).await.refusal(404), "subscription_not_found");
+    put(standing("invoices", &["city"])).await.ok();
+    // Whoever stood for it before still does, and nobody else has to be named.
+    is_refused(&put(registration(&["user.deleted"], &["city", "email"])).await);
+    put(registration(&["user.deleted", "profile.updated"], &["postcode", "city"])).await.ok();
+    let seen = invoices.get(&format!("/v1/users/{ana}")).await.ok();
+    assert_eq!(seen.body["profile"], json!({ "city": "Riga" }));
+
+    let by_hand = async |client: &str, fields: &str| {
+        let of = ["--key", "user.deleted", "--field", fields, "--owner", "team-invoices", "--purpose", "x"];
+        let words = [&["subscription", "put", &name][..], &of, &["--client", client]].concat();
+        let output = tidings(&words, house.settings()).output().await.unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = by_hand("invoices", "city,email").await;
+    assert_eq!(
+        (code, said.contains("--field: email is not in the list of the client invoices")),
+        (Some(2), true),
+        "{said}"
+    );
+    assert_eq!(by_hand("invoices", "city,postcode").await.0, Some(0));
+    // Who has no list may come to read everything; and who was revoked reads nothing, whatever is declared.
+    client(&house, "create all --scope users:read --no-key").await;
+    assert_eq!(by_hand("all", "city,email").await.0, Some(0));
+    client(&house, "revoke all").await;
+    put(registration(&["user.deleted"], &["email"])).await.ok();
+    Answer::to(house.request(Method::DELETE, &path)).await.ok();
+}
+
 #[sqlx::test]
 async fn of_another_clients_subscription_nothing_is_told(db: PgPool) {
     let house = House::open(db).await;
@@ -541,6 +614,9 @@ async fn of_another_clients_subscription_nothing_is_told(db: PgPool) {
     for (method, path) in questions {
         let refused = Answer::to(rival.request(method.clone(), &path)).await;
         assert_eq!(refused.refusal(404), "subscription_not_found", "{method} {path}");
+        // True of each of the two.
+        let both = "nobody registered this name, or this client does not stand for it";
+        assert_eq!(refused.body["detail"], both, "{method} {path}");
     }
     let backfill = rival.post(&format!("{path}/backfill"), json!({ "users": "all" })).await;
     assert_eq!(backfill.refusal(404), "subscription_not_found");

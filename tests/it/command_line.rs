@@ -1,15 +1,19 @@
 //! The command line: what it teaches, what it refuses, what it prints, and how it leaves.
 
 use std::{
+    fs, iter,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
+use clap::CommandFactory;
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, migrate::Migrate};
+use tidings::config::Cli;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
     net::{TcpSocket, TcpStream},
@@ -95,6 +99,100 @@ async fn help_teaches() {
     assert_eq!(run(&["shout"], &[]).await.code, Some(2));
 }
 
+/// The command called by these words, and all below it.
+fn with_all_below(words: Vec<String>, command: &clap::Command) -> Vec<(Vec<String>, &clap::Command)> {
+    let below = command.get_subcommands().flat_map(|below| {
+        let words = words.iter().cloned().chain([below.get_name().to_owned()]).collect();
+        with_all_below(words, below)
+    });
+    let below: Vec<_> = below.collect();
+    iter::once((words, command)).chain(below).collect()
+}
+
+/// An example that is broken into two lines is two commands when it is pasted.
+#[tokio::test]
+async fn no_example_is_broken_on_a_terminal_of_eighty_columns() {
+    let mut examples = 0;
+    for (words, command) in with_all_below(vec![], &Cli::command()) {
+        let Some(written) = command.get_after_help().map(ToString::to_string) else { continue };
+        let asked: Vec<&str> = words.iter().map(String::as_str).chain(["--help"]).collect();
+        let help = run(&asked, &[("COLUMNS", "80")]).await.stdout;
+        assert!(help.contains(&written), "{asked:?}: {help}");
+        examples += written.matches("\n  tidings ").count();
+    }
+    assert!(examples > 10, "{examples}");
+}
+
+/// A ./dev of its own, which has nothing yet and leaves this checkout's servers alone.
+#[tokio::test]
+async fn dev_shows_its_help_wherever_it_is_asked_and_passes_over_no_argument() {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(Uuid::new_v4().to_string());
+    fs::create_dir(&home).unwrap();
+    for part in ["dev", "scripts"] {
+        symlink(checkout.join(part), home.join(part)).unwrap();
+    }
+    let dev = async |arguments: String| {
+        let mut command = tokio::process::Command::new(home.join("dev"));
+        let ended = timeout(PATIENCE, command.args(arguments.split(' ')).output()).await;
+        let output = ended.unwrap_or_else(|_| panic!("{arguments} does not end")).unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let help = dev("help".to_owned()).await;
+    assert!(help.0 == Some(0) && help.1.contains("./dev down"), "{help:?}");
+    for command in [
+        "run",
+        "test",
+        "key",
+        "app",
+        "schemathesis",
+        "planted",
+        "fuzz",
+        "instructions",
+        "upgrade",
+        "status",
+        "logs",
+        "up",
+        "down",
+        "broker",
+        "database",
+    ] {
+        for word in ["--help", "-h", "help"] {
+            assert_eq!(dev(format!("{command} {word}")).await, help, "{command} {word}");
+        }
+    }
+    assert!(!home.join(".dev").exists(), "more was done than asked");
+
+    let refused = async |arguments: &str, why: &str| {
+        let (code, said, talk) = dev(arguments.to_owned()).await;
+        assert_eq!((code, said.as_str(), talk.as_str()), (Some(1), "", why), "{arguments}");
+    };
+    for arguments in [
+        "run --all",
+        "up --all",
+        "key --all",
+        "down --all",
+        "down --wipe --all",
+        "status --all",
+        "status --url --all",
+        "logs postgres --all",
+        "fuzz merge_patch 1 --all",
+        "upgrade HEAD --all",
+        "broker start east --all",
+        "broker stop main --all",
+        "database start east --all",
+    ] {
+        refused(arguments, "error: no such argument: --all\nhint: ./dev help\n").await;
+    }
+    for arguments in ["broker kill", "broker stop", "database kill", "database stop"] {
+        let server = if arguments.starts_with("broker") { "rabbitmq" } else { "postgres" };
+        let why = format!("error: there is no {server}-nobody\nhint: ./dev status\n");
+        refused(&format!("{arguments} nobody"), &why).await;
+    }
+    fs::remove_dir_all(&home).unwrap();
+}
+
 #[tokio::test]
 async fn all_wrong_settings_are_named_at_once_and_no_password_is_repeated() {
     let schema = file("{ \"properties\": {} }");
@@ -156,6 +254,24 @@ async fn a_wrong_switch_or_an_empty_path_is_named_with_all_else_that_is_wrong() 
     assert!(relays.stderr.contains("AMQP_URL: is not set"), "{}", relays.stderr);
     let lone = run(&["serve", "--no-relay"], &[]).await;
     assert!(lone.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", lone.stderr);
+}
+
+#[tokio::test]
+async fn no_fault_about_the_broker_hides_another() {
+    for other in [
+        ("AMQP_URL", "http://localhost"),
+        ("AMQP_REGISTRY_URL", "http://localhost"),
+        ("AMQP_CA_FILE", "/nowhere"),
+        ("TIDINGS_NO_RELAY", "yes"),
+    ] {
+        let right = [("DATABASE_URL", "postgres://localhost/x"), ("AMQP_URL", "amqp://localhost")];
+        let wrong = [other, ("TIDINGS_RABBITMQ_MANAGEMENT_URL", "nonsense")];
+        let refused = run(&["serve"], &[right, wrong].concat()).await;
+        assert!(refused.stderr.contains("2 settings are wrong"), "{other:?}: {}", refused.stderr);
+        for named in [format!("  {}: ", other.0), "  TIDINGS_RABBITMQ_MANAGEMENT_URL: expected https://".to_owned()] {
+            assert!(refused.stderr.contains(&named), "no {named:?} in {}", refused.stderr);
+        }
+    }
 }
 
 /// Every command, with what it cannot do without.
@@ -227,7 +343,16 @@ async fn each_command_lists_files_that_it_reads_and_no_others() {
     }
 }
 
-/// It may share its environment with `serve`.
+/// It may share its environment with `serve`, and lists and refuses nothing of what it does not read.
+async fn leaves_alone(command: &[&str], others: &[(&str, &str)]) {
+    let settings = settings_of(command).await;
+    let listed: Vec<_> = others.iter().filter(|(name, _)| settings.iter().any(|listed| listed == name)).collect();
+    assert!(listed.is_empty(), "{listed:?}");
+    let refused = run(command, &[others, &[("AMQP_URL", "amqp://localhost")]].concat()).await;
+    assert!(refused.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("no such setting"), "{}", refused.stderr);
+}
+
 #[tokio::test]
 async fn a_relay_leaves_alone_what_only_the_api_reads() {
     let of_the_api = [
@@ -236,12 +361,17 @@ async fn a_relay_leaves_alone_what_only_the_api_reads() {
         ("TIDINGS_TRUSTED_PROXIES", "none"),
         ("TIDINGS_RABBITMQ_MANAGEMENT_URL_FILE", "/nowhere"),
     ];
-    let settings = settings_of(&["relay"]).await;
-    let listed: Vec<_> = of_the_api.iter().filter(|(name, _)| settings.iter().any(|listed| listed == name)).collect();
-    assert!(listed.is_empty(), "{listed:?}");
-    let refused = run(&["relay"], &[&of_the_api[..], &[("AMQP_URL", "amqp://localhost")]].concat()).await;
-    assert!(refused.stderr.contains("1 setting is wrong\n  DATABASE_URL: is not set"), "{}", refused.stderr);
-    assert!(!refused.stderr.contains("no such setting"), "{}", refused.stderr);
+    leaves_alone(&["relay"], &of_the_api).await;
+}
+
+#[tokio::test]
+async fn an_audit_leaves_alone_what_it_takes_to_publish_and_to_declare() {
+    let of_others = [
+        ("AMQP_REGISTRY_URL", "http://localhost"),
+        ("AMQP_REGISTRY_URL_FILE", "/nowhere"),
+        ("TIDINGS_ROUTING_KEY_PREFIX", "eu..prod"),
+    ];
+    leaves_alone(&["audit-leaks"], &of_others).await;
 }
 
 #[tokio::test]

@@ -372,4 +372,10 @@ fn every_example_of_a_problem_is_one() {
         assert_eq!(validate(&OPENAPI, &schema, &example["value"]), Ok(()), "{code}");
         assert_eq!(example["value"]["code"], json!(code));
     }
+    // Where a reader is sent for all codes he finds them, or they are named at once.
+    let standards = fs::read_to_string("docs/standards.md").unwrap();
+    for code in Code::ALL {
+        let is_named = standards.contains(&format!("`{}`", code.as_str()));
+        assert!(examples.contains_key(code.as_str()) || (code.is_of_no_route() && is_named), "{code:?}");
+    }
 }

@@ -12,7 +12,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::house::{Answer, House, PATIENCE};
+use crate::house::{Answer, House, PATIENCE, http};
 
 /// Places and codes of the faults in a refusal, sorted.
 fn faults(answer: &Answer) -> Vec<(&str, &str)> {
@@ -280,11 +280,16 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
         assert_eq!(house.page(&path).await.refusal(400), code, "{path}");
     }
     for (path, detail) in [
-        (format!("/v1/users/{ana}?min_version=9223372036854775808"), "min_version is a whole number, in its range"),
-        ("/v1/users?limit=".to_owned(), "limit is a whole number, in its range"),
-        ("/v1/changes?limit=-1".to_owned(), "limit is a whole number, in its range"),
+        (
+            format!("/v1/users/{ana}?min_version=9223372036854775808"),
+            "min_version is a number from 1 to 9223372036854775807",
+        ),
+        ("/v1/users?limit=".to_owned(), "limit is a number from 1 to 500"),
+        ("/v1/users?limit=501".to_owned(), "limit is a number from 1 to 500"),
+        ("/v1/changes?limit=-1".to_owned(), "limit is a number from 1 to 1000"),
+        ("/v1/digest?buckets=x".to_owned(), "buckets is a number from 1 to 65536"),
         ("/v1/users?limit=1&limit=2".to_owned(), "limit may be there once"),
-        ("/v1/deletions".to_owned(), "state has to be there"),
+        ("/v1/deletions".to_owned(), "state has to be there: expected `overdue`"),
         ("/v1/deletions?state=late".to_owned(), "there is no such choice: expected `overdue`"),
         ("/v1/subscriptions?limit=1".to_owned(), "there is no such parameter: none is taken here"),
     ] {
@@ -349,6 +354,25 @@ async fn a_method_that_is_not_there_hears_which_are(db: PgPool) {
         let mut allow: Vec<&str> = answer.headers["allow"].to_str().unwrap().split(',').map(str::trim).collect();
         allow.sort_unstable();
         assert_eq!(allow.join(","), allowed, "{method} {path}");
+    }
+}
+
+/// It has no document, and names what it has.
+#[sqlx::test]
+async fn a_relay_names_no_page_that_it_does_not_have(db: PgPool) {
+    let house = House::open(db).await;
+    let (relay, http) = (house.another(&["relay"]).await, http());
+    // Not held against the document, which is of those that serve everything.
+    let ask = async |path: &str| Answer::of(http.get(format!("{}{path}", relay.url)).send().await.unwrap()).await;
+    for path in ["/", "/openapi.yaml", "/v1/users"] {
+        let refused = ask(path).await;
+        assert_eq!(refused.refusal(404), "route_not_found", "{path}");
+        let words = refused.body["detail"].as_str().unwrap().split([' ', ',']);
+        let pages: Vec<&str> = words.filter(|word| word.starts_with('/')).collect();
+        assert_eq!(pages, ["/healthz", "/readyz", "/metrics"], "{path}");
+        for page in pages {
+            assert_ne!(ask(page).await.status, 404, "{page}");
+        }
     }
 }
 

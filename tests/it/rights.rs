@@ -294,11 +294,38 @@ async fn the_owner_migrates_and_the_others_serve(db: PgPool) {
     let url = ("DATABASE_URL".to_owned(), as_serve(&database_url(&db)));
     let migrated = tidings(&["migrate"], std::slice::from_ref(&url)).output().await.unwrap();
     assert!(migrated.status.success(), "{migrated:?}");
-    let refused = tidings(&["serve"], &[url, ("AMQP_URL".to_owned(), env("AMQP_URL"))]).output().await.unwrap();
-    assert!(!refused.status.success(), "{refused:?}");
+    let api = ("DATABASE_URL".to_owned(), as_user(&database_url(&db), &format!("{OURS}api")));
+    let others = [("AMQP_URL", env("AMQP_URL")), ("TIDINGS_LISTEN", "127.0.0.1:0".to_owned())];
+    let others = others.map(|(name, value)| (name.to_owned(), value));
+    for (command, url) in [("serve", url), ("migrate", api)] {
+        let refused = tidings(&[command], &[&[url][..], &others].concat()).output().await.unwrap();
+        let why = String::from_utf8_lossy(&refused.stderr);
+        let hint = "permission denied for schema public (SQLSTATE 42501)\nhint: `tidings migrate` is for tidings_owner";
+        assert!(refused.status.code() == Some(1) && why.contains(hint), "{command}: {why}");
+    }
     let house = House::open(db).await;
     let ana = house.user(json!({ "first_name": "Ana" })).await;
     assert_eq!(house.told(&ana).await, ["user.created"]);
+}
+
+/// It is up to date: another migration would not help.
+#[sqlx::test]
+async fn a_command_as_the_wrong_role_says_which_is_the_right_one(db: PgPool) {
+    grant(&db).await;
+    let commands: [(&str, &[&str]); 5] = [
+        ("api", &["client", "create", "orders", "--scope", "admin"]),
+        ("api", &["client", "revoke", "orders"]),
+        ("relay", &["client", "list"]),
+        ("relay", &["deletions", "overdue"]),
+        ("relay", &["subscription", "recovered", "orders"]),
+    ];
+    for (role, command) in commands {
+        let url = as_user(&database_url(&db), &format!("{OURS}{role}"));
+        let refused = tidings(command, &[("DATABASE_URL".to_owned(), url)]).output().await.unwrap();
+        let why = String::from_utf8_lossy(&refused.stderr);
+        let hint = "(SQLSTATE 42501)\nhint: this role may not: `tidings client` is for tidings_owner";
+        assert!(refused.status.code() == Some(1) && why.contains(hint), "{command:?}: {why}");
+    }
 }
 
 #[sqlx::test]

@@ -3,27 +3,27 @@
 use std::{
     collections::BTreeSet,
     future::IntoFuture,
+    pin::pin,
     sync::{Arc, Mutex},
 };
 
 use axum::{Router, extract::Request};
-use futures_util::{StreamExt, future::join_all};
+use futures_util::{
+    StreamExt,
+    future::{Either, join_all, select},
+    stream::FuturesUnordered,
+};
 use lapin::{
-    Channel, Connection, Consumer,
-    options::{
-        BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
-        ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
-    },
+    options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 use reqwest::Method;
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 use tidings_sdk::{
     envelope::Notice,
     topology::{self, Depth, RETRY_DELAYS},
 };
-use time::OffsetDateTime;
 use tokio::{net::TcpListener, time::timeout};
 use uuid::Uuid;
 
@@ -31,176 +31,10 @@ use crate::{
     clients::client,
     house::{self, Answer, House, PATIENCE, Service, database_url, env, eventually, tidings},
     hurt::HurtBroker,
+    limits::under_way,
+    registry::{Admin, SELDOM, parts, unique, wish},
+    subscribed::Subscribed,
 };
-
-/// Looks often enough for a test to see what comes of it.
-const EVERY_SECOND: (&str, &str) = ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "1s");
-/// The watch looks once, at its start, and then not while a test runs its few steps.
-const SELDOM: (&str, &str) = ("TIDINGS_SUBSCRIPTION_CHECK_EVERY", "60s");
-
-/// Names are the broker's, which all tests share.
-fn unique(name: &str) -> String {
-    format!("{name}-{}", Uuid::new_v4().simple())
-}
-
-fn wish(keys: &[&str], fields: &[&str]) -> Value {
-    json!({ "routing_keys": keys, "fields": fields, "owner": "team-orders", "purpose": "cancels pending orders" })
-}
-
-impl House {
-    async fn register(&self, name: &str, wish: &Value) -> Answer {
-        Answer::to(self.request(Method::PUT, &format!("/v1/subscriptions/{name}")).json(wish)).await
-    }
-
-    /// Without asking the broker, which is said to have had this revision; 0: none.
-    async fn has_registered(&self, name: &str, declared_revision: i64) {
-        let register = "
-            insert into subscriptions (name, routing_keys, fields, owner, purpose, bound_keys, bound_fields, declared_revision)
-            values ($1, '{user.created}', '{city}', 'team-orders', 'a test', '{user.created}', '{city}', $2)
-        ";
-        sqlx::query(register).bind(name).bind(declared_revision).execute(&self.db).await.unwrap();
-    }
-
-    async fn subscription(&self, name: &str) -> Answer {
-        self.page(&format!("/v1/subscriptions/{name}")).await
-    }
-
-    async fn unsubscribe(&self, name: &str, query: &str) -> Answer {
-        Answer::to(self.request(Method::DELETE, &format!("/v1/subscriptions/{name}{query}"))).await
-    }
-
-    /// Waits until the subscription is in this state; all that is told of it then.
-    async fn comes_to_be(&self, name: &str, state: &str) -> Value {
-        eventually(state, async || {
-            let seen = self.subscription(name).await.body;
-            if seen["state"] == state { Ok(seen) } else { Err(seen) }
-        })
-        .await
-    }
-
-    /// Waits until the watch has looked once more, beginning after this was asked.
-    async fn looks_again(&self) {
-        self.looks(1).await;
-    }
-
-    /// The same for so many looks; one that was under way is not counted.
-    async fn looks(&self, count: u32) {
-        for _ in 0..=count {
-            let looked_at = async || -> Option<OffsetDateTime> {
-                let when = "select looked_at from subscriptions_looked_at";
-                sqlx::query_scalar(when).fetch_optional(&self.db).await.unwrap()
-            };
-            let before = looked_at().await;
-            eventually("another look", async || if looked_at().await > before { Ok(()) } else { Err(before) }).await;
-        }
-    }
-}
-
-/// Somebody with every right at the broker.
-struct Admin {
-    connection: Connection,
-}
-
-impl Admin {
-    async fn new() -> Self {
-        Self::at(&env("AMQP_URL")).await
-    }
-
-    async fn at(amqp_url: &str) -> Self {
-        Self { connection: house::connect(amqp_url).await.unwrap() }
-    }
-
-    /// A refusal costs a channel, so each question has its own.
-    async fn channel(&self) -> Channel {
-        self.connection.create_channel().await.unwrap()
-    }
-
-    /// `None` when there is no such queue.
-    async fn depth(&self, queue: &str) -> Option<Depth> {
-        topology::depth(&self.channel().await, queue).await.ok()
-    }
-
-    async fn delete_exchange(&self, exchange: &str) {
-        let options = ExchangeDeleteOptions::default();
-        self.channel().await.exchange_delete(exchange.into(), options).await.unwrap();
-    }
-
-    async fn has_exchange(&self, exchange: &str) -> bool {
-        let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
-        let kind = lapin::ExchangeKind::Direct;
-        self.channel().await.exchange_declare(exchange.into(), kind, passive, FieldTable::default()).await.is_ok()
-    }
-
-    async fn delete_queue(&self, queue: &str) {
-        self.channel().await.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
-    }
-
-    /// A classic queue, as no subscription has.
-    async fn classic_queue(&self, queue: &str) {
-        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-        self.channel().await.queue_declare(queue.into(), durable, FieldTable::default()).await.unwrap();
-    }
-
-    /// Takes everything out of a queue: what each message says, in order.
-    async fn drain(&self, queue: &str) -> Vec<Notice> {
-        let channel = self.channel().await;
-        let mut taken = vec![];
-        while let Some(message) = channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap() {
-            taken.push(Notice::from_message(&message.properties, &message.data).unwrap());
-        }
-        taken
-    }
-
-    /// Waits until all of these users and versions came; all that came.
-    async fn hears_of(&self, queue: &str, users: &[(Uuid, i64)]) -> Vec<(Uuid, i64)> {
-        let mut told = vec![];
-        eventually("all of them to be told", async || {
-            told.extend(self.drain(queue).await.into_iter().map(|notice| (notice.user_id, notice.version)));
-            if users.iter().all(|user| told.contains(user)) { Ok(()) } else { Err(told.clone()) }
-        })
-        .await;
-        told
-    }
-
-    async fn told(&self, queue: &str) -> Vec<String> {
-        self.drain(queue).await.iter().map(house::describe).collect()
-    }
-
-    /// A consumer that takes nothing; it goes with its channel.
-    async fn attend(&self, queue: &str) -> Attendance {
-        let channel = self.channel().await;
-        let consumer =
-            channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
-        Attendance { consumer: consumer.await.unwrap(), channel }
-    }
-}
-
-struct Attendance {
-    /// Cancelled when it is dropped.
-    consumer: Consumer,
-    channel: Channel,
-}
-
-impl Attendance {
-    async fn ends(self) {
-        self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await.unwrap();
-    }
-}
-
-/// All queues and exchanges of a subscription that are there.
-async fn parts(admin: &Admin, name: &str) -> Vec<String> {
-    let queues = RETRY_DELAYS.iter().map(|delay| format!("{name}.{}", topology::retry_key(*delay)));
-    let mut there = vec![];
-    for queue in queues.chain([name.to_owned(), format!("{name}.dead")]) {
-        there.extend(admin.depth(&queue).await.map(|_| queue));
-    }
-    for exchange in [name.to_owned(), format!("{name}.fields")] {
-        if admin.has_exchange(&exchange).await {
-            there.push(format!("exchange {exchange}"));
-        }
-    }
-    there
-}
 
 // Registering.
 
@@ -371,8 +205,34 @@ async fn what_cannot_be_registered_is_refused_with_every_reason(db: PgPool) {
         unknown.body["errors"][0]["detail"].as_str().unwrap().contains("user.created, profile.updated"),
         "{unknown:?}"
     );
-    for wrong in [json!([]), json!({}), with("routing_keys", json!("user.deleted")), with("colour", json!("red"))] {
-        assert_eq!(house.register(&orders, &wrong).await.refusal(422), "body_invalid", "{wrong}");
+    let misshapen: &[(Value, &[(&str, &str)])] = &[
+        (json!([]), &[("", "type")]),
+        (json!({}), &[("/owner", "required"), ("/purpose", "required")]),
+        (with("routing_keys", json!("user.deleted")), &[("/routing_keys", "type")]),
+        (with("colour", json!("red")), &[("/colour", "unknown_member")]),
+        (
+            json!({ "owner": 5, "purpose": 6, "fields": ["city", 7, true], "expires_after_s": "1d" }),
+            &[
+                ("/expires_after_s", "type"),
+                ("/fields/1", "type"),
+                ("/fields/2", "type"),
+                ("/owner", "type"),
+                ("/purpose", "type"),
+            ],
+        ),
+        (
+            json!({ "owner": 5, "colour": "red" }),
+            &[("/colour", "unknown_member"), ("/owner", "type"), ("/purpose", "required")],
+        ),
+    ];
+    for (wrong, expected) in misshapen {
+        let refused = house.register(&orders, wrong).await;
+        assert_eq!(refused.refusal(422), "body_invalid", "{wrong}");
+        let faults = refused.body["errors"].as_array().unwrap().iter();
+        let mut named: Vec<_> =
+            faults.map(|fault| (fault["pointer"].as_str().unwrap(), fault["code"].as_str().unwrap())).collect();
+        named.sort_unstable();
+        assert_eq!(named, *expected, "{wrong}");
     }
     for name in ["Orders", "orders.dead", "amq.orders", "a%20b", "a%2Fb"] {
         let refused = house.register(name, &wish(&["#"], &[])).await;
@@ -383,6 +243,29 @@ async fn what_cannot_be_registered_is_refused_with_every_reason(db: PgPool) {
     assert_eq!(house.unsubscribe(&orders, "?waiting=keep").await.refusal(400), "invalid_query");
     assert_eq!(house.page("/v1/subscriptions?limit=3").await.refusal(400), "invalid_query");
     assert_eq!(house.page("/v1/subscriptions").await.ok().body["subscriptions"], json!([]));
+}
+
+/// What is wrong in itself is told at once, however many wait for the registry.
+#[sqlx::test]
+async fn a_registration_that_cannot_be_taken_waits_for_no_turn(db: PgPool) {
+    let house = House::open(db).await;
+    let crowded = Subscribed::to(&house, "crowded", &["#"], &[]).await;
+    let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
+    let mut held = holder.begin().await.unwrap();
+    sqlx::query("lock table dead_letters").execute(&mut *held).await.unwrap();
+    let letters = crowded.path("dead-letters");
+    // More than have a turn at once.
+    let asked = (0..20).map(|_| Answer::to(house.request(Method::GET, &letters)));
+    let mut crowd: FuturesUnordered<_> = asked.collect();
+    let refused = async {
+        under_way(&house, 20.0).await;
+        house.register("orders", &wish(&[], &[])).await
+    };
+    let Either::Right((refused, _)) = select(crowd.next(), pin!(refused)).await else { panic!("it waited for a turn") };
+    assert_eq!(refused.refusal(422), "subscription_invalid");
+    drop(crowd);
+    held.rollback().await.unwrap();
+    crowded.end().await;
 }
 
 #[sqlx::test]
@@ -445,624 +328,6 @@ async fn a_queue_with_other_properties_is_named_and_nothing_is_registered_that_w
     for name in [&orders, &billing] {
         house.unsubscribe(name, "").await.ok();
     }
-}
-
-// Trouble.
-
-#[sqlx::test]
-async fn what_was_registered_without_a_broker_is_declared_when_there_is_one(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.broker.down();
-    let registered = house.register(&orders, &wish(&["user.deleted"], &["address"])).await;
-    assert_eq!(registered.refusal(503), "broker_unavailable");
-    assert!(registered.headers.contains_key("retry-after"), "{registered:?}");
-    let seen = house.subscription(&orders).await.ok().body;
-    assert_eq!(
-        (&seen["state"], &seen["declared"], &seen["queue"]),
-        (&json!("undeclared"), &json!(false), &Value::Null)
-    );
-    assert_eq!(admin.depth(&orders).await, None);
-    assert_eq!(house.unsubscribe(&orders, "").await.refusal(503), "broker_unavailable");
-    house.logs(&["the subscriptions are not watched for now"]).await;
-    house.broker.up();
-    let healed = house.comes_to_be(&orders, "active").await;
-    assert_eq!(healed["queue"]["ready"], 0, "{healed}");
-    assert_eq!(parts(&admin, &orders).await.len(), 8);
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-#[sqlx::test]
-async fn a_broker_that_refuses_is_asked_again_until_it_grants(db: PgPool) {
-    let broker = HurtBroker::borrow().await;
-    drop(broker.try_ctl(&["add_user", "registry", "secret"]).await);
-    broker.ctl(&["set_permissions", "registry", "^test\\.", "^test\\.", "^$"]).await;
-    let url = broker.amqp_url.replace("guest:guest", "registry:secret");
-    let house = House::at(db, &broker.amqp_url, &[("AMQP_REGISTRY_URL", &url), EVERY_SECOND]).await;
-    let orders = unique("orders");
-    assert_eq!(house.register(&orders, &wish(&["user.deleted"], &[])).await.refusal(503), "broker_refused");
-    house.comes_to_be(&orders, "undeclared").await;
-    house.logs(&["WARN", &orders, "cannot be declared", "may not configure"]).await;
-    // What docs/operating.md says it needs.
-    let names = format!("^({orders}|{})", house.exchange.replace('.', "\\."));
-    broker.ctl(&["set_permissions", "registry", &names, &names, &names]).await;
-    house.comes_to_be(&orders, "active").await;
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-#[sqlx::test]
-async fn a_queue_that_an_admin_deleted_is_declared_again_and_said_to_be_lost(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &["address"])).await.ok();
-    let ana = house.user(json!({})).await;
-    house.comes_to_be(&orders, "active").await;
-    admin.delete_queue(&orders).await;
-    let lost = house.comes_to_be(&orders, "queue_lost").await;
-    let (lost_at, missing_since) = (lost["lost_at"].as_str().unwrap(), lost["missing_since"].as_str().unwrap());
-    assert!(missing_since <= lost_at && missing_since >= lost["created_at"].as_str().unwrap(), "{lost}");
-    house.logs(&["WARN", &orders, "a part of it was deleted at the broker", "missing_since"]).await;
-    let metric = format!("tidings_subscription_queue_lost{{subscription=\"{orders}\"}}");
-    let shows = async |value: f64| {
-        eventually("the metric", async || match house.metric(&metric).await {
-            seen if seen == value => Ok(()),
-            other => Err(other),
-        })
-        .await;
-    };
-    shows(1.0).await;
-    eventually("what lay in the lost queue to be told anew", async || {
-        let told = admin.drain(&orders).await;
-        if told.iter().any(|notice| notice.user_id == ana) { Ok(()) } else { Err(told.len()) }
-    })
-    .await;
-    let ben = house.user(json!({})).await;
-    house.settle().await;
-    assert!(admin.drain(&orders).await.iter().any(|notice| notice.user_id == ben), "it hears again");
-
-    let again = house.register(&orders, &wish(&["user.created"], &["address"])).await.ok();
-    assert_eq!(again.body["state"], "queue_lost", "a consumer that registers whenever it starts must not hide it");
-    let recovered = tidings(&["subscription", "recovered", &orders], house.settings()).output().await.unwrap();
-    assert!(recovered.status.success(), "{recovered:?}");
-    let known = house.comes_to_be(&orders, "active").await;
-    assert_eq!(known["lost_at"], lost["lost_at"], "remembered");
-    shows(0.0).await;
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// What waits there for another attempt is in no other queue.
-#[sqlx::test]
-async fn a_queue_of_what_failed_is_not_declared_again_in_silence(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    house.comes_to_be(&orders, "active").await;
-    let ana = house.user(json!({})).await;
-    house.settle().await;
-    assert_eq!(admin.drain(&orders).await.len(), 1);
-    let dead = format!("{orders}.dead");
-    admin.delete_queue(&dead).await;
-    house.logs(&["WARN", &orders, "its queue of dead letters was deleted"]).await;
-    eventually("the queue", async || admin.depth(&dead).await.ok_or(())).await;
-    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null, "what it lost is in no notice");
-    let retry = format!("{orders}.retry.600000");
-    admin.delete_queue(&retry).await;
-    house.looks(6).await;
-    let lost = house.subscription(&orders).await.body;
-    assert!(lost["lost_at"].is_string(), "not noticed in six looks: {lost}");
-    house.logs(&["WARN", &retry, "a part of it was deleted"]).await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    admin.hears_of(&orders, &[(ana, 1)]).await;
-    assert!(admin.depth(&retry).await.is_some());
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// As between the watch's look and its declaration.
-#[tokio::test]
-async fn a_part_that_is_gone_after_all_is_not_made_anew_in_silence() {
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    let exchange = format!("{orders}.source");
-    let (topic, durable) = (lapin::ExchangeKind::Topic, ExchangeDeclareOptions { durable: true, ..Default::default() });
-    let made =
-        admin.channel().await.exchange_declare(exchange.as_str().into(), topic, durable, FieldTable::default()).await;
-    made.unwrap();
-    let source = topology::Source { exchange: exchange.clone(), prefix: None };
-    let subscription = tidings_sdk::subscription::Subscription {
-        name: orders.parse().unwrap(),
-        keys: ["user.deleted".parse().unwrap()].into(),
-        fields: ["city".parse().unwrap()].into(),
-    };
-    let name = &subscription.name;
-    let retry = name.retry_queue(RETRY_DELAYS[3]);
-    let there = [name.queue().to_owned(), name.dead_queue(), retry.clone(), name.fields_exchange()].into();
-    topology::declare(&admin.channel().await, &source, &subscription, &RETRY_DELAYS).await.unwrap();
-    let over =
-        async || topology::declare_over(&admin.channel().await, &source, &subscription, &RETRY_DELAYS, &there).await;
-    over().await.unwrap();
-    for queue in [name.queue(), &name.dead_queue(), &retry] {
-        admin.delete_queue(queue).await;
-        assert!(matches!(over().await, Err(topology::Error::Missing(_))), "{queue}");
-        assert_eq!(admin.depth(queue).await, None);
-        topology::declare(&admin.channel().await, &source, &subscription, &RETRY_DELAYS).await.unwrap();
-    }
-    admin.delete_exchange(&name.fields_exchange()).await;
-    assert!(matches!(over().await, Err(topology::Error::Missing(_))));
-    assert!(!admin.has_exchange(&name.fields_exchange()).await);
-    topology::delete(&admin.channel().await, name, &RETRY_DELAYS).await.unwrap();
-    admin.delete_exchange(&exchange).await;
-}
-
-#[sqlx::test]
-async fn a_loss_is_told_although_who_registers_again_is_there_before_the_watch(db: PgPool) {
-    let house = House::with(db, &[SELDOM]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    let first = house.register(&orders, &wish(&["user.created"], &[])).await.ok().body;
-    admin.delete_queue(&orders).await;
-    let again = house.register(&orders, &wish(&["user.created"], &["address"])).await.ok().body;
-    assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(true)), "{again}");
-    assert!(again["missing_since"].as_str().unwrap() <= again["lost_at"].as_str().unwrap(), "{again}");
-    assert!(again["missing_since"].as_str().unwrap() >= first["updated_at"].as_str().unwrap(), "{again}");
-    assert!(again["lost_at"].as_str().unwrap() <= again["updated_at"].as_str().unwrap(), "{again}");
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-/// However long it takes until the queue is there again: nobody is passed over who came or changed meanwhile.
-#[sqlx::test]
-async fn what_happens_until_a_lost_queue_is_declared_again_is_told_too(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    let ana = house.user(json!({})).await;
-    let obstacle = format!("{orders}.retry.600000");
-    admin.classic_queue(&obstacle).await;
-    house.has_registered(&orders, 1).await;
-    house.logs(&["WARN", &orders, "a part of it was deleted"]).await;
-    house.logs(&["WARN", &orders, "cannot be declared"]).await;
-    // A walk that had begun before the queue is there would be through with everybody by then.
-    house.looks_again().await;
-    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
-    let ben = house.user(json!({})).await;
-    house.settle().await;
-    admin.delete_queue(&obstacle).await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    admin.hears_of(&orders, &[(ana, 2), (ben, 1)]).await;
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// Whoever makes it anew, nobody is bound to it until the watch has looked.
-#[sqlx::test]
-async fn what_is_told_to_an_exchange_that_was_made_anew_is_told_again(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders, billing) = (Admin::new().await, unique("orders"), unique("billing"));
-    for name in [&orders, &billing] {
-        house.register(name, &wish(&["user.created"], &[])).await.ok();
-        house.comes_to_be(name, "active").await;
-    }
-    admin.delete_exchange(&house.exchange).await;
-    let ana = house.user(json!({})).await;
-    house.logs(&["WARN", "the exchange was deleted", "subscriptions=2"]).await;
-    for name in [&orders, &billing] {
-        house.comes_to_be(name, "queue_lost").await;
-        admin.hears_of(name, &[(ana, 1)]).await;
-        house.unsubscribe(name, "?waiting=discard").await.ok();
-    }
-}
-
-/// Perhaps the command was given the name of another one: no subscription is marked as lost for that, and no second exchange made.
-#[sqlx::test]
-async fn no_command_makes_a_missing_exchange(db: PgPool) {
-    let house = House::with(db, &[("TIDINGS_NO_RELAY", "true")]).await;
-    let (admin, orders, billing) = (Admin::new().await, unique("orders"), unique("billing"));
-    house.has_registered(&orders, 1).await;
-    admin.delete_exchange(&house.exchange).await;
-    let run = async |line: &str| {
-        let done = timeout(PATIENCE, tidings(&line.split(' ').collect::<Vec<_>>(), house.settings()).output()).await;
-        let done = done.expect("it does not end").unwrap();
-        (done.status.success(), String::from_utf8(done.stderr).unwrap())
-    };
-    let put = format!("subscription put {billing} --key user.deleted --owner team-billing --purpose x");
-    let (show, delete) = (format!("subscription show {orders}"), format!("subscription delete {orders}"));
-    for (line, may_do_without) in
-        [("tail", false), ("subscription list", true), (&show, true), (&delete, false), (&put, false)]
-    {
-        let (is_well, talk) = run(line).await;
-        assert!(is_well == may_do_without && talk.contains("is missing"), "{line}: {talk}");
-        assert!(talk.contains("`tidings serve` and `tidings relay` make it"), "{line}: {talk}");
-        assert!(!admin.has_exchange(&house.exchange).await, "{line}");
-    }
-    assert_eq!(house.subscription(&orders).await.body["lost_at"], Value::Null);
-    assert_eq!(house.subscription(&billing).await.body["declared"], false);
-}
-
-/// Who declares one that was lost while he did does not know of the loss.
-#[sqlx::test]
-async fn a_loss_that_is_noted_meanwhile_outlives_a_declaration(db: PgPool) {
-    let house = House::with(db, &[SELDOM]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    admin.delete_exchange(&house.exchange).await;
-    let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
-    assert_eq!((&again["state"], &again["declared"]), (&json!("undeclared"), &json!(false)), "{again}");
-    let ana = house.user(json!({})).await;
-    let again = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
-    assert_eq!((&again["state"], &again["declared"]), (&json!("queue_lost"), &json!(true)), "{again}");
-    admin.hears_of(&orders, &[(ana, 1)]).await;
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// What a backfill has told a queue is lost with it, and what it has still to tell is not all that is.
-#[sqlx::test]
-async fn a_backfill_that_was_under_way_begins_anew_and_tells_what_is_lost_too(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    let [ana, ben] = [house.user(json!({})).await, house.user(json!({})).await];
-    house.settle().await;
-    // Too long ago for a repair by itself.
-    sqlx::query("update users set updated_at = now() - interval '1 day'").execute(&house.db).await.unwrap();
-    house.register(&orders, &wish(&["user.created"], &["city"])).await.ok();
-    let backfill = format!("/v1/subscriptions/{orders}/backfill");
-    let asked = house.request(Method::POST, &backfill).json(&json!({ "user_ids": [ana], "rate_per_s": 1 }));
-    Answer::to(asked).await.ok();
-    Answer::to(house.request(Method::POST, &format!("{backfill}:pause"))).await.ok();
-    let eve = house.user(json!({})).await;
-    house.settle().await;
-    admin.delete_queue(&orders).await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    let told = admin.hears_of(&orders, &[(ana, 1), (eve, 1)]).await;
-    assert!(!told.contains(&(ben, 1)), "nobody asked for him");
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// One connection's own queue takes a name: that subscription is told to be undeclared, and the others are watched as ever.
-#[sqlx::test]
-async fn a_name_that_somebody_holds_alone_keeps_the_watch_from_nobody_else(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, held, orders) = (Admin::new().await, unique("held"), unique("orders"));
-    let alone = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    admin.channel().await.queue_declare(held.as_str().into(), alone, FieldTable::default()).await.unwrap();
-    house.has_registered(&held, 0).await;
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    admin.delete_queue(&orders).await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    house.logs(&["WARN", &held, "cannot be declared", "other properties"]).await;
-    house.looks_again().await;
-    assert_eq!(house.subscription(&held).await.body["state"], "undeclared");
-    let wish = wish(&["user.created"], &["city"]);
-    assert_eq!(house.register(&held, &wish).await.refusal(409), "queue_differs");
-    admin.delete_queue(&held).await;
-    house.comes_to_be(&held, "active").await;
-    for name in [held, orders] {
-        house.unsubscribe(&name, "?waiting=discard").await.ok();
-    }
-}
-
-/// Nor when its time has come, and the broker does not let it be deleted.
-#[sqlx::test]
-async fn one_that_expires_and_cannot_be_deleted_keeps_the_watch_from_nobody_else(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, held, later, orders) = (Admin::new().await, unique("held"), unique("later"), unique("orders"));
-    let alone = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    admin.channel().await.queue_declare(held.as_str().into(), alone, FieldTable::default()).await.unwrap();
-    house.has_registered(&held, 0).await;
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    house.register(&later, &wish(&["user.created"], &[])).await.ok();
-    let expires = "update subscriptions set expires_after_s = 2 where name = any($1)";
-    sqlx::query(expires).bind([&held, &later].map(String::as_str)).execute(&house.db).await.unwrap();
-    eventually("the other to expire", async || {
-        let seen = house.subscription(&later).await;
-        if seen.status == 404 { Ok(()) } else { Err(seen) }
-    })
-    .await;
-    house.logs(&["WARN", &held, "has expired and cannot be deleted", "other properties"]).await;
-    house.looks_again().await;
-    let ready = format!("tidings_subscription_ready{{subscription=\"{orders}\"}}");
-    assert_eq!((house.metric("tidings_subscriptions_watching").await, house.metric(&ready).await), (1.0, 0.0));
-    let log = house.service.log();
-    assert_eq!(log.matches("has expired and cannot be deleted").count(), 1, "{log}");
-    admin.delete_queue(&held).await;
-    eventually("it to expire too", async || {
-        let seen = house.subscription(&held).await;
-        if seen.status == 404 { Ok(()) } else { Err(seen) }
-    })
-    .await;
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-/// Nor when it is the database that does not let it go.
-#[sqlx::test]
-async fn one_that_expires_and_stays_registered_keeps_the_watch_from_nobody_else(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (held, later, orders) = (unique("held"), unique("later"), unique("orders"));
-    for name in [&held, &later, &orders] {
-        house.register(name, &wish(&["user.created"], &[])).await.ok();
-    }
-    let hold = format!(
-        "
-        create function hold() returns trigger language plpgsql as $$ begin raise 'held'; end $$;
-        create trigger hold before delete on subscriptions
-          for each row when (old.name = '{held}') execute function hold();
-        "
-    );
-    sqlx::raw_sql(AssertSqlSafe(hold)).execute(&house.db).await.unwrap();
-    let expires = "update subscriptions set expires_after_s = 2 where name = any($1)";
-    sqlx::query(expires).bind([&held, &later].map(String::as_str)).execute(&house.db).await.unwrap();
-    let is_gone = async |name: &str| {
-        eventually("it to expire", async || {
-            let seen = house.subscription(name).await;
-            if seen.status == 404 { Ok(()) } else { Err(seen) }
-        })
-        .await;
-    };
-    is_gone(&later).await;
-    house.logs(&["WARN", &held, "has expired and cannot be deleted", "P0001"]).await;
-    house.looks_again().await;
-    assert_eq!(house.metric("tidings_subscriptions_watching").await, 1.0);
-    sqlx::query("drop trigger hold on subscriptions").execute(&house.db).await.unwrap();
-    is_gone(&held).await;
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-/// What was never at the broker cannot have been deleted there: nothing is told anew for it.
-#[sqlx::test]
-async fn a_first_field_that_was_registered_without_a_broker_is_no_loss(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    house.broker.down();
-    // An application registers until it is answered.
-    for _ in 0..2 {
-        house.register(&orders, &wish(&["user.created"], &["city"])).await.refusal(503);
-    }
-    house.broker.up();
-    eventually("it to be declared", async || {
-        let seen = house.subscription(&orders).await.ok().body;
-        if seen["declared"] == true { Ok(()) } else { Err(seen) }
-    })
-    .await;
-    let seen = house.subscription(&orders).await.ok().body;
-    assert_eq!((&seen["state"], &seen["lost_at"]), (&json!("active"), &Value::Null), "{seen}");
-    let backfill = house.page(&format!("/v1/subscriptions/{orders}/backfill")).await;
-    assert_eq!(backfill.refusal(404), "backfill_not_found");
-
-    // From then on it is looked for, also while another wish waits to be declared.
-    house.broker.down();
-    house.register(&orders, &wish(&["user.created"], &["city", "address"])).await.refusal(503);
-    admin.delete_exchange(&format!("{orders}.fields")).await;
-    house.broker.up();
-    house.comes_to_be(&orders, "queue_lost").await;
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// To register while the broker is away is not to have seen the queue.
-#[sqlx::test]
-async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_somebody_registered_again(db: PgPool) {
-    let house = House::with(db, &[SELDOM]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    house.broker.down();
-    house.register(&orders, &wish(&["user.created"], &["city"])).await.refusal(503);
-    let unseen = house.subscription(&orders).await.ok().body;
-    assert!(unseen["updated_at"].as_str().unwrap() > unseen["created_at"].as_str().unwrap(), "{unseen}");
-    admin.delete_queue(&orders).await;
-    house.broker.up();
-    let lost = house.register(&orders, &wish(&["user.created"], &["city"])).await.ok().body;
-    assert!(lost["missing_since"].as_str().unwrap() < unseen["updated_at"].as_str().unwrap(), "{lost}");
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-/// Nor is to be refused a look at it, as RabbitMQ 4.3 refuses one to who has no right to the queue.
-#[sqlx::test]
-async fn a_lost_queue_is_missing_since_it_was_seen_and_not_since_it_was_kept_from_sight(db: PgPool) {
-    let broker = HurtBroker::borrow().await;
-    drop(broker.try_ctl(&["add_user", "registry", "secret"]).await);
-    let may_use = async |names: &str| {
-        let names = format!("^({names}|test\\.)");
-        broker.ctl(&["set_permissions", "registry", &names, &names, &names]).await;
-    };
-    may_use("billing|orders").await;
-    let url = broker.amqp_url.replace("guest:guest", "registry:secret");
-    let house = House::at(db, &broker.amqp_url, &[("AMQP_REGISTRY_URL", &url), EVERY_SECOND]).await;
-    let admin = Admin::at(&broker.amqp_url).await;
-    let (billing, orders) = (unique("billing"), unique("orders"));
-    for name in [&billing, &orders] {
-        house.register(name, &wish(&["user.created"], &[])).await.ok();
-    }
-    house.looks_again().await;
-    may_use("billing").await;
-    admin.delete_queue(&orders).await;
-    let gone_at: OffsetDateTime = sqlx::query_scalar("select now()").fetch_one(&house.db).await.unwrap();
-    let sees = async |attended: bool| {
-        eventually("the watch to see who attends", async || {
-            let seen = "select unattended_since is null from subscriptions where name = $1";
-            let seen: bool = sqlx::query_scalar(seen).bind(&billing).fetch_one(&house.db).await.unwrap();
-            if seen == attended { Ok(()) } else { Err(seen) }
-        })
-        .await;
-    };
-    // So many looks that one began after that and was over when the next began.
-    for _ in 0..2 {
-        let attendance = admin.attend(&billing).await;
-        sees(true).await;
-        attendance.ends().await;
-        sees(false).await;
-    }
-    may_use("billing|orders").await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    let since = "select missing_since from subscriptions where name = $1";
-    let since: OffsetDateTime = sqlx::query_scalar(since).bind(&orders).fetch_one(&house.db).await.unwrap();
-    assert!(since <= gone_at, "{since} is after {gone_at}");
-    for name in [&billing, &orders] {
-        house.unsubscribe(name, "?waiting=discard").await.ok();
-    }
-}
-
-#[sqlx::test]
-async fn a_binding_or_an_exchange_that_an_admin_deleted_is_made_again(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &["address"])).await.ok();
-    let channel = admin.channel().await;
-    let unbound = channel.queue_unbind(
-        orders.as_str().into(),
-        house.exchange.as_str().into(),
-        "user.created".into(),
-        FieldTable::default(),
-    );
-    unbound.await.unwrap();
-    channel.exchange_delete(format!("{orders}.fields").as_str().into(), Default::default()).await.unwrap();
-    eventually("news to be heard again", async || {
-        let ana = house.user(json!({})).await;
-        house.amend(&ana, json!({ "address": "Here" })).await.ok();
-        house.settle().await;
-        let heard = admin.told(&orders).await;
-        if heard == ["user.created", "profile.updated[address]"] { Ok(()) } else { Err(heard) }
-    })
-    .await;
-    // What came while there was no exchange to choose by field is told anew.
-    house.logs(&["WARN", &format!("{orders}.fields"), "a part of it was deleted"]).await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    admin.delete_queue(&format!("{orders}.dead")).await;
-    eventually("all parts", async || match parts(&admin, &orders).await {
-        all if all.len() == 8 => Ok(()),
-        some => Err(some),
-    })
-    .await;
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-#[sqlx::test]
-async fn one_watch_leads_and_another_takes_over(db: PgPool) {
-    let mut house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    eventually("the first to lead", async || match house.metric("tidings_subscriptions_watching").await {
-        1.0 => Ok(()),
-        other => Err(other),
-    })
-    .await;
-    let second = house.another(&["relay"]).await;
-    let watches = "select count(*) filter (where application_name = 'tidings subscriptions watch'), count(pg_locks.pid)
-                     from pg_stat_activity left join pg_locks
-                       on pg_locks.pid = pg_stat_activity.pid and locktype = 'advisory' and granted and objsubid = 1
-                    where datname = current_database() and application_name = 'tidings subscriptions watch'";
-    eventually("two watches, one of which leads", async || {
-        let seen: (i64, i64) = sqlx::query_as(watches).fetch_one(&house.db).await.unwrap();
-        if seen == (2, 1) { Ok(()) } else { Err(seen) }
-    })
-    .await;
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    house.service.kill().await;
-    let metrics = async || reqwest::get(format!("{}/metrics", second.url)).await.unwrap().text().await.unwrap();
-    eventually("the other to watch", async || {
-        let metrics = metrics().await;
-        let sees_orders = metrics.contains(&format!("tidings_subscription_ready{{subscription=\"{orders}\"}} 0"));
-        if sees_orders { Ok(()) } else { Err(metrics) }
-    })
-    .await;
-    admin.delete_queue(&orders).await;
-    house.restart().await;
-    house.comes_to_be(&orders, "queue_lost").await;
-    house.unsubscribe(&orders, "").await.ok();
-    eventually("its figures to be gone", async || {
-        let metrics = metrics().await;
-        if metrics.contains(&orders) { Err(metrics) } else { Ok(()) }
-    })
-    .await;
-}
-
-// Growing old.
-
-#[sqlx::test]
-async fn what_waits_and_who_listens_is_told(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    let seen = house.subscription(&orders).await.body;
-    assert_eq!(
-        seen["queue"],
-        json!({ "ready": 0, "consumers": 0, "unacknowledged": null, "waiting_since": null, "head_message_at": null })
-    );
-    assert_eq!((&seen["dead_letters"], &seen["consumer_seen_at"]), (&json!(0), &Value::Null));
-    house.user(json!({})).await;
-    house.user(json!({})).await;
-    let ready = format!("tidings_subscription_ready{{subscription=\"{orders}\"}}");
-    eventually("the watch to see what waits", async || {
-        let log = house.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
-        if log.contains(&format!("{ready} 2")) { Ok(()) } else { Err(log) }
-    })
-    .await;
-    let seen = house.subscription(&orders).await.body;
-    assert_eq!((&seen["queue"]["ready"], seen["queue"]["waiting_since"].is_string()), (&json!(2), true), "{seen}");
-    let since = seen["queue"]["waiting_since"].clone();
-    house.user(json!({})).await;
-    house.settle().await;
-    let attendance = admin.attend(&orders).await;
-    let seen = house.subscription(&orders).await.body;
-    assert_eq!((&seen["queue"]["consumers"], seen["consumer_seen_at"].is_string()), (&json!(1), true), "{seen}");
-    drop(attendance);
-    let seen = eventually("the messages to be back", async || {
-        let seen = house.subscription(&orders).await.body;
-        if seen["queue"]["ready"] == 3 { Ok(seen) } else { Err(seen) }
-    })
-    .await;
-    assert!(seen["queue"]["waiting_since"] == since || seen["queue"]["waiting_since"].is_string(), "{seen}");
-    let waiting = house.metric(&format!("tidings_subscription_waiting_seconds{{subscription=\"{orders}\"}}")).await;
-    assert!(waiting >= 0.0, "{waiting}");
-    house.unsubscribe(&orders, "?waiting=discard").await.ok();
-}
-
-#[sqlx::test]
-async fn one_that_nobody_attends_is_idle_until_somebody_does(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND, ("TIDINGS_SUBSCRIPTION_IDLE_AFTER", "2s")]).await;
-    let (admin, orders) = (Admin::new().await, unique("orders"));
-    let registered = house.register(&orders, &wish(&["user.created"], &[])).await.ok();
-    assert_eq!(registered.body["state"], "active");
-    house.comes_to_be(&orders, "idle").await;
-    house.logs(&["WARN", &orders, "team-orders", "idle: nobody listens"]).await;
-    let idle = format!("tidings_subscription_idle{{subscription=\"{orders}\"}}");
-    assert_eq!(house.metric(&idle).await, 1.0);
-    house.looks_again().await;
-    let attendance = admin.attend(&orders).await;
-    house.comes_to_be(&orders, "active").await;
-    eventually("the metric", async || match house.metric(&idle).await {
-        0.0 => Ok(()),
-        other => Err(other),
-    })
-    .await;
-    let warnings = house.service.log().matches("idle: nobody listens").count();
-    assert_eq!(warnings, 1, "told once");
-    attendance.ends().await;
-    house.unsubscribe(&orders, "").await.ok();
-}
-
-#[sqlx::test]
-async fn one_expires_only_if_its_owner_said_so_and_after_a_warning(db: PgPool) {
-    let house = House::with(db, &[EVERY_SECOND]).await;
-    let (admin, brief, lasting) = (Admin::new().await, unique("brief"), unique("lasting"));
-    let mut wish = wish(&["user.created"], &[]);
-    house.register(&lasting, &wish).await.ok();
-    wish["expires_after_s"] = json!(6);
-    house.register(&brief, &wish).await.ok();
-    house.user(json!({})).await;
-    let warned = house.comes_to_be(&brief, "expiring").await;
-    assert!(warned["expires_at"].as_str().unwrap() > warned["updated_at"].as_str().unwrap(), "{warned}");
-    house.logs(&["WARN", &brief, "expiring: nobody listens", "expires_at"]).await;
-
-    let attendance = admin.attend(&brief).await;
-    assert_eq!(house.comes_to_be(&brief, "active").await["expires_at"], Value::Null);
-    house.logs(&[&brief, "no longer expiring"]).await;
-    attendance.ends().await;
-    house.comes_to_be(&brief, "expiring").await;
-    eventually("the end of it", async || {
-        let seen = house.subscription(&brief).await;
-        if seen.status == 404 { Ok(()) } else { Err(seen) }
-    })
-    .await;
-    house.logs(&["WARN", &brief, "expired: deleted", "ready=1"]).await;
-    assert_eq!(parts(&admin, &brief).await, [""; 0]);
-    let log = house.service.log();
-    assert_eq!(log.matches("expiring: nobody listens").count(), 2, "{log}");
-    let lasting_now = house.subscription(&lasting).await.ok().body;
-    assert_eq!((&lasting_now["state"], &lasting_now["expires_at"]), (&json!("active"), &Value::Null));
-    house.unsubscribe(&lasting, "?waiting=discard").await.ok();
 }
 
 // Ending.

@@ -15,6 +15,12 @@ use crate::house::{Answer, House, eventually, file, http_with, tidings};
 /// The key pair of RFC 8037, appendix A: what is published can be in a test.
 const PUBLIC: &str = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo";
 const SEED: &str = "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A";
+/// 32 bytes that are no point of the curve: there is none with y = 2.
+const NO_POINT: [u8; 32] = {
+    let mut y = [0; 32];
+    y[0] = 2;
+    y
+};
 const ISSUER: &str = "https://id.example.org";
 const AUDIENCE: &str = "tidings";
 
@@ -191,6 +197,11 @@ async fn keys_that_cannot_verify_are_named_at_start(db: PgPool) {
     let said = start(&settings).await;
     assert!(said.contains("TIDINGS_JWT_JWKS: needs"), "{said}");
     let of = |key: Value| json!({ "keys": [key] }).to_string();
+    let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+    let ed25519 = |x: &[u8]| of(json!({ "kty": "OKP", "crv": "Ed25519", "kid": "one", "x": part(x) }));
+    let ec = |curve: &str, x: &[u8]| of(json!({ "kty": "EC", "crv": curve, "kid": "one", "x": part(x), "y": part(x) }));
+    let rsa =
+        |n: &[u8], e: &[u8]| of(json!({ "kty": "RSA", "kid": "one", "alg": "RS256", "n": part(n), "e": part(e) }));
     for (text, reason) in [
         ("{".to_owned(), "no JWK set"),
         (json!({ "keys": [] }).to_string(), "holds no key"),
@@ -200,6 +211,22 @@ async fn keys_that_cannot_verify_are_named_at_start(db: PgPool) {
         (of(json!({ "kty": "OKP", "crv": "Ed25519", "kid": "one", "alg": "RS256", "x": PUBLIC })), "does not go with"),
         (of(json!({ "kty": "RSA", "kid": "one", "n": "AQAB", "e": "AQAB" })), "has to say its algorithm"),
         (of(json!({ "kty": "RSA", "kid": "one", "alg": "HS256", "n": "AQAB", "e": "AQAB" })), "does not go with"),
+        // Well-formed, and no keys: whoever names one in a token would find out, and everybody would be refused for ever.
+        (ed25519(b""), "no public key of its curve"),
+        (ed25519(&[7; 15]), "no public key of its curve"),
+        (ed25519(&[7; 33]), "no public key of its curve"),
+        (ed25519(&NO_POINT), "no public key of its curve"),
+        (ec("P-256", &[0; 3]), "no public key of its curve"),
+        (ec("P-256", &[1; 32]), "no public key of its curve"),
+        (ec("P-384", &[1; 48]), "no public key of its curve"),
+        (rsa(b"", &[1, 0, 1]), "no RSA key"),
+        (rsa(&[255; 128], &[1, 0, 1]), "no RSA key"),
+        (rsa(&[255; 513], &[1, 0, 1]), "no RSA key"),
+        (rsa(&[254; 256], &[1, 0, 1]), "no RSA key"),
+        (rsa(&[255; 256], b""), "no RSA key"),
+        (rsa(&[255; 256], &[1]), "no RSA key"),
+        (rsa(&[255; 256], &[1, 0, 0]), "no RSA key"),
+        (rsa(&[255; 256], &[2, 0, 0, 0, 1]), "no RSA key"),
     ] {
         settings.push(("TIDINGS_JWT_JWKS", file(&text).to_str().unwrap().to_owned()));
         let said = start(&settings).await;

@@ -219,6 +219,8 @@ async fn a_condition_that_does_not_hold_changes_nothing(db: PgPool) {
         ] {
             let refused = Answer::to(request.header(name, value)).await;
             assert_eq!((refused.refusal(412), refused.version()), ("version_mismatch", 2), "{name}: {value}");
+            let detail = refused.body["detail"].as_str().unwrap();
+            assert!(detail.starts_with("somebody has this id, at version 2"), "{name}: {value}: {detail}");
         }
     }
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[first_name]"]);
@@ -227,6 +229,7 @@ async fn a_condition_that_does_not_hold_changes_nothing(db: PgPool) {
     for value in ["\"1\"", "*"] {
         let refused = Answer::to(put(&house, &nobody, json!({})).header("if-match", value)).await;
         assert_eq!((refused.refusal(412), refused.body.get("version")), ("version_mismatch", None), "{value}");
+        assert!(refused.body["detail"].as_str().unwrap().starts_with("nobody has this id"), "{refused:?}");
     }
     assert_eq!(house.get(&nobody).await.refusal(404), "user_not_found");
 }
