@@ -275,7 +275,12 @@ impl Db {
             .max_connections(connections)
             .min_connections(0)
             .acquire_timeout(CONNECT_DEADLINE)
-            .after_connect(move |connection, _| Box::pin(refuse_useless(connection, i64::from(connections))))
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    refuse_useless(connection, i64::from(connections)).await?;
+                    refuse_forgetful(connection).await
+                })
+            })
             // The pool asks whoever comes back whether it lives, and keeps its place for it however long it says nothing: on a network
             // that swallows packets a quarter of an hour. So it is asked here first, within a deadline; an error drops it at once.
             .after_release(|connection, _| {
@@ -352,7 +357,7 @@ impl Db {
     /// When `fsync`, `full_page_writes` or `synchronous_commit` is off, a setting of a session does not arrive, or the database cannot be
     /// reached.
     pub async fn check_durability(&self) -> anyhow::Result<()> {
-        let mut connection = dial(self.options.connect()).await?;
+        let mut connection = connect(&self.options).await?;
         if let Some(forgets) = forgets(&mut connection).await.map_err(Trouble::from)? {
             anyhow::bail!("{forgets}");
         }
@@ -443,18 +448,30 @@ pub fn is_overheard(url: &Url) -> bool {
     url.scheme() == "http" && !url.host_str().is_some_and(is_loopback)
 }
 
+/// For what is asked or done once.
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
-    // In a box: it is large and rare, and part of each statement's future.
-    dial(Box::pin(async {
+    dial(async {
         let mut connection = options.connect().await?;
         refuse_useless(&mut connection, 1).await?;
         Ok(connection)
-    }))
+    })
+    .await
+}
+
+/// For a service, which goes on for as long as the session does.
+async fn connect_to_serve(options: &PgConnectOptions) -> Result<PgConnection, Trouble> {
+    dial(async {
+        let mut connection = options.connect().await?;
+        refuse_useless(&mut connection, 1).await?;
+        refuse_forgetful(&mut connection).await?;
+        Ok(connection)
+    })
     .await
 }
 
 async fn dial(dialled: impl Future<Output = sqlx::Result<PgConnection>>) -> Result<PgConnection, Trouble> {
-    match timeout(CONNECT_DEADLINE, dialled).await {
+    // In a box: it is large and rare, and part of each statement's future.
+    match timeout(CONNECT_DEADLINE, Box::pin(dialled)).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(sqlx::Error::Database(refusal))) => Err(Trouble::Unreachable(turned_away(&*refusal))),
         Ok(Err(error)) => Err(Trouble::Unreachable(error.into())),
@@ -473,17 +490,19 @@ async fn forgets(connection: &mut PgConnection) -> sqlx::Result<Option<String>> 
     }))
 }
 
-/// Refuses a server whose answers are old, that forgets what it acknowledges, or that keeps nothing while so many of this purpose's sessions
-/// wait: ended by us they would be committed without the standby, and followed by more they would use up the server's connections.
+/// Refuses a server that forgets what it acknowledges. At the start it was not so; but settings change, and after a failover they are another
+/// server's.
+async fn refuse_forgetful(connection: &mut PgConnection) -> sqlx::Result<()> {
+    forgets(connection).await?.map_or(Ok(()), |forgets| Err(sqlx::Error::Configuration(forgets.into())))
+}
+
+/// Refuses a server whose answers are old, or that keeps nothing while so many of this purpose's sessions wait: ended by us they would be
+/// committed without the standby, and followed by more they would use up the server's connections.
 async fn refuse_useless(connection: &mut PgConnection, waiting: i64) -> sqlx::Result<()> {
     // While a failover goes on, the address may still lead to the server that led before.
     let follows: bool = sqlx::query_scalar(FOLLOWS).persistent(false).fetch_one(&mut *connection).await?;
     if follows {
         return Err(sqlx::Error::Configuration("the database server only follows another one (a standby)".into()));
-    }
-    // At the start it was not so; but settings change, and after a failover they are another server's.
-    if let Some(forgets) = forgets(connection).await? {
-        return Err(sqlx::Error::Configuration(forgets.into()));
     }
     let now_waiting: i64 = sqlx::query_scalar(WAITING_FOR_A_STANDBY).persistent(false).fetch_one(connection).await?;
     if now_waiting >= waiting {
@@ -514,7 +533,7 @@ impl Line {
         // Taken out while in use: when this future is dropped or fails, the connection goes with it.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => connect(&self.options).await?,
+            None => connect_to_serve(&self.options).await?,
         };
         let outcome = match timeout(ANSWER_DEADLINE, work(&mut connection)).await {
             Ok(outcome) => outcome.map_err(Trouble::from),

@@ -110,7 +110,7 @@ async fn resume(
     Params(asked): Params<NewRate>,
     place: Place,
 ) -> Result<Json<Progress>, Problem> {
-    let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", rate_range()));
+    let invalid = || Problem::new(Code::InvalidQuery, format!("rate_per_s {}", is_within(&RATES)));
     let rate = asked.rate_per_s.map(|rate| within(&RATES, rate).ok_or_else(invalid)).transpose()?;
     place.turn_at_the_registry(&caller.client).await?;
     act(&backfills, &name, Action::Resume(rate)).await
@@ -172,28 +172,40 @@ pub struct Start {
 
 impl Start {
     /// # Errors
-    /// What is wrong: the first fault, or that of each id.
+    /// All that is wrong.
     pub fn plan(self) -> Result<Plan, Vec<Fault>> {
-        let fault = |pointer: &str, code: &str, detail: String| vec![Fault::new(pointer, code, detail)];
-        let rate_per_s = self.rate_per_s.map_or(Some(DEFAULT_RATE), |rate| within(&RATES, rate));
-        let rate_per_s = rate_per_s.ok_or_else(|| fault("/rate_per_s", "range", rate_range()))?;
-        let max_waiting = self.max_waiting.map_or(Some(DEFAULT_MAX_WAITING), |count| within(&MAX_WAITING, count));
-        let max_waiting =
-            max_waiting.ok_or_else(|| fault("/max_waiting", "range", "is a number from 1 to 1000000".to_owned()))?;
-        let users = match (self.users.as_deref(), self.user_ids, self.changed_since) {
-            (Some("all"), None, None) => Whom::All,
-            (Some(_), None, None) => return Err(fault("/users", "value", "is \"all\"".to_owned())),
-            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => {
-                Whom::These(Id::in_array(&ids, "/user_ids")?)
+        let mut faults = vec![];
+        let mut number = |pointer, asked: Option<i64>, or: i32, range: RangeInclusive<i32>| {
+            let number = asked.map_or(Some(or), |asked| within(&range, asked));
+            faults.extend(number.is_none().then(|| Fault::new(pointer, "range", is_within(&range))));
+            number
+        };
+        let rate_per_s = number("/rate_per_s", self.rate_per_s, DEFAULT_RATE, RATES);
+        let max_waiting = number("/max_waiting", self.max_waiting, DEFAULT_MAX_WAITING, MAX_WAITING);
+        match (self.whom(), rate_per_s, max_waiting) {
+            (Ok(users), Some(rate_per_s), Some(max_waiting)) => Ok(Plan { users, rate_per_s, max_waiting }),
+            (whom, ..) => {
+                faults.extend(whom.err().into_iter().flatten());
+                Err(faults)
             }
-            (None, Some(_), None) => return Err(fault("/user_ids", "length", "has 1 to 10000 ids".to_owned())),
-            (None, None, Some(since)) => Whom::ChangedSince(parse_time(&since).map_err(|fault| vec![fault])?),
+        }
+    }
+
+    fn whom(self) -> Result<Whom, Vec<Fault>> {
+        let fault = |pointer: &str, code: &str, detail: &str| vec![Fault::new(pointer, code, detail)];
+        match (self.users.as_deref(), self.user_ids, self.changed_since) {
+            (Some("all"), None, None) => Ok(Whom::All),
+            (Some(_), None, None) => Err(fault("/users", "value", "is \"all\"")),
+            (None, Some(ids), None) if (1..=MAX_USER_IDS).contains(&ids.len()) => {
+                Id::in_array(&ids, "/user_ids").map(Whom::These)
+            }
+            (None, Some(_), None) => Err(fault("/user_ids", "length", "has 1 to 10000 ids")),
+            (None, None, Some(since)) => parse_time(&since).map(Whom::ChangedSince).map_err(|fault| vec![fault]),
             _ => {
                 const DETAIL: &str = "has exactly one of \"users\", \"user_ids\" and \"changed_since\"";
-                return Err(fault("", "exactly_one", DETAIL.to_owned()));
+                Err(fault("", "exactly_one", DETAIL))
             }
-        };
-        Ok(Plan { users, rate_per_s, max_waiting })
+        }
     }
 }
 
@@ -201,13 +213,13 @@ fn within(range: &RangeInclusive<i32>, number: i64) -> Option<i32> {
     i32::try_from(number).ok().filter(|number| range.contains(number))
 }
 
+fn is_within(range: &RangeInclusive<i32>) -> String {
+    format!("is a number from {} to {}", range.start(), range.end())
+}
+
 fn parse_time(text: &str) -> Result<OffsetDateTime, Fault> {
     const DETAIL: &str = "is a time such as 2026-11-01T00:00:00Z (RFC 3339)";
     read_time(text).ok_or_else(|| Fault::new("/changed_since", "format", DETAIL))
-}
-
-fn rate_range() -> String {
-    format!("is a number from {} to {}", RATES.start(), RATES.end())
 }
 
 /// A backfill, as programs and people see it.

@@ -129,7 +129,8 @@ pub const DECLARED: &str = "
 select field, string_agg(who, ', ' order by who) as who
   from (select unnest(coalesce(fields, '{}') || coalesce(write_fields, '{}')) as field, 'client ' || name as who
           from clients
-         where revoked_at is null
+         -- To an administrator no list applies.
+         where revoked_at is null and not 'admin' = any(scopes)
         union
         select unnest(fields), 'subscription ' || name
           from subscriptions) as declared

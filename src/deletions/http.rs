@@ -263,10 +263,7 @@ impl From<Error> for Problem {
         match error {
             Error::UnknownUser => Code::UserNotFound.into(),
             Error::Living(version) => Self::from(Code::UserNotDeleted).with_version(Some(version)),
-            Error::UnknownSubscription => Self::new(
-                Code::SubscriptionNotFound,
-                "nobody registered this name, or this client does not stand for it",
-            ),
+            Error::UnknownSubscription => Code::SubscriptionNotFound.into(),
             Error::Overloaded => Code::Overloaded.into(),
             // Told in the log by the recorder.
             Error::Record(_) => Self::new(Code::DatabaseUnavailable, UNREACHABLE),

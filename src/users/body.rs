@@ -104,18 +104,20 @@ impl<S: Send + Sync> FromRequest<S> for Documents {
 
 /// What is asked for each user; or all that is wrong with the list.
 fn entries(mut members: Map<String, Value>) -> Result<Vec<Entry>, Vec<Fault>> {
-    let fault = |code, detail: String| vec![Fault::new(step("", USERS), code, detail)];
+    const OTHER: &str = "a body has the member \"users\" and no other";
     let users = members.remove(USERS);
-    if let Some(name) = members.keys().next() {
-        return Err(vec![Fault::new(step("", name), "unknown_member", "a body has the member \"users\" and no other")]);
-    }
+    let mut faults: Vec<_> = members.keys().map(|name| Fault::new(step("", name), "unknown_member", OTHER)).collect();
     let users = match users {
-        Some(Value::Array(users)) if (1..=MAX_ENTRIES).contains(&users.len()) => users,
-        Some(Value::Array(_)) => return Err(fault("length", format!("must be 1 to {MAX_ENTRIES} users"))),
-        Some(_) => return Err(fault("type", "must be an array".to_owned())),
-        None => return Err(fault("required", "must be present".to_owned())),
+        Some(Value::Array(users)) if (1..=MAX_ENTRIES).contains(&users.len()) => Ok(users),
+        Some(Value::Array(_)) => Err(("length", format!("must be 1 to {MAX_ENTRIES} users"))),
+        Some(_) => Err(("type", "must be an array".to_owned())),
+        None => Err(("required", "must be present".to_owned())),
     };
-    let (mut entries, mut mentioned, mut faults) = (vec![], HashSet::new(), vec![]);
+    let users = users.unwrap_or_else(|(code, detail)| {
+        faults.push(Fault::new(step("", USERS), code, detail));
+        vec![]
+    });
+    let (mut entries, mut mentioned) = (vec![], HashSet::new());
     for (place, user) in users.into_iter().enumerate() {
         let entry = entry(user).and_then(|entry| match mentioned.insert(entry.id) {
             true => Ok(entry),

@@ -18,7 +18,10 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use crate::json::{Fault, MAX_FAULTS, step};
+use crate::json::{Fault, step};
+
+/// Faults of one document. Each costs another reading of it.
+const MAX_FAULTS: usize = 10;
 
 /// Reads `document` as a `T`.
 ///

@@ -592,6 +592,10 @@ async fn what_cannot_be_done_is_refused(db: PgPool) {
         let detail = refused.body["errors"][0]["detail"].as_str().unwrap();
         assert!(!detail.contains("i32") && !detail.contains("i64"), "{wrong}: {detail}");
     }
+    let refused = start(&house, &orders, json!({ "users": "some", "rate_per_s": 0, "max_waiting": 0 })).await;
+    assert_eq!(refused.refusal(422), "body_invalid");
+    let pointers = [0, 1, 2].map(|n| refused.body["errors"][n]["pointer"].as_str().unwrap());
+    assert_eq!(pointers, ["/rate_per_s", "/max_waiting", "/users"]);
     start(&house, &orders, json!({ "users": "all", "rate_per_s": 1 })).await.ok();
     assert_eq!(start(&house, &orders, json!({ "users": "all" })).await.refusal(409), "backfill_running");
     act(&house, &orders, "pause").await.ok();

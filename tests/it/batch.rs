@@ -283,7 +283,7 @@ async fn a_list_of_users_is_taken_or_refused_as_a_whole(db: PgPool) {
     all.push(entry(Uuid::new_v4()));
     let once = Uuid::new_v4();
     let misshapen = json!({ "id": once, "if_version": -1, "external_id": "", "profile": [], "x": 1 });
-    let table: [(Value, &[(&str, &str)]); 10] = [
+    let table: [(Value, &[(&str, &str)]); 11] = [
         (
             json!({ "users": [entry(Uuid::new_v4()), misshapen] }),
             &[
@@ -299,6 +299,7 @@ async fn a_list_of_users_is_taken_or_refused_as_a_whole(db: PgPool) {
         (json!({ "users": {} }), &[("/users", "type")]),
         (json!({}), &[("/users", "required")]),
         (json!({ "users": [entry(once)], "ids/x": [] }), &[("/ids~1x", "unknown_member")]),
+        (json!({ "users": {}, "ids/x": [] }), &[("/ids~1x", "unknown_member"), ("/users", "type")]),
         (json!({ "users": [entry(once), 7, entry(once)] }), &[("/users/1", "type"), ("/users/2/id", "duplicate")]),
         (
             json!({ "users": [{ "profile": {} }, { "id": "7", "profile": {} }] }),

@@ -541,6 +541,8 @@ async fn a_database_that_forgets_what_it_acknowledged_is_refused(db: PgPool) {
         assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
         assert!(refused.stderr.contains("the database has synchronous_commit off"), "{}", refused.stderr);
     }
+    let clients = run(&["client", "list"], &settings[..1]).await;
+    assert_eq!(clients.code, Some(0), "who got at a key is shut out there too: {clients:?}");
 }
 
 /// The address of something before the server that passes on everything but `options`, in which a session's settings are.

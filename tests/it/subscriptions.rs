@@ -31,7 +31,6 @@ use crate::{
     clients::client,
     house::{self, Answer, House, PATIENCE, Service, database_url, env, eventually, tidings},
     hurt::HurtBroker,
-    limits::under_way,
     registry::{Admin, SELDOM, parts, unique, wish},
     subscribed::Subscribed,
 };
@@ -254,14 +253,23 @@ async fn a_registration_that_cannot_be_taken_waits_for_no_turn(db: PgPool) {
     let mut held = holder.begin().await.unwrap();
     sqlx::query("lock table dead_letters").execute(&mut *held).await.unwrap();
     let letters = crowded.path("dead-letters");
-    // More than have a turn at once.
-    let asked = (0..20).map(|_| Answer::to(house.request(Method::GET, &letters)));
-    let mut crowd: FuturesUnordered<_> = asked.collect();
+    let mut crowd: FuturesUnordered<_> = (0..100).map(|_| Answer::to(house.request(Method::GET, &letters))).collect();
     let refused = async {
-        under_way(&house, 20.0).await;
+        eventually("a line", async || match house.metric("tidings_requests_under_way").await {
+            60.0.. => Ok(()),
+            fewer => Err(fewer),
+        })
+        .await;
         house.register("orders", &wish(&[], &[])).await
     };
-    let Either::Right((refused, _)) = select(crowd.next(), pin!(refused)).await else { panic!("it waited for a turn") };
+    let (mut refused, mut had_a_turn) = (pin!(refused), 0);
+    let refused = loop {
+        match select(crowd.next(), refused.as_mut()).await {
+            Either::Left(_) => had_a_turn += 1,
+            Either::Right((refused, _)) => break refused,
+        }
+    };
+    assert!(had_a_turn < 30, "of those who came before it {had_a_turn}");
     assert_eq!(refused.refusal(422), "subscription_invalid");
     drop(crowd);
     held.rollback().await.unwrap();
