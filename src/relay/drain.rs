@@ -88,6 +88,15 @@ impl Ledger {
         Self { under_way: HashSet::new(), unconfirmed: 0, unvouched: vec![], progress: now, vouched: now, opened: now }
     }
 
+    /// These are on their way. A broker that had answered everything owed nothing until now.
+    fn sent(&mut self, entries: &[Entry], now: Instant) {
+        if self.unconfirmed == 0 {
+            self.progress = now;
+        }
+        self.unconfirmed += entries.len();
+        self.under_way.extend(entries.iter().map(|entry| entry.id));
+    }
+
     /// For how long the broker has owed an answer. One that holds us back owes none: confirms stall until the alarm is over, and to
     /// reconnect and send again would turn it into a storm of duplicates.
     fn silence(&mut self, blocked: bool, now: Instant) -> Duration {
@@ -234,11 +243,7 @@ impl Drain<'_> {
         if entries.is_empty() {
             return;
         }
-        if self.ledger.unconfirmed == 0 {
-            self.ledger.progress = Instant::now();
-        }
-        self.ledger.unconfirmed += entries.len();
-        self.ledger.under_way.extend(entries.iter().map(|entry| entry.id));
+        self.ledger.sent(entries, Instant::now());
         self.publisher.send(entries);
     }
 
@@ -400,6 +405,10 @@ fn database_lost(trouble: Trouble) -> anyhow::Error {
 
 #[cfg(test)]
 mod tests {
+    use tidings_sdk::envelope::{Event, Notice};
+    use time::OffsetDateTime;
+    use uuid::Uuid;
+
     use super::*;
 
     #[test]
@@ -411,5 +420,25 @@ mod tests {
         let end_of_alarm = 2 * CONFIRM_DEADLINE;
         assert_eq!(silence(true, end_of_alarm), Duration::ZERO);
         assert_eq!(silence(false, end_of_alarm + SILENCE), SILENCE);
+    }
+
+    #[test]
+    fn who_was_asked_nothing_was_not_silent() {
+        let mut ledger = Ledger::new();
+        let (asked, notice) = (
+            ledger.progress + 2 * CONFIRM_DEADLINE,
+            Notice {
+                message_id: Uuid::from_u128(1),
+                user_id: Uuid::from_u128(2),
+                version: 1,
+                event: Event::Created,
+                occurred_at: OffsetDateTime::UNIX_EPOCH,
+                traceparent: None,
+            },
+        );
+        ledger.sent(&[Entry { id: 1, notice: notice.clone() }], asked);
+        assert_eq!(ledger.silence(false, asked), Duration::ZERO);
+        ledger.sent(&[Entry { id: 2, notice }], asked + SILENCE);
+        assert_eq!(ledger.silence(false, asked + 2 * SILENCE), 2 * SILENCE, "to ask on is no answer");
     }
 }

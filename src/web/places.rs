@@ -259,6 +259,7 @@ mod tests {
     use std::task::Poll;
 
     use futures_util::poll;
+    use tokio::{sync::oneshot, task::yield_now};
 
     use super::*;
 
@@ -313,6 +314,23 @@ mod tests {
         assert!(poll!(&mut turn).is_pending());
         drop(awaited);
         assert!(matches!(poll!(&mut turn), Poll::Ready(Err(_))));
+    }
+
+    #[tokio::test]
+    async fn what_goes_on_without_its_client_keeps_its_place() {
+        let places = Places::new(1, Traffic::default());
+        let place = places.take().unwrap_or_else(|_| panic!("there is one"));
+        let (end, ended) = oneshot::channel::<()>();
+        let mut work = Box::pin(place.to_the_end(ended));
+        assert!(poll!(&mut work).is_pending());
+        drop(work);
+        drop(place);
+        yield_now().await;
+        assert!(places.take().is_err(), "it is still at work");
+        end.send(()).unwrap();
+        while places.take().is_err() {
+            yield_now().await;
+        }
     }
 
     #[test]

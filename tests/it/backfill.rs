@@ -207,6 +207,46 @@ async fn a_kill_in_the_middle_costs_nobody_the_news(db: PgPool) {
     orders.end().await;
 }
 
+/// As a runner that was frozen does when it thaws: its successor is further by then.
+#[sqlx::test]
+async fn a_runner_that_was_overtaken_does_not_turn_its_successor_back(db: PgPool) {
+    let house = House::open(db).await;
+    let all = users(&house, 200).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    start(&house, &orders, json!({ "users": "all", "rate_per_s": 1 })).await.ok();
+    eventually("a beginning", async || match orders.waiting().await {
+        0 => Err(0),
+        waiting => Ok(waiting),
+    })
+    .await;
+    let overtake = sqlx::query("update backfills set cursor = $1").bind(all.last().unwrap());
+    assert_eq!(overtake.execute(&house.db).await.unwrap().rows_affected(), 1);
+    house.logs(&["somebody else carries this backfill on"]).await;
+    let done = await_state(&house, &orders, "done").await;
+    assert!(done["sent"].as_i64().unwrap() < 200, "{done}");
+    orders.end().await;
+}
+
+/// Who comes since is told by the news: nobody is told twice, and no walk goes on for ever behind those who come.
+#[sqlx::test]
+async fn a_walk_ends_with_those_who_were_there_when_it_began(db: PgPool) {
+    let house = House::open(db).await;
+    let all = users(&house, 5).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    start(&house, &orders, json!({ "users": "all", "rate_per_s": 1 })).await.ok();
+    act(&house, &orders, "pause").await.ok();
+    stopped(&house).await;
+    let last = Uuid::max();
+    house.put(&last, json!({})).await.ok();
+    house.settle().await;
+    act(&house, &orders, "resume?rate_per_s=20000").await.ok();
+    assert_eq!(await_state(&house, &orders, "done").await["sent"], 5);
+    let told = told(&orders.take().await);
+    assert_eq!(told[&last], ["user.created"]);
+    assert!(told.into_keys().eq(all.into_iter().chain([last])));
+    orders.end().await;
+}
+
 /// Nobody consumes: the queue takes `max_waiting`, and what happens now is right behind them.
 #[sqlx::test]
 async fn news_does_not_wait_behind_a_backfill(db: PgPool) {

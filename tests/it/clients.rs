@@ -9,6 +9,7 @@ use futures_util::future::join_all;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
@@ -212,6 +213,18 @@ async fn keys_are_rotated_without_a_gap_and_expire(db: PgPool) {
     assert!(code == Some(1) && stderr.contains("two keys already") && stderr.contains("hint:"), "{stderr}");
 }
 
+/// The overlap is how long the key before goes on at most: it gives it no time that it did not have.
+#[sqlx::test]
+async fn a_rotation_lets_no_key_live_longer_than_it_was_given(db: PgPool) {
+    let house = House::open(db).await;
+    client(&house, "create orders --scope users:read --expires-after 1h").await;
+    let end = "select expires_at from client_keys where client = 'orders' order by created_at limit 1";
+    let end = async || sqlx::query_scalar::<_, OffsetDateTime>(end).fetch_one(&house.db).await.unwrap();
+    let given = end().await;
+    client(&house, "rotate orders --overlap 2h").await;
+    assert_eq!(end().await, given);
+}
+
 #[sqlx::test]
 async fn one_key_is_revoked_and_the_other_goes_on(db: PgPool) {
     let house = House::open(db).await;
@@ -394,9 +407,11 @@ async fn the_external_id_is_a_field_like_another(db: PgPool) {
     assert!(without.get(&path).await.ok().body.get("external_id").is_none());
     assert!(without.get("/v1/users").await.ok().body["users"][0].get("external_id").is_none());
     assert_eq!(without.get("/v1/users?external_id=E-1").await.refusal(403), "field_forbidden");
-    let refused = without.put(&path, named.clone()).await;
-    assert_eq!(refused.refusal(403), "field_forbidden");
-    assert_eq!(refused.body["errors"][0]["pointer"], "/external_id");
+    for external_id in [json!("E-1"), json!("E-2"), Value::Null] {
+        let refused = without.put(&path, json!({ "external_id": external_id, "profile": {} })).await;
+        assert_eq!(refused.refusal(403), "field_forbidden", "{external_id}");
+        assert_eq!(refused.body["errors"][0]["pointer"], "/external_id");
+    }
     let kept = without.put(&path, json!({ "profile": {} })).await.ok();
     assert!(kept.body.get("external_id").is_none());
     assert_eq!(house.page(&path).await.body["external_id"], "E-1", "whose it is not leaves it alone");

@@ -418,6 +418,33 @@ async fn letters_are_dropped_only_on_purpose(db: PgPool) {
     orders.end().await;
 }
 
+/// Who drops thousands drops those that he has heard of: what comes meanwhile stays.
+#[sqlx::test]
+async fn a_letter_that_comes_while_others_are_dropped_is_kept(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = Subscribed::to(&house, "orders", &["#"], &[]).await;
+    // More than go at once.
+    let fill = "
+        insert into dead_letters (subscription, message_id, reason, attempts, redriven, size_bytes)
+        select $1, gen_random_uuid(), 'malformed', 1, 0, 2 from generate_series(1, 5000)";
+    sqlx::query(fill).bind(orders.name.as_str()).execute(&house.db).await.unwrap();
+    let mut holder = house.db.begin().await.unwrap();
+    let hold = "select from dead_letters order by place limit 1 for update";
+    sqlx::query(hold).execute(&mut *holder).await.unwrap();
+    let path = orders.path(&format!("dead-letters?confirm={}", orders.name));
+    let (purged, ()) = tokio::join!(delete(&house, &path), async {
+        sessions::blocked(&house.db, "tidings records").await;
+        let came = "
+            insert into dead_letters (subscription, message_id, reason, attempts, redriven, size_bytes)
+            values ($1, gen_random_uuid(), 'handler_failed', 4, 0, 2)";
+        sqlx::query(came).bind(orders.name.as_str()).execute(&mut *holder).await.unwrap();
+        holder.commit().await.unwrap();
+    });
+    assert_eq!(purged.ok().body, json!({ "purged": 5_000 }));
+    assert_eq!(list(&house, &orders, "").await["by_reason"], json!({ "handler_failed": 1 }));
+    orders.end().await;
+}
+
 #[sqlx::test]
 async fn what_cannot_be_done_is_refused(db: PgPool) {
     let house = House::open(db).await;

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lapin::options::QueueDeleteOptions;
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -285,6 +286,94 @@ async fn a_restart_overlooks_nobody(db: PgPool) {
     unregister(&house, &orders).await;
 }
 
+/// As if all that was so long ago.
+async fn age(house: &House, interval: &str) {
+    let mut then = house.db.begin().await.unwrap();
+    for statement in [
+        "update deletion_duties set since = since - $1::interval, until = until - $1::interval",
+        "update users set deleted_at = deleted_at - $1::interval where deleted_at is not null",
+        "update deletions_looked_at set deleted_at = deleted_at - $1::interval",
+    ] {
+        sqlx::query(statement).bind(interval).execute(&mut *then).await.unwrap();
+    }
+    then.commit().await.unwrap();
+}
+
+/// Where there are days to confirm in, most deletions are younger than that when one of them is found to be late.
+#[sqlx::test]
+async fn who_is_late_with_one_is_found_late_with_the_next_too(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_ERASURE_DEADLINE", "1h")]).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let ana = deleted(&house).await;
+    age(&house, "20 minutes").await;
+    let bo = deleted(&house).await;
+    age(&house, "50 minutes").await;
+    awaits_overdue(&house, &[ana]).await;
+    age(&house, "20 minutes").await;
+    let late = eventually("both to be overdue", async || match overdue(&house, 2).await {
+        found if found.iter().any(|(user, _)| *user == bo) => Ok(found),
+        found => Err(found),
+    })
+    .await;
+    assert_eq!(late.last(), Some(&(bo, vec![orders.clone()])));
+    unregister(&house, &orders).await;
+}
+
+/// A deletion is dated by its beginning: later ones may have been found late when it is committed.
+#[sqlx::test]
+async fn who_is_late_with_a_deletion_that_took_its_time_is_found_too(db: PgPool) {
+    let house = House::with(db, &IMPATIENT).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let ana = house.user(json!({})).await;
+    let mut slow = house.db.begin().await.unwrap();
+    let delete = "
+        update users
+           set version = 2, profile = null, created_at = null, updated_at = null, deleted_at = now()
+         where id = $1
+    ";
+    assert_eq!(sqlx::query(delete).bind(ana).execute(&mut *slow).await.unwrap().rows_affected(), 1);
+    let bo = deleted(&house).await;
+    awaits_overdue(&house, &[bo]).await;
+    slow.commit().await.unwrap();
+    awaits_overdue(&house, &[ana, bo]).await;
+    unregister(&house, &orders).await;
+}
+
+/// To give up listening is no confirmation of what was heard.
+#[sqlx::test]
+async fn who_is_told_of_deletions_no_more_is_late_with_those_that_he_was_told_of(db: PgPool) {
+    let house = House::with(db, &[("TIDINGS_ERASURE_DEADLINE", "1h")]).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let ana = deleted(&house).await;
+    register(&house, "orders", &["user.created"]).await;
+    deleted(&house).await;
+    age(&house, "2 hours").await;
+    assert_eq!(awaits_overdue(&house, &[ana]).await, [(ana, vec![orders.clone()])]);
+    unregister(&house, &orders).await;
+}
+
+/// Who is registered under a name of before owes nothing of what was owed under it.
+#[sqlx::test]
+async fn a_new_registration_is_free_of_the_debts_of_the_one_before(db: PgPool) {
+    let house = House::with(db, &IMPATIENT).await;
+    let orders = register(&house, "orders", &["user.deleted"]).await;
+    let ana = deleted(&house).await;
+    awaits_overdue(&house, &[ana]).await;
+    // There is no moment in which the name is nobody's, for who looks after the debts.
+    let mut meanwhile = house.db.begin().await.unwrap();
+    sqlx::query("lock table deletion_receipts in share mode").execute(&mut *meanwhile).await.unwrap();
+    unregister(&house, &orders).await;
+    register(&house, "orders", &["user.deleted"]).await;
+    meanwhile.commit().await.unwrap();
+    eventually("nothing to be owed", async || {
+        let owed = "select count(*) from deletion_receipts where confirmed_at is null";
+        let owed: i64 = sqlx::query_scalar(owed).fetch_one(&house.db).await.unwrap();
+        if owed == 0 { Ok(()) } else { Err(owed) }
+    })
+    .await;
+    unregister(&house, &orders).await;
+}
+
 /// As the schema is brought up to date under subscriptions that were there before.
 #[sqlx::test(migrations = false)]
 async fn who_was_registered_before_confirms_from_now_on(db: PgPool) {
@@ -485,6 +574,33 @@ async fn an_outage_of_the_owner_costs_no_second_call_and_holds_up_nobody(db: PgP
     house.delete(&later).await.ok();
     stands(&house, &later, &["orders receipt"]).await;
     again.end().await;
+    unregister(&house, &orders).await;
+}
+
+/// An outage that lasts is asked about ever more rarely.
+#[sqlx::test]
+async fn what_is_owed_waits_longer_each_time(db: PgPool) {
+    let house = House::open(db).await;
+    let orders = register(&house, "orders", &["user.*"]).await;
+    let before = Proxy::before(house.service.url.strip_prefix("http://").unwrap().parse().unwrap()).await;
+    let url = format!("http://{}", before.address());
+    let delays = [SOON[0], Duration::from_secs(3_600)];
+    let patient = |consumer: Consumer| consumer.retry_delays(delays);
+    let application = Application::of(&house, &url, &orders, Diary::new(), patient).await;
+    before.down();
+    deleted(&house).await;
+    let (name, connection) = (&application.subscription.name, connect(&env("AMQP_URL")).await.unwrap());
+    eventually("it to wait for an hour", async || {
+        let channel = connection.create_channel().await.unwrap();
+        let depth = topology::depth(&channel, &name.retry_queue(delays[1])).await;
+        if matches!(&depth, Ok(depth) if depth.ready == 1) { Ok(()) } else { Err(depth.map(|depth| depth.ready).ok()) }
+    })
+    .await;
+    before.up();
+    let channel = connection.create_channel().await.unwrap();
+    let queue = name.retry_queue(delays[1]);
+    channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    application.end().await;
     unregister(&house, &orders).await;
 }
 
@@ -798,6 +914,30 @@ async fn being_observed_costs_a_client_nothing(db: PgPool) {
     })
     .await;
     unregister(&house, &format!("{}.crm", house.exchange)).await;
+}
+
+/// However many are fetched who are gone, while nothing can be noted.
+#[sqlx::test]
+async fn what_is_observed_takes_no_receipts_place(db: PgPool) {
+    let house = House::open(db).await;
+    let crm = client(&house, "crm", &["crm"]).await;
+    let gone = "
+        insert into users (id, version, deleted_at) select gen_random_uuid(), 2, now() from generate_series(1, 500)
+        returning id
+    ";
+    let gone: Vec<Uuid> = sqlx::query_scalar(gone).fetch_all(&house.db).await.unwrap();
+    let mut holder = house.db.begin().await.unwrap();
+    sqlx::query("lock table deletion_receipts").execute(&mut *holder).await.unwrap();
+    for _ in 0..12 {
+        let fetch = crm.post(format!("{}/v1/users:batchGet", house.service.url)).json(&json!({ "ids": gone }));
+        Answer::to(fetch).await.ok();
+    }
+    // It had its place: what it waited for is the table.
+    let name = format!("{}.crm", house.exchange);
+    assert_eq!(confirm(&house, &gone[0], &name).await.refusal(503), "database_unavailable");
+    holder.rollback().await.unwrap();
+    assert_eq!(confirm(&house, &gone[0], &name).await.status, 204);
+    unregister(&house, &name).await;
 }
 
 /// A fetch comes once: a session that the database ended in between costs no note, and a note that is lost is counted.

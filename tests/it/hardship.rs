@@ -156,6 +156,16 @@ async fn a_session_rests_for_as_long_as_nobody_asks(db: PgPool) {
     house.user(json!({})).await;
 }
 
+/// As the database's restart does, or somebody who ends sessions that he does not know: who reads is not told of it.
+#[sqlx::test]
+async fn a_read_outlives_its_session(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = house.user(json!({})).await;
+    house.get(&ana).await.ok();
+    assert_eq!(sessions::terminate(&house.db, "tidings reader").await, 1);
+    house.get(&ana).await.ok();
+}
+
 /// As a BEGIN leaves it that was given up: what the next one does would be undone with it, though it was answered.
 #[sqlx::test]
 async fn a_session_in_a_transaction_is_lent_to_nobody(db: PgPool) {

@@ -162,6 +162,12 @@ async fn another_request_under_the_same_key_is_refused_and_another_clients_key_i
         assert_eq!(Answer::to(other).await.refusal(422), "idempotency_key_reused");
     }
     assert_eq!(house.get(&ana).await.ok().version(), 1);
+    let named = |external_id: &str| {
+        let body = json!({ "external_id": external_id, "profile": {} });
+        Answer::to(house.request(Method::POST, "/v1/users").header(KEY, "k2").json(&body))
+    };
+    named("E-1").await.ok();
+    assert_eq!(named("E-2").await.refusal(422), "idempotency_key_reused", "nobody would be called E-2");
     let client = NewClient::named("other", [Scope::WriteUsers]).unwrap();
     let http: Client = http_with(&new_client(&house.db, client).await);
     let request = http.post(format!("{}/v1/users", house.service.url)).header(KEY, "k1");

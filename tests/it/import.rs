@@ -10,14 +10,15 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
     Json, Router,
     http::{HeaderMap, Uri, header::IF_MATCH},
+    response::IntoResponse,
 };
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, StatusCode, header::RETRY_AFTER};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -733,6 +734,30 @@ async fn a_line_that_meets_a_500_each_time_is_sent_five_times_and_refused() {
     assert_eq!(asked.load(Ordering::SeqCst), 2 * 5);
 }
 
+/// However soon it would have been asked again.
+#[tokio::test]
+async fn a_service_that_asks_for_time_is_given_it() {
+    let asked = Arc::<Mutex<Vec<Instant>>>::default();
+    let answer = {
+        let asked = asked.clone();
+        async move || {
+            let mut asked = asked.lock().unwrap();
+            asked.push(Instant::now());
+            if asked.len() == 1 {
+                (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, "2")]).into_response()
+            } else {
+                StatusCode::OK.into_response()
+            }
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    import(&url, &[name(&file("{\"profile\":{}}\n"))]).await.well();
+    let asked = asked.lock().unwrap();
+    assert!(asked[1] - asked[0] >= Duration::from_secs(2), "{:?}", asked[1] - asked[0]);
+}
+
 /// Another user has the external id, and who asks for him meets a 500 so often.
 #[tokio::test]
 async fn who_has_an_external_id_is_asked_five_times_before_the_line_is_refused() {
@@ -800,10 +825,13 @@ async fn the_journal_of_another_file_or_service_is_not_gone_on_with(db: PgPool) 
     let elsewhere = import("http://127.0.0.1:1", &[name(&lines)]).await;
     assert_eq!(elsewhere.code, Some(1));
     elsewhere.says(&["is of an import into http://127.0.0.1:", "--restart"]);
-    std::fs::write(&lines, "{\"profile\":{}}\n").unwrap();
-    let changed = import(&house.service.url, &[name(&lines)]).await;
-    assert_eq!(changed.code, Some(1));
-    changed.says(&["of another file, or the file was changed", "--restart"]);
+    let as_long = std::fs::read_to_string(&lines).unwrap().replacen("\"n1\"", "\"m1\"", 1);
+    for other in [&as_long, "{\"profile\":{}}\n"] {
+        std::fs::write(&lines, other).unwrap();
+        let changed = import(&house.service.url, &[name(&lines)]).await;
+        assert_eq!(changed.code, Some(1));
+        changed.says(&["of another file, or the file was changed", "--restart"]);
+    }
     assert_eq!(living(&house).await, 10);
     import(&house.service.url, &[name(&lines), "--restart"]).await.well().says(&["1 users created"]);
 }

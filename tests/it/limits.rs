@@ -274,6 +274,7 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
     let mut holder = PgConnection::connect_with(&house.db.connect_options()).await.unwrap();
     // One client's line, those whose turn it is, and some more; far fewer than there are places.
     let crowd = 256 + std::thread::available_parallelism().unwrap().get() + 40;
+    let mut shed_before = 0.0;
     for request in pages.iter().chain([&batch]) {
         let mut held = holder.begin().await.unwrap();
         sqlx::query("lock table users").execute(&mut *held).await.unwrap();
@@ -286,6 +287,9 @@ async fn who_asks_for_too_many_long_answers_at_once_is_turned_away(db: PgPool) {
         };
         assert_eq!(turned_away.headers["retry-after"], "1");
         assert!(turned_away.body["detail"].as_str().unwrap().contains("long answers"), "{turned_away:?}");
+        let shed = house.metric("tidings_requests_shed_total").await;
+        assert!(shed > shed_before, "{shed}");
+        shed_before = shed;
         assert_eq!(
             house.get(&Uuid::new_v4()).await.refusal(503),
             "database_unavailable",

@@ -5,7 +5,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tidings_sdk::topology::{self, RETRY_DELAYS};
-use time::OffsetDateTime;
+use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::timeout;
 
 use crate::{
@@ -268,6 +268,50 @@ async fn a_backfill_that_was_under_way_begins_anew_and_tells_what_is_lost_too(db
     house.comes_to_be(&orders, "queue_lost").await;
     let told = admin.hears_of(&orders, &[(ana, 1), (eve, 1)]).await;
     assert!(!told.contains(&(ben, 1)), "nobody asked for him");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// The loss is of an hour, and what was under way was of days: of these the rest is still to be told.
+#[sqlx::test]
+async fn a_backfill_of_a_longer_time_than_the_loss_stays_one(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    let [ana, ben] = [house.user(json!({})).await, house.user(json!({})).await];
+    house.settle().await;
+    for (user, ago) in [(ana, "1 day"), (ben, "9 days")] {
+        let aged = sqlx::query("update users set updated_at = now() - $2::interval where id = $1").bind(user).bind(ago);
+        aged.execute(&house.db).await.unwrap();
+    }
+    house.register(&orders, &wish(&["user.created"], &["city"])).await.ok();
+    let backfill = format!("/v1/subscriptions/{orders}/backfill");
+    let since = (OffsetDateTime::now_utc() - Duration::days(2)).format(&Rfc3339).unwrap();
+    let asked = house.request(Method::POST, &backfill).json(&json!({ "changed_since": since, "rate_per_s": 1 }));
+    Answer::to(asked).await.ok();
+    Answer::to(house.request(Method::POST, &format!("{backfill}:pause"))).await.ok();
+    admin.delete_queue(&orders).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    let told = admin.hears_of(&orders, &[(ana, 1)]).await;
+    assert!(!told.contains(&(ben, 1)), "nobody asked for him");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// What was told shortly before the loss may have waited for another attempt, or be dated by a transaction that took its time.
+#[sqlx::test]
+async fn what_was_told_shortly_before_a_loss_is_told_anew_too(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let (admin, orders) = (Admin::new().await, unique("orders"));
+    let [ana, ben] = [house.user(json!({})).await, house.user(json!({})).await];
+    house.settle().await;
+    house.register(&orders, &wish(&["user.created"], &[])).await.ok();
+    for (user, ago) in [(ana, "12 minutes"), (ben, "1 hour")] {
+        let aged = sqlx::query("update users set updated_at = now() - $2::interval where id = $1").bind(user).bind(ago);
+        aged.execute(&house.db).await.unwrap();
+    }
+    house.looks_again().await;
+    admin.delete_queue(&orders).await;
+    house.comes_to_be(&orders, "queue_lost").await;
+    let told = admin.hears_of(&orders, &[(ana, 1)]).await;
+    assert!(!told.contains(&(ben, 1)), "that was long before");
     house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
 

@@ -328,8 +328,16 @@ async fn a_request_that_makes_no_sense_is_refused(db: PgPool) {
         let answer = Answer::to(house.request(Method::POST, path).header(header, "*").json(body)).await;
         assert_eq!(answer.refusal(400), code, "{path} {header}");
     }
-    let both = house.patch(&ana, json!({ "city": "Oslo" })).header("if-match", "\"1\"").header("if-none-match", "*");
-    assert_eq!(Answer::to(both).await.refusal(412), "version_mismatch");
+    // That there is a user, and that there is none.
+    let nobody = Uuid::new_v4();
+    for request in [
+        house.patch(&ana, json!({ "city": "Oslo" })),
+        house.request(Method::PUT, &format!("/v1/users/{nobody}")).json(&one),
+    ] {
+        let both = request.header("if-match", "\"1\"").header("if-none-match", "*");
+        assert_eq!(Answer::to(both).await.refusal(412), "version_mismatch");
+    }
+    assert_eq!(house.get(&nobody).await.refusal(404), "user_not_found");
     for version in ["0", "-1"] {
         let read = house.page(&format!("/v1/users/{ana}?min_version={version}")).await;
         assert_eq!(read.refusal(400), "invalid_query", "{version}");

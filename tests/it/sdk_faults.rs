@@ -36,6 +36,7 @@ use crate::{
     house::{self, House, connect, env, eventually, owner_at},
     hurt::HurtBroker,
     load,
+    mirror::foreign_cursor,
     proxy::Proxy,
     sdk::{Curse, Diary, Listener, SOON, consumer, notice, said, subscription, updated},
 };
@@ -346,6 +347,28 @@ async fn a_user_whom_the_owner_cannot_show_leaves_a_mirror_when_he_is_deleted(db
     let done = mirror.catch_up(&house.db, &owner).await.unwrap();
     assert_eq!((done.told, done.written, done.is_behind), (1, 1, false));
     assert!(mirror.get(&mut house.db.acquire().await.unwrap(), ana).await.unwrap().is_none());
+}
+
+/// The other history of the owner's has him: what is held of him is not forgotten for want of a look at him.
+#[sqlx::test]
+async fn a_user_whom_the_owner_cannot_show_stays_in_a_mirror_that_begins_anew(db: PgPool) {
+    let house = House::open(db).await;
+    let users = load::users(&house, 10).await;
+    house.feed_is_clear().await;
+    let cursed = Arc::new(Mutex::new(None));
+    let owner = owner_at(&curse_before(&house.service.url, &cursed).await);
+    let mirror = Mirror::new();
+    mirror.prepare(&house.db).await.unwrap();
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    *cursed.lock().unwrap() = Some(users[7]);
+    let foreign = foreign_cursor(&house.db).await;
+    sqlx::query("update tidings_cursor set cursor = $1").bind(foreign).execute(&house.db).await.unwrap();
+    assert!(mirror.catch_up(&house.db, &owner).await.unwrap().is_behind);
+    let mut connection = house.db.acquire().await.unwrap();
+    assert!(mirror.get(&mut connection, users[7]).await.unwrap().is_some());
+    *cursed.lock().unwrap() = None;
+    mirror.catch_up(&house.db, &owner).await.unwrap();
+    assert!(mirror.verify(&house.db, &owner).await.unwrap().is_none());
 }
 
 #[sqlx::test]

@@ -4,11 +4,13 @@ use lapin::{options::QueueDeclareOptions, types::FieldTable};
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
+use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     house::{House, eventually},
     hurt::HurtBroker,
     registry::{Admin, EVERY_SECOND, parts, unique, wish},
+    sessions,
 };
 
 #[sqlx::test]
@@ -342,4 +344,59 @@ async fn one_expires_only_if_its_owner_said_so_and_after_a_warning(db: PgPool) {
     let lasting_now = house.subscription(&lasting).await.ok().body;
     assert_eq!((&lasting_now["state"], &lasting_now["expires_at"]), (&json!("active"), &Value::Null));
     house.unsubscribe(&lasting, "?waiting=discard").await.ok();
+}
+
+/// Nobody has listened for a month but half a day, and its owner was told so: it was to expire in half a day.
+async fn about_to_expire(house: &House, name: &str) -> OffsetDateTime {
+    let mut wish = wish(&["user.created"], &[]);
+    wish["expires_after_s"] = json!(30 * 24 * 3600);
+    house.register(name, &wish).await.ok();
+    house.looks_again().await;
+    let ages = "
+        update subscriptions
+           set unattended_since = now() - interval '29 days 12 hours', expiry_warned_at = now() - interval '12 hours'
+         where name = $1
+        returning expiry_warned_at
+    ";
+    let warned_at = sqlx::query_scalar(ages).bind(name).fetch_one(&house.db).await.unwrap();
+    house.comes_to_be(name, "expiring").await;
+    warned_at
+}
+
+/// That it would be deleted in half a day is no warning of its being deleted now.
+#[sqlx::test]
+async fn a_shorter_expiry_is_warned_of_anew(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let orders = unique("orders");
+    about_to_expire(&house, &orders).await;
+    let mut wish = wish(&["user.created"], &[]);
+    wish["expires_after_s"] = json!(3600);
+    house.register(&orders, &wish).await.ok();
+    house.looks(2).await;
+    let now = house.comes_to_be(&orders, "expiring").await;
+    let expires_at = OffsetDateTime::parse(now["expires_at"].as_str().unwrap(), &Rfc3339).unwrap();
+    let notice = expires_at - OffsetDateTime::now_utc();
+    assert!(notice > Duration::minutes(25), "{now}");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
+}
+
+/// Nor is one that the watch had seen, and writes down when the new wish is there already.
+#[sqlx::test]
+async fn a_look_from_before_a_new_wish_changes_nothing_of_it(db: PgPool) {
+    let house = House::with(db, &[EVERY_SECOND]).await;
+    let orders = unique("orders");
+    let warned_at = about_to_expire(&house, &orders).await;
+    let mut put = house.db.begin().await.unwrap();
+    let wish = "update subscriptions set revision = revision + 1, expires_after_s = 3600, expiry_warned_at = null where name = $1";
+    sqlx::query(wish).bind(&orders).execute(&mut *put).await.unwrap();
+    // What is new to the watch, so that it has something to write down.
+    house.user(json!({})).await;
+    sessions::blocked(&house.db, "tidings subscriptions watch").await;
+    put.commit().await.unwrap();
+    house.looks_again().await;
+    let warned = "select expiry_warned_at from subscriptions where name = $1";
+    let warned = sqlx::query_scalar(warned).bind(&orders).fetch_optional(&house.db).await.unwrap();
+    let warned: Option<OffsetDateTime> = warned.expect("it is deleted unwarned");
+    assert!(warned.is_none_or(|at| at > warned_at + Duration::hours(11)), "{warned:?}, and before {warned_at}");
+    house.unsubscribe(&orders, "?waiting=discard").await.ok();
 }
