@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool, Postgres, pool::PoolConnection};
 use uuid::Uuid;
 
 use crate::{
@@ -162,26 +162,35 @@ async fn what_is_committed_beside_the_relay_is_told_without_being_read(db: PgPoo
     assert_eq!(told, ["user.created", "profile.updated[city]", "profile.updated[city]", "profile.updated[city]"]);
 }
 
-/// Only the sweep sees one of the events, and it has to wait for a lock.
+/// Sweeps wait until what is returned unlocks them, and the leader's session sees only events of which `visible` holds.
+async fn with_slow_sweeps(house: &House, visible: &str) -> PoolConnection<Postgres> {
+    let policies = format!(
+        "create function slowly() returns boolean language plpgsql set lock_timeout = 0 as
+           $$ begin perform pg_advisory_xact_lock_shared(1); return true; end $$;
+         create policy add on outbox for insert with check (true);
+         create policy see on outbox for select using (
+           case current_setting('application_name')
+             when 'tidings relay leader' then {visible}
+             when 'tidings relay sweep' then slowly()
+             else true
+           end);
+         create policy settle on outbox for delete using (true);
+         alter table outbox enable row level security;"
+    );
+    sqlx::raw_sql(AssertSqlSafe(policies)).execute(&house.db).await.unwrap();
+    let mut holder = house.db.acquire().await.unwrap();
+    sqlx::query("select pg_advisory_lock(1)").execute(&mut *holder).await.unwrap();
+    holder
+}
+
+async fn unlock(mut holder: PoolConnection<Postgres>) {
+    sqlx::query("select pg_advisory_unlock(1)").execute(&mut *holder).await.unwrap();
+}
+
 #[sqlx::test]
 async fn a_sweep_holds_up_nobody_and_what_it_finds_is_told_too(db: PgPool) {
     let house = House::open(db).await;
-    let policies = "
-        create function slowly() returns boolean language plpgsql set lock_timeout = 0 as
-          $$ begin perform pg_advisory_xact_lock_shared(1); return true; end $$;
-        create policy add on outbox for insert with check (true);
-        create policy see on outbox for select using (
-          case current_setting('application_name')
-            when 'tidings relay leader' then traceparent <> ''
-            when 'tidings relay sweep' then slowly()
-            else true
-          end);
-        create policy settle on outbox for delete using (true);
-        alter table outbox enable row level security;
-    ";
-    sqlx::raw_sql(policies).execute(&house.db).await.unwrap();
-    let mut holder = house.db.acquire().await.unwrap();
-    sqlx::query("select pg_advisory_lock(1)").execute(&mut *holder).await.unwrap();
+    let holder = with_slow_sweeps(&house, "traceparent <> ''").await;
     let (unseen, transaction) = load::open_change(&house.db).await;
     transaction.commit().await.unwrap();
     let ana = house.user(json!({})).await;
@@ -191,33 +200,17 @@ async fn a_sweep_holds_up_nobody_and_what_it_finds_is_told_too(db: PgPool) {
     }
     load::heard(&house, 4).await;
     assert_eq!(sessions::blocked(&house.db, "tidings relay sweep").await, sweep);
-    sqlx::query("select pg_advisory_unlock(1)").execute(&mut *holder).await.unwrap();
+    unlock(holder).await;
     assert_eq!(house.told(&unseen).await, ["user.created"]);
     assert_eq!(house.audit.heard().len(), 5, "each once");
 }
 
-/// Whoever takes his place in the outbox first may commit last. The sweep waits for a lock meanwhile, at an event that it alone sees.
+/// Whoever takes his place in the outbox first may commit last.
 #[sqlx::test]
 async fn while_a_sweep_is_under_way_the_events_of_one_user_leave_in_order(db: PgPool) {
     let house = House::open(db).await;
-    let policies = "
-        create function slowly() returns boolean language plpgsql set lock_timeout = 0 as
-          $$ begin perform pg_advisory_xact_lock_shared(1); return true; end $$;
-        create table unseen (id uuid);
-        grant select on unseen to public;
-        create policy add on outbox for insert with check (true);
-        create policy see on outbox for select using (
-          case current_setting('application_name')
-            when 'tidings relay leader' then not exists (select from unseen where id = user_id)
-            when 'tidings relay sweep' then slowly()
-            else true
-          end);
-        create policy settle on outbox for delete using (true);
-        alter table outbox enable row level security;
-    ";
-    sqlx::raw_sql(policies).execute(&house.db).await.unwrap();
-    let mut holder = house.db.acquire().await.unwrap();
-    sqlx::query("select pg_advisory_lock(1)").execute(&mut *holder).await.unwrap();
+    sqlx::raw_sql("create table unseen (id uuid); grant select on unseen to public").execute(&house.db).await.unwrap();
+    let holder = with_slow_sweeps(&house, "not exists (select from unseen where id = user_id)").await;
     let (unseen, mut transaction) = load::open_change(&house.db).await;
     sqlx::query("insert into unseen values ($1)").bind(unseen).execute(&mut *transaction).await.unwrap();
     transaction.commit().await.unwrap();
@@ -235,7 +228,7 @@ async fn while_a_sweep_is_under_way_the_events_of_one_user_leave_in_order(db: Pg
         other => Err(other),
     })
     .await;
-    sqlx::query("select pg_advisory_unlock(1)").execute(&mut *holder).await.unwrap();
+    unlock(holder).await;
     house.told(&unseen).await;
     assert_eq!(versions(), [1, 2]);
 }
