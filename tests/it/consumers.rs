@@ -34,15 +34,20 @@ const NO_DELAYS: [&str; 8] =
     ["99999999999999999999", "9300000000", "10000", "-1", "0", "0.001", "Wed, 21 Oct 2065 07:28:00 GMT", "soon"];
 
 /// What only somebody else says at a look at a user, or at everybody: a page for people, another service, a route that was retired, another address.
-const NOBODYS: [(&str, u16, &str); 7] = [
+const NOBODYS: [(&str, u16, &str); 9] = [
     (A_USER, 200, "<html>"),
     (A_USER, 200, "{}"),
     (A_USER, 200, r#"{"version":"1.2","profile":"prod"}"#),
     (A_USER, 410, r#"{"message":"Gone"}"#),
+    (A_USER, 404, r#"{"code":"route_not_found"}"#),
     (A_USER, 302, ""),
+    (EVERYBODY, 404, "<html>"),
     (EVERYBODY, 200, r#"{"users":[]}"#),
     (EVERYBODY, 200, r#"{"users":[{"id":"x"}],"next":null}"#),
 ];
+
+/// What is no address of a broker: nothing, of another kind, without a host, and with a port that is none.
+const NO_BROKERS: [&str; 5] = ["nonsense", "", "http://localhost", "amqp://", "amqp://badges:secret@localhost:port"];
 
 /// A House that says of each request how it went.
 async fn talkative_house(db: PgPool) -> House {
@@ -159,11 +164,11 @@ async fn believes_the_owner_alone(db: PgPool, language: Language) {
     consumer.restart(&[("TIDINGS_URL", &owner.url)]).await;
     let ana = house.user(json!({})).await;
     assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
-    assert_eq!(owner.looks_at(A_USER).len(), 6, "{}", consumer.log());
+    assert_eq!(owner.looks_at(A_USER).len(), 7, "{}", consumer.log());
     consumer.lose_queue().await;
     assert_eq!(consumer.next().await, line("resync", &Uuid::from_u128(1), 1, json!({})));
-    assert_eq!((owner.looks_at(EVERYBODY).len(), consumer.resyncs()), (3, 1), "{}", consumer.log());
-    for status in [200, 302, 410] {
+    assert_eq!((owner.looks_at(EVERYBODY).len(), consumer.resyncs()), (4, 1), "{}", consumer.log());
+    for status in [200, 302, 404, 410] {
         consumer.complains(&format!("the owner cannot be asked: {status}")).await;
     }
     assert!(owner.looks_at("/elsewhere").is_empty(), "{}", consumer.log());
@@ -234,7 +239,8 @@ fn poison(user: Uuid) -> Vec<(BasicProperties, String)> {
     ]
 }
 
-/// What can never be handled goes to the dead letters, holds nothing up, and its content is not in the log. A 404 is no deletion.
+/// What can never be handled goes to the dead letters, holds nothing up, and its content is not in the log. A 404 is no deletion, and of a
+/// service that knows no users not even a reason to set anything aside.
 async fn sets_aside(db: PgPool, language: Language) {
     let house = House::open(db).await;
     let mut consumer = Consumer::start(&house, language).await;
@@ -260,16 +266,19 @@ async fn sets_aside(db: PgPool, language: Language) {
     assert_eq!(consumer.next().await, line("user.blessed", &eve, 1, json!({})));
     assert!(!consumer.log().contains("secret"), "{}", consumer.log());
 
-    // The wrong service answers 404 to everything. This time the queue is not its own to declare.
+    // The wrong address answers 404 to everything, as in an outage. This time the queue is not its own to declare.
     consumer.ask_to_leave().await;
     assert!(consumer.leaves().await.is_empty());
     let elsewhere = format!("http://{}/elsewhere", consumer.owner.address());
     consumer.restart(&[("TIDINGS_URL", &elsewhere), ("TIDINGS_DECLARE", "no")]).await;
     consumer.listens().await;
     let bo = house.user(json!({})).await;
-    assert!(String::from_utf8(consumer.dead_letter().await).unwrap().contains(&bo.to_string()));
+    consumer.complains("the owner cannot be asked: 404").await;
     consumer.ask_to_leave().await;
     assert!(consumer.leaves().await.is_empty(), "somebody was forgotten");
+    consumer.restart(&[]).await;
+    assert_eq!(consumer.next_of(&bo).await, line("user.created", &bo, 1, json!({})));
+    assert_eq!(consumer.dead_letters().await, 0, "{}", consumer.log());
     consumer.end().await;
 }
 
@@ -444,15 +453,19 @@ async fn waits_for_a_key(db: PgPool, language: Language) {
     consumer.end().await;
 }
 
-/// A setting that says nothing is the end at the start, and is named.
+/// A setting that says nothing is the end at the start, and is named. A password in it is not repeated.
 async fn refuses_nonsense(db: PgPool, language: Language) {
     let house = House::open(db).await;
     let mut consumer = Consumer::start(&house, language).await;
     let no_number = ["soon", "-1", "NaN"].map(|it| ("TIDINGS_PATIENCE_S", it, "is not a number of seconds"));
     let no_number = no_number.into_iter().chain([("TIDINGS_CHECK_S", "often", "is not a number of seconds")]);
     let no_address = ("TIDINGS_URL", "localhost:8080", "does not begin with http:// or https://");
-    for (setting, nonsense, why) in no_number.chain([no_address]) {
+    let no_choice = ["false", "No"].map(|it| ("TIDINGS_DECLARE", it, "is neither yes nor no"));
+    // Some say of an empty one that it is not set.
+    let no_broker = NO_BROKERS.map(|it| ("AMQP_URL", it, "is not"));
+    for (setting, nonsense, why) in no_number.chain([no_address]).chain(no_choice).chain(no_broker) {
         consumer.refuses(setting, nonsense, &format!("{setting} {why}")).await;
+        assert!(!consumer.log().contains("secret"), "{setting}: {}", consumer.log());
     }
     if matches!(language, Language::Java) {
         // An error that is no exception is not to look like an end in order.

@@ -355,7 +355,7 @@ impl Consumer {
     pub async fn refuses(&mut self, setting: &str, nonsense: &str, why: &str) {
         self.restart(&[(setting, nonsense)]).await;
         let left = timeout(PATIENCE, self.process.wait()).await.expect("it goes on").unwrap();
-        assert!(!left.success(), "{}", self.log());
+        assert_eq!(left.code(), Some(1), "{}", self.log());
         self.complains(why).await;
     }
 

@@ -15,6 +15,7 @@ import (
 	"log"
 	"math/rand"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"regexp"
@@ -42,8 +43,8 @@ var (
 	delay = regexp.MustCompile(`^[1-9]\d{0,3}$`) // a Retry-After that is followed; any other is a second
 
 	denials = map[int]bool{401: true, 403: true} // nothing is wrong with the message: the key may be about to be replaced
-	// With a 410 of whoever stands between; the owner's own is an answer.
-	outages = map[int]bool{408: true, 410: true, 429: true, 502: true, 503: true, 504: true}
+	// With a 404 and a 410 of whoever stands between; the owner's own is an answer.
+	outages = map[int]bool{404: true, 408: true, 410: true, 429: true, 502: true, 503: true, 504: true}
 
 	client   = http.Client{Timeout: 10 * time.Second, CheckRedirect: stay} // keeps its connections
 	seen     = newMemory[bool]()                                           // message ids
@@ -145,12 +146,12 @@ func fetch[wanted word](ctx context.Context, path string) (none wanted, _ error)
 			switch status := answer.StatusCode; {
 			case json.Unmarshal(body, &found) == nil && found.isIn(status):
 				return found, nil
-			case status == 404: // no deletion: that is 410
+			case status == 404 && code(body) == "user_not_found": // no deletion: that is 410
 				return none, setAside("the owner never knew this user")
 			case denials[status]:
 				say(fmt.Sprintf("the owner refuses the key: %d", status))
 			case status < 400 || outages[status]:
-				if !strings.Contains(string(body), `"not_yet_visible"`) {
+				if code(body) != "not_yet_visible" {
 					say(fmt.Sprintf("the owner cannot be asked: %d", status))
 				} else if time.Now().After(end) {
 					return none, setAside("the owner shows no state this new")
@@ -167,6 +168,15 @@ func fetch[wanted word](ctx context.Context, path string) (none wanted, _ error)
 			return none, err
 		}
 	}
+}
+
+// The stable name of a refusal. Whoever stands between, or is no owner at all, has none.
+func code(body []byte) string {
+	var refusal struct {
+		Code string `json:"code"`
+	}
+	_ = json.Unmarshal(body, &refusal)
+	return refusal.Code
 }
 
 // Read anew for each request when it is in a file: a new key takes effect without a restart.
@@ -493,12 +503,14 @@ func main() {
 	rand.Seed(time.Now().UnixNano()) // before Go 1.20 all processes would draw the same jitter
 	ctx, leave := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer leave()
-	// Looked at here, as the library's own complaint would quote it with the password.
-	if _, err := amqp.ParseURI(amqpURL); err != nil {
-		log.Fatal("AMQP_URL is not the address of a broker")
+	if !isBroker(amqpURL) {
+		log.Fatal("AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host")
 	}
 	if !regexp.MustCompile(`^(?i)https?://`).MatchString(owner) {
 		log.Fatal("TIDINGS_URL does not begin with http:// or https://")
+	}
+	if !regexp.MustCompile(`^(yes|no)?$`).MatchString(os.Getenv("TIDINGS_DECLARE")) {
+		log.Fatal("TIDINGS_DECLARE is neither yes nor no")
 	}
 	if len(keys) == 0 {
 		keys = []string{"#"}
@@ -516,6 +528,13 @@ func main() {
 		_ = pause(ctx, 250*time.Millisecond<<failures)
 		failures = (failures + 1) % 6 // up to 8 s, then anew
 	}
+}
+
+// The errors are dropped, as they would quote the password.
+func isBroker(text string) bool {
+	_, refused := amqp.ParseURI(text)
+	address, err := url.Parse(text)
+	return refused == nil && err == nil && address.Hostname() != ""
 }
 
 func setting(name, otherwise string) string {

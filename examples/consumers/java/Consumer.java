@@ -25,6 +25,7 @@ import java.io.FileDescriptor;
 import java.io.FileOutputStream;
 import java.io.IOException;
 import java.net.URI;
+import java.net.URISyntaxException;
 import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
@@ -67,7 +68,7 @@ public class Consumer {
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
     static final String DELAY = "[1-9]\\d{0,3}"; // a Retry-After that is followed; any other is a second
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
-    static final Set<Integer> OUTAGES = Set.of(408, 410, 429, 502, 503, 504); // 410 of whoever stands between; the owner's own is an answer
+    static final Set<Integer> OUTAGES = Set.of(404, 408, 410, 429, 502, 503, 504); // 404 and 410 of whoever stands between; the owner's own is an answer
     static final Gson JSON = new GsonBuilder().serializeNulls().create();
     static final FileOutputStream OUT = new FileOutputStream(FileDescriptor.out); // System.out keeps it to itself when it cannot write
     static final HttpClient HTTP = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build(); // follows no redirect
@@ -134,6 +135,9 @@ public class Consumer {
             return status == 410 ? code().equals("user_deleted") && hasVersion(found) : status == 200 && isRecord(found);
         }
 
+        /** No deletion: that is 410. Whoever stands between, or is no owner at all, says 404 as well. */
+        boolean isUnknown() { return status == 404 && code().equals("user_not_found"); }
+
         boolean isPage() {
             if (status != 200 || !found.has("next") || !(found.get("users") instanceof JsonArray users)) return false;
             for (JsonElement user : users) if (!isRecord(user)) return false;
@@ -198,7 +202,7 @@ public class Consumer {
             }
             int status = answer.status();
             if (isWanted.test(answer)) return answer.found();
-            if (status == 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+            if (answer.isUnknown()) throw new SetAside("the owner never knew this user");
             if (DENIALS.contains(status)) {
                 complainOnce(told, "the owner refuses the key: " + status);
                 pause(1000);
@@ -437,7 +441,9 @@ public class Consumer {
     }
 
     public static void main(String[] keys) throws InterruptedException, IOException {
+        if (!isBroker(required("AMQP_URL"))) throw new IllegalStateException("AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host");
         if (!OWNER.matches("(?i)https?://.*")) throw new IllegalStateException("TIDINGS_URL does not begin with http:// or https://");
+        if (!setting("TIDINGS_DECLARE", "yes").matches("yes|no")) throw new IllegalStateException("TIDINGS_DECLARE is neither yes nor no");
         checkKey();
         Consumer consumer = new Consumer(keys);
         Thread main = Thread.currentThread();
@@ -454,6 +460,17 @@ public class Consumer {
             Runtime.getRuntime().halt(main.isAlive() ? 0 : consumer.exitCode);
         }));
         consumer.run();
+    }
+
+    /** What the library would refuse is found out here, as it may quote the password. A colon or a slash in a name has to be encoded for it. */
+    static boolean isBroker(String text) {
+        try {
+            URI broker = new URI(text);
+            return String.valueOf(broker.getScheme()).matches("(?i)amqps?") && broker.getHost() != null
+                    && String.valueOf(broker.getRawUserInfo()).split(":").length < 3 && broker.getRawPath().lastIndexOf('/') < 1;
+        } catch (URISyntaxException nonsense) {
+            return false;
+        }
     }
 
     static String setting(String name, String otherwise) {

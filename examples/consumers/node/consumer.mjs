@@ -19,8 +19,19 @@ const KEYS = process.argv.length > 2 ? process.argv.slice(2) : ["#"];
 for (const name of ["AMQP_URL", "TIDINGS_URL", "TIDINGS_QUEUE"]) {
   if (!process.env[name]) throw new Error(`${name} is not set`);
 }
+if (!isBroker(AMQP_URL)) throw new Error("AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host");
 if (!/^https?:\/\//i.test(TIDINGS_URL)) throw new Error("TIDINGS_URL does not begin with http:// or https://");
+if (!["yes", "no", "", undefined].includes(process.env.TIDINGS_DECLARE)) throw new Error("TIDINGS_DECLARE is neither yes nor no");
 if (!TIDINGS_API_KEY && !TIDINGS_API_KEY_FILE) throw new Error("TIDINGS_API_KEY is not set");
+
+function isBroker(text) {
+  try {
+    const { protocol, hostname } = new URL(text);
+    return /^amqps?:$/.test(protocol) && hostname !== "";
+  } catch {
+    return false; // its text would quote the password
+  }
+}
 
 function seconds(name, otherwise) {
   const value = process.env[name] ?? otherwise;
@@ -31,7 +42,7 @@ function seconds(name, otherwise) {
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const DELAY = /^[1-9]\d{0,3}$/; // a Retry-After that is followed; any other is a second
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
-const OUTAGES = [408, 410, 429, 502, 503, 504]; // 410 of whoever stands between; the owner's own is an answer
+const OUTAGES = [404, 408, 410, 429, 502, 503, 504]; // 404 and 410 of whoever stands between; the owner's own is an answer
 
 class SetAside extends Error {} // a message that no repetition helps; its text never quotes the message
 
@@ -100,6 +111,9 @@ const isRecord = (found) => typeof found?.profile === "object" && found.profile 
 const isLatest = (status, found) =>
   status === 410 ? found.code === "user_deleted" && isVersion(found.version) : status === 200 && isRecord(found);
 
+// No deletion: that is 410. Whoever stands between, or is no owner at all, says 404 as well.
+const isUnknown = (status, { code }) => status === 404 && code === "user_not_found";
+
 const isPage = (status, { users, next }) => status === 200 && next !== undefined && Array.isArray(users) && users.every(isRecord);
 
 // What the owner says, once it is what is wanted, asked for as long as it takes. What is waited for is told, once for each fetch.
@@ -117,7 +131,7 @@ async function ask(path, isWanted) {
       continue;
     }
     if (isWanted(status, found)) return found;
-    if (status === 404) throw new SetAside("the owner never knew this user"); // no deletion: that is 410
+    if (isUnknown(status, found)) throw new SetAside("the owner never knew this user");
     if (DENIALS.includes(status)) {
       say(`the owner refuses the key: ${status}`);
       await pause(1000);

@@ -21,16 +21,22 @@ use PhpAmqpLib\Wire\AMQPTable;
 // Composer's, or Debian's.
 require is_file(__DIR__ . '/vendor/autoload.php') ? __DIR__ . '/vendor/autoload.php' : 'PhpAmqpLib/autoload.php';
 
+function refuse(string $why): never
+{
+    fwrite(STDERR, "$why\n");
+    exit(1);
+}
+
 function setting(string $name, ?string $otherwise = null): string
 {
     $value = getenv($name);
-    return $value === false ? $otherwise ?? throw new RuntimeException("$name is not set") : $value; // "0" is false to PHP
+    return $value === false ? $otherwise ?? refuse("$name is not set") : $value; // "0" is false to PHP
 }
 
 function seconds(string $name, string $otherwise): float
 {
     $value = setting($name, $otherwise);
-    return preg_match('/\A\d{1,9}(\.\d+)?\z/', $value) ? (float) $value : throw new RuntimeException("$name is not a number of seconds");
+    return preg_match('/\A\d{1,9}(\.\d+)?\z/', $value) ? (float) $value : refuse("$name is not a number of seconds");
 }
 
 /** Read anew for each request when it is in a file: a new key takes effect without a restart. Empty if it is not one word of printable ASCII. */
@@ -64,6 +70,12 @@ function isLatest(int $status, array $found): bool
     return $isGone || ($status === 200 && isRecord($found));
 }
 
+/** No deletion: that is 410. Whoever stands between, or is no owner at all, says 404 as well. */
+function isUnknown(int $status, array $found): bool
+{
+    return $status === 404 && ($found['code'] ?? null) === 'user_not_found';
+}
+
 function isPage(int $status, array $found): bool
 {
     $users = $found['users'] ?? null;
@@ -71,14 +83,21 @@ function isPage(int $status, array $found): bool
         && array_filter($users, fn(mixed $user) => isRecord((array) $user)) === $users;
 }
 
+function isBroker(): bool
+{
+    return in_array(BROKER['scheme'] ?? '', ['amqp', 'amqps'], true) && (BROKER['host'] ?? '') !== '';
+}
+
 function idOf(AMQPMessage $message): string
 {
     return $message->has('message_id') ? $message->get('message_id') : '';
 }
 
-define('AMQP_URL', setting('AMQP_URL'));
+define('BROKER', parse_url(setting('AMQP_URL')) ?: []);
 define('OWNER', rtrim(setting('TIDINGS_URL'), '/'));
-preg_match('~\Ahttps?://~i', OWNER) || throw new RuntimeException('TIDINGS_URL does not begin with http:// or https://');
+isBroker() || refuse('AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host');
+preg_match('~\Ahttps?://~i', OWNER) || refuse('TIDINGS_URL does not begin with http:// or https://');
+in_array(getenv('TIDINGS_DECLARE'), ['yes', 'no', '', false], true) || refuse('TIDINGS_DECLARE is neither yes nor no');
 define('EXCHANGE', setting('TIDINGS_EXCHANGE', 'masterdata'));
 define('QUEUE', setting('TIDINGS_QUEUE'));
 define('MARK', QUEUE . '.resync'); // a queue that is there as long as a resync is owed, whatever becomes of this process
@@ -90,7 +109,7 @@ define('KEYS', array_slice($argv, 1) ?: ['#']);
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
 const DELAY = '/^retry-after:\s*([1-9]\d{0,3})\s*$/i'; // a Retry-After that is followed; any other is a second
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
-const OUTAGES = [408, 410, 429, 502, 503, 504]; // 410 of whoever stands between; the owner's own is an answer
+const OUTAGES = [404, 408, 410, 429, 502, 503, 504]; // 404 and 410 of whoever stands between; the owner's own is an answer
 
 /** A message that no repetition helps; the text never quotes the message. */
 final class SetAside extends Exception {}
@@ -170,17 +189,15 @@ final class Consumer
     public function checkKey(): void
     {
         if (apiKey() === '') {
-            throw new RuntimeException('there is no key, or it is not one word of printable ASCII');
+            refuse('there is no key, or it is not one word of printable ASCII');
         }
         [$status, $found] = $this->ask('/v1/users?limit=1');
         if ($status === 0) {
             fwrite(STDERR, "the owner cannot be asked: {$found['why']}\n");
         } elseif (in_array($status, DENIALS, true)) {
-            fwrite(STDERR, "the owner refuses the key: $status\n");
-            exit(1);
+            refuse("the owner refuses the key: $status");
         } elseif ($status >= 300 && $status < 400) {
-            fwrite(STDERR, "TIDINGS_URL leads elsewhere: $status\n");
-            exit(1);
+            refuse("TIDINGS_URL leads elsewhere: $status");
         }
     }
 
@@ -198,7 +215,7 @@ final class Consumer
             if ($isWanted($status, $found)) {
                 return $found;
             }
-            if ($status === 404) { // no deletion: that is 410
+            if (isUnknown($status, $found)) {
                 throw new SetAside('the owner never knew this user');
             }
             if (in_array($status, DENIALS, true)) {
@@ -443,18 +460,17 @@ final class Consumer
 
 function connect(): AbstractConnection
 {
-    $url = parse_url(AMQP_URL) ?: throw new RuntimeException('AMQP_URL is not the address of a broker');
     $config = new AMQPConnectionConfig();
-    $isSecure = $url['scheme'] === 'amqps';
+    $isSecure = BROKER['scheme'] === 'amqps';
     if ($isSecure) { // not by setIsSecure(true), with which the library forgets the RPC timeout
         $config->setNetworkProtocol('ssl');
         $config->setStreamContext(stream_context_create(['ssl' => ['verify_peer' => true, 'verify_peer_name' => true]]));
     }
-    $config->setHost($url['host']);
-    $config->setPort($url['port'] ?? ($isSecure ? 5671 : 5672));
-    $config->setUser(rawurldecode($url['user'] ?? 'guest'));
-    $config->setPassword(rawurldecode($url['pass'] ?? 'guest'));
-    $config->setVhost(rawurldecode(substr($url['path'] ?? '', 1)) ?: '/');
+    $config->setHost(BROKER['host']);
+    $config->setPort(BROKER['port'] ?? ($isSecure ? 5671 : 5672));
+    $config->setUser(rawurldecode(BROKER['user'] ?? 'guest'));
+    $config->setPassword(rawurldecode(BROKER['pass'] ?? 'guest'));
+    $config->setVhost(rawurldecode(substr(BROKER['path'] ?? '', 1)) ?: '/');
     $config->setHeartbeat(30);
     $config->setConnectionTimeout(10);
     $config->setReadTimeout(65); // the library wants twice the heartbeat and more

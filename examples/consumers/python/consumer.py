@@ -17,6 +17,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 import pika
@@ -29,8 +30,22 @@ QUEUE = os.environ["TIDINGS_QUEUE"]
 MARK = f"{QUEUE}.resync"  # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = os.environ.get("TIDINGS_DECLARE") != "no"
 KEYS = sys.argv[1:] or ["#"]
+
+
+def is_broker(url):
+    try:
+        pika.URLParameters(url)
+        return urlsplit(url).scheme in ("amqp", "amqps") and bool(urlsplit(url).hostname)
+    except Exception:  # its text would quote the password
+        return False
+
+
+if not is_broker(AMQP_URL):
+    sys.exit("AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host")
 if not re.match("https?://", OWNER, re.IGNORECASE):
     sys.exit("TIDINGS_URL does not begin with http:// or https://")
+if os.environ.get("TIDINGS_DECLARE", "") not in ("yes", "no", ""):
+    sys.exit("TIDINGS_DECLARE is neither yes nor no")
 
 
 def seconds(name, otherwise):
@@ -46,7 +61,7 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DELAY = re.compile(r"[1-9][0-9]{0,3}")  # a Retry-After that is followed; any other is a second
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
 REDIRECTS = range(300, 400)  # never followed: the key would go along
-OUTAGES = (408, 410, 429, 502, 503, 504)  # 410 of whoever stands between; the owner's own is an answer
+OUTAGES = (404, 408, 410, 429, 502, 503, 504)  # 404 and 410 of whoever stands between; the owner's own is an answer
 
 
 class SetAside(Exception):
@@ -107,7 +122,7 @@ class Consumer:
                 continue
             if wanted(status, found):
                 return found
-            if status == 404:  # no deletion: that is 410
+            if is_unknown(status, found):
                 raise SetAside("the owner never knew this user")
             if status in DENIALS:
                 complain_once(told, f"the owner refuses the key: {status}")
@@ -317,6 +332,11 @@ def is_latest(status, found):
     if status == 410:
         return found.get("code") == "user_deleted" and is_version(found.get("version"))
     return status == 200 and is_record(found)
+
+
+def is_unknown(status, found):
+    """No deletion: that is 410. Whoever stands between, or is no owner at all, says 404 as well."""
+    return status == 404 and found.get("code") == "user_not_found"
 
 
 def is_page(status, found):

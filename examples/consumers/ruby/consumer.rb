@@ -16,7 +16,10 @@ QUEUE = ENV.fetch("TIDINGS_QUEUE")
 MARK = "#{QUEUE}.resync" # a queue that is there as long as a resync is owed, whatever becomes of this process
 DECLARE = ENV["TIDINGS_DECLARE"] != "no"
 KEYS = ARGV.empty? ? ["#"] : ARGV
+BROKER = AMQ::URI.parse(AMQP_URL) rescue {} # its own complaint would quote the password
+abort "AMQP_URL is not the address of a broker: amqp:// or amqps:// and a host" if BROKER[:host].to_s.empty?
 abort "TIDINGS_URL does not begin with http:// or https://" unless OWNER.is_a?(URI::HTTP)
+abort "TIDINGS_DECLARE is neither yes nor no" unless ["yes", "no", "", nil].include?(ENV["TIDINGS_DECLARE"])
 
 def seconds(name, otherwise)
   value = ENV.fetch(name, otherwise)
@@ -30,7 +33,7 @@ UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
 DELAY = /\A[1-9]\d{0,3}\z/ # a Retry-After that is followed; any other is a second
 DENIALS = [401, 403] # nothing is wrong with the message: the key may be about to be replaced
 REDIRECTS = 300..399 # never followed: the key would go along
-OUTAGES = [408, 410, 429, 502, 503, 504] # 410 of whoever stands between; the owner's own is an answer
+OUTAGES = [404, 408, 410, 429, 502, 503, 504] # 404 and 410 of whoever stands between; the owner's own is an answer
 NETWORK = [SystemCallError, SocketError, IOError, Timeout::Error, Net::ProtocolError, Net::HTTPBadResponse, OpenSSL::SSL::SSLError]
 
 class SetAside < StandardError; end # a message that no repetition helps; its text never quotes the message
@@ -96,6 +99,9 @@ def latest?(status, found)
   status == 200 ? record?(found) : status == 410 && found["code"] == "user_deleted" && version?(found["version"])
 end
 
+# No deletion: that is 410. Whoever stands between, or is no owner at all, says 404 as well.
+def unknown?(status, found) = status == 404 && found["code"] == "user_not_found"
+
 def page?(status, found)
   users = found["users"]
   status == 200 && found.key?("next") && users.is_a?(Array) && users.all? { |user| record?(user) }
@@ -109,8 +115,8 @@ def fetch(path, wanted)
   loop do
     status, found, after = ask(path)
     return found if wanted.(status, found)
+    raise SetAside, "the owner never knew this user" if unknown?(status, found)
     case status
-    when 404 then raise SetAside, "the owner never knew this user" # no deletion: that is 410
     when *DENIALS
       say.("the owner refuses the key: #{status}")
       pause(1)
