@@ -273,7 +273,7 @@ fn headers(sample: &Value) -> Value {
             "version" => json!({ "format": "int64", "minimum": 1,
                 "description": "The version that this change made: fetch the user with this as min_version" }),
             "traceparent" => json!({ "pattern": "^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
-                "description": "W3C trace context of the request that made the change" }),
+                "description": "W3C trace context of the request that made the change, or a new one; none in a backfill" }),
             "cloudEvents_id" => json!({ "format": "uuid", "description": "The message_id" }),
             "cloudEvents_source" => json!({ "format": "uri-reference", "const": value,
                 "description": "Which owner of master data speaks" }),

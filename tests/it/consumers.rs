@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
@@ -34,11 +35,14 @@ const NO_DELAYS: [&str; 8] =
     ["99999999999999999999", "9300000000", "10000", "-1", "0", "0.001", "Wed, 21 Oct 2065 07:28:00 GMT", "soon"];
 
 /// What only somebody else says at a look at a user, or at everybody: a page for people, another service, a route that was retired, another address.
-const NOBODYS: [(&str, u16, &str); 9] = [
+const NOBODYS: [(&str, u16, &str); 12] = [
     (A_USER, 200, "<html>"),
-    (A_USER, 200, "{}"),
-    (A_USER, 200, r#"{"version":"1.2","profile":"prod"}"#),
-    (A_USER, 410, r#"{"message":"Gone"}"#),
+    (A_USER, 200, r#"{"version":1,"profile":"prod"}"#),
+    (A_USER, 200, r#"{"version":1,"profile":[]}"#),
+    (A_USER, 200, r#"{"version":"1","profile":{}}"#),
+    (A_USER, 200, r#"{"version":1.5,"profile":{}}"#),
+    (A_USER, 410, r#"{"code":"gone","version":1}"#),
+    (A_USER, 410, r#"{"code":"user_deleted"}"#),
     (A_USER, 404, r#"{"code":"route_not_found"}"#),
     (A_USER, 302, ""),
     (EVERYBODY, 404, "<html>"),
@@ -164,10 +168,12 @@ async fn believes_the_owner_alone(db: PgPool, language: Language) {
     consumer.restart(&[("TIDINGS_URL", &owner.url)]).await;
     let ana = house.user(json!({})).await;
     assert_eq!(consumer.next_of(&ana).await, line("user.created", &ana, 1, json!({})));
-    assert_eq!(owner.looks_at(A_USER).len(), 7, "{}", consumer.log());
+    let nobodys = |path| NOBODYS.iter().filter(|(of, ..)| *of == path).count();
+    assert_eq!(owner.looks_at(A_USER).len(), nobodys(A_USER) + 1, "{}", consumer.log());
     consumer.lose_queue().await;
     assert_eq!(consumer.next().await, line("resync", &Uuid::from_u128(1), 1, json!({})));
-    assert_eq!((owner.looks_at(EVERYBODY).len(), consumer.resyncs()), (4, 1), "{}", consumer.log());
+    assert_eq!(owner.looks_at(EVERYBODY).len(), nobodys(EVERYBODY) + 1, "{}", consumer.log());
+    assert_eq!(consumer.resyncs(), 1, "{}", consumer.log());
     for status in [200, 302, 404, 410] {
         consumer.complains(&format!("the owner cannot be asked: {status}")).await;
     }
@@ -182,13 +188,13 @@ fn between(times: &[Instant]) -> Vec<Duration> {
 
 /// Those who lost the same broker do not come back to it together: each waits for times of its own.
 async fn comes_back_at_its_own_time(_: PgPool, language: Language) {
-    let (one, two, three) =
-        tokio::join!(comes_back_after(language), comes_back_after(language), comes_back_after(language));
-    let is_apart = |nth: usize| {
-        let waited = [one[nth], two[nth], three[nth]];
-        *waited.iter().max().unwrap() - *waited.iter().min().unwrap() > Duration::from_millis(30)
+    let waited = join_all((0..5).map(|_| comes_back_after(language))).await;
+    // The second pause has half a second of jitter, the third a whole one. That five lie in so small a part of both happens once in 200,000.
+    let is_apart = |nth: usize, by_ms: u64| {
+        let waits = || waited.iter().map(|waits| waits[nth]);
+        waits().max().unwrap() - waits().min().unwrap() > Duration::from_millis(by_ms)
     };
-    assert!((0..3).any(is_apart), "{one:?}, {two:?}, {three:?}");
+    assert!(is_apart(1, 75) || is_apart(2, 150), "{waited:?}");
 }
 
 /// How long a process waits before it comes back to a broker that hangs up, three times.

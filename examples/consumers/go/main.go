@@ -27,6 +27,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
+const longestDelay = 2 * time.Minute // of a Retry-After: whoever stands before the owner may ask for hours
+
 var (
 	amqpURL  = required("AMQP_URL")
 	owner    = strings.TrimSuffix(required("TIDINGS_URL"), "/")
@@ -158,7 +160,9 @@ func fetch[wanted word](ctx context.Context, path string) (none wanted, _ error)
 				}
 				if after := answer.Header.Get("Retry-After"); delay.MatchString(after) {
 					seconds, _ := strconv.Atoi(after) // digits, so it is one
-					wait = time.Duration(seconds) * time.Second
+					if wait = time.Duration(seconds) * time.Second; wait > longestDelay {
+						wait = longestDelay
+					}
 				}
 			default:
 				return none, setAside(fmt.Sprintf("the owner answered %d", status))

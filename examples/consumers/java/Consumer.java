@@ -67,6 +67,7 @@ public class Consumer {
 
     static final Pattern UUID = Pattern.compile("(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}");
     static final String DELAY = "[1-9]\\d{0,3}"; // a Retry-After that is followed; any other is a second
+    static final long LONGEST_DELAY_S = 120; // whoever stands before the owner may ask for hours
     static final Set<Integer> DENIALS = Set.of(401, 403); // nothing is wrong with the message: the key may be about to be replaced
     static final Set<Integer> OUTAGES = Set.of(404, 408, 410, 429, 502, 503, 504); // 404 and 410 of whoever stands between; the owner's own is an answer
     static final Gson JSON = new GsonBuilder().serializeNulls().create();
@@ -214,7 +215,7 @@ public class Consumer {
             } else if (System.nanoTime() > end) {
                 throw new SetAside("the owner shows no state this new");
             }
-            pause(answer.after().matches(DELAY) ? 1000 * Long.parseLong(answer.after()) : 1000);
+            pause(answer.after().matches(DELAY) ? 1000 * Math.min(Long.parseLong(answer.after()), LONGEST_DELAY_S) : 1000);
         }
     }
 

@@ -41,6 +41,7 @@ function seconds(name, otherwise) {
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const DELAY = /^[1-9]\d{0,3}$/; // a Retry-After that is followed; any other is a second
+const LONGEST_DELAY_S = 120; // whoever stands before the owner may ask for hours
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
 const OUTAGES = [404, 408, 410, 429, 502, 503, 504]; // 404 and 410 of whoever stands between; the owner's own is an answer
 
@@ -105,7 +106,8 @@ const kind = (error) => error.cause?.code ?? (error.name === "Error" ? error.cod
 
 const isVersion = (number) => Number.isSafeInteger(number) && number > 0;
 
-const isRecord = (found) => typeof found?.profile === "object" && found.profile !== null && isVersion(found.version);
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const isRecord = (found) => isObject(found?.profile) && isVersion(found.version);
 
 // Whether it is the owner's word on a user: his record, or that he is deleted. Whoever stands between says 200 and 410 as well.
 const isLatest = (status, found) =>
@@ -140,7 +142,7 @@ async function ask(path, isWanted) {
     if (status >= 400 && !OUTAGES.includes(status)) throw new SetAside(`the owner answered ${status}`);
     if (found.code !== "not_yet_visible") say(`the owner cannot be asked: ${status}`);
     else if (performance.now() > patience) throw new SetAside("the owner shows no state this new");
-    await pause(1000 * (DELAY.test(after) ? Number(after) : 1));
+    await pause(1000 * (DELAY.test(after) ? Math.min(Number(after), LONGEST_DELAY_S) : 1));
   }
 }
 

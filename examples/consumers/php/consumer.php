@@ -108,6 +108,7 @@ define('KEYS', array_slice($argv, 1) ?: ['#']);
 
 const UUID = '/\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i';
 const DELAY = '/^retry-after:\s*([1-9]\d{0,3})\s*$/i'; // a Retry-After that is followed; any other is a second
+const LONGEST_DELAY_S = 120; // whoever stands before the owner may ask for hours
 const DENIALS = [401, 403]; // nothing is wrong with the message: the key may be about to be replaced
 const OUTAGES = [404, 408, 410, 429, 502, 503, 504]; // 404 and 410 of whoever stands between; the owner's own is an answer
 
@@ -174,7 +175,7 @@ final class Consumer
         }
         $after = 1;
         $header = function ($http, string $line) use (&$after): int {
-            $after = preg_match(DELAY, $line, $found) ? (int) $found[1] : $after;
+            $after = preg_match(DELAY, $line, $found) ? min((int) $found[1], LONGEST_DELAY_S) : $after;
             return strlen($line);
         };
         curl_setopt_array($this->http, [CURLOPT_URL => OWNER . $path, CURLOPT_RETURNTRANSFER => true, CURLOPT_TIMEOUT => 10,

@@ -59,6 +59,7 @@ PATIENCE_S = seconds("TIDINGS_PATIENCE_S", "30")  # for a state that the owner h
 CHECK_S = seconds("TIDINGS_CHECK_S", "10")  # from one look whether the exchange is there to the next
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DELAY = re.compile(r"[1-9][0-9]{0,3}")  # a Retry-After that is followed; any other is a second
+LONGEST_DELAY_S = 120  # whoever stands before the owner may ask for hours
 DENIALS = (401, 403)  # nothing is wrong with the message: the key may be about to be replaced
 REDIRECTS = range(300, 400)  # never followed: the key would go along
 OUTAGES = (404, 408, 410, 429, 502, 503, 504)  # 404 and 410 of whoever stands between; the owner's own is an answer
@@ -134,7 +135,7 @@ class Consumer:
                 complain_once(told, f"the owner cannot be asked: {status}")
             elif time.monotonic() > patience:
                 raise SetAside("the owner shows no state this new")
-            self.pause(int(after) if DELAY.fullmatch(after) else 1)
+            self.pause(min(int(after), LONGEST_DELAY_S) if DELAY.fullmatch(after) else 1)
 
     def keep(self, event, user_id, record):
         """Here your own copy would be written, or forgotten when there is no profile any more. What fails is tried again."""

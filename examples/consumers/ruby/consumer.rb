@@ -31,6 +31,7 @@ CHECK_S = seconds("TIDINGS_CHECK_S", "10") # from one look whether the exchange 
 
 UUID = /\A\h{8}(-\h{4}){3}-\h{12}\z/
 DELAY = /\A[1-9]\d{0,3}\z/ # a Retry-After that is followed; any other is a second
+LONGEST_DELAY_S = 120 # whoever stands before the owner may ask for hours
 DENIALS = [401, 403] # nothing is wrong with the message: the key may be about to be replaced
 REDIRECTS = 300..399 # never followed: the key would go along
 OUTAGES = [404, 408, 410, 429, 502, 503, 504] # 404 and 410 of whoever stands between; the owner's own is an answer
@@ -123,7 +124,7 @@ def fetch(path, wanted)
     when ...400, *OUTAGES
       say.("the owner cannot be asked: #{status}") if found["code"] != "not_yet_visible"
       raise SetAside, "the owner shows no state this new" if found["code"] == "not_yet_visible" && now > patience
-      pause((after[DELAY] || 1).to_i)
+      pause([(after[DELAY] || 1).to_i, LONGEST_DELAY_S].min)
     else raise SetAside, "the owner answered #{status}"
     end
   rescue *NETWORK => error
