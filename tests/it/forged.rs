@@ -7,28 +7,27 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{BasicProperties, options::ConfirmSelectOptions};
-use reqwest::Method;
 use serde_json::json;
 use sqlx::PgPool;
 use tidings_sdk::{
-    consumer::{Consumer, Failure, Handler, News},
+    consumer::{Consumer, Failure, Handler, News, Observer},
     envelope::{Event, Notice},
     letter::{Letter, Reason},
-    topology,
+    topology::{self, Source},
 };
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, Answer, House, connect, env, eventually},
+    house::{self, House, connect, env, eventually, owner_at},
     sdk::{Diary, Listener, SOON, consumer, is_attended, notice, said, subscription, updated},
-    sdk_faults::{begun, handed_out},
+    sdk_faults::{JSON, begun},
 };
 
 /// A version that nobody ever has.
@@ -42,12 +41,27 @@ async fn known(house: &House) -> Uuid {
 }
 
 /// One user at a time, who has begun, and is not done before the gate is open: whatever else comes waits.
-async fn busy(house: &House, set: impl FnOnce(Consumer) -> Consumer) -> Listener {
-    let listener = Listener::with(house, &env("AMQP_URL"), |consumer| set(consumer).concurrency(1)).await;
-    listener.diary.gate.forget_permits(Semaphore::MAX_PERMITS);
-    house.user(json!({})).await;
+async fn busy<H: Handler>(
+    house: &House,
+    handler: impl FnOnce(Diary) -> H,
+    set: impl FnOnce(Consumer) -> Consumer,
+) -> Listener {
+    let (bo, diary) = (known(house).await, Diary::new());
+    diary.gate.forget_permits(Semaphore::MAX_PERMITS);
+    let consumer = set(consumer(house, &env("AMQP_URL"), &subscription(house))).concurrency(1);
+    let listener = Listener::writing(house, diary.clone(), handler(diary), consumer).await;
+    house.amend(&bo, json!({ "city": "Riga" })).await.ok();
     begun(&listener.diary, 1).await;
     listener
+}
+
+/// Hears of changes alone, and has words of its own for what goes wrong.
+struct Terse(Diary);
+
+impl Handler for Terse {
+    async fn updated(&self, news: News) -> Result<(), Failure> {
+        self.0.updated(news).await.map_err(|_| Failure::because("no badge today"))
+    }
 }
 
 /// Waits until all that was sent before has come, whoever's turn it is: what is no notice needs none to be set aside.
@@ -78,7 +92,7 @@ async fn counting_before(owner: &str, receipts: &Arc<AtomicUsize>) -> String {
             }
             let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
             let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
-            (answer.status(), answer.bytes().await.unwrap())
+            (answer.status(), JSON, answer.bytes().await.unwrap())
         }
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -115,7 +129,7 @@ async fn a_forged_deletion_makes_nobody_deaf_to_one_who_lives(db: PgPool) {
     listener.end().await;
 }
 
-/// One that cannot be looked into, since nobody has that version, is owed to her next news, which is told all the same.
+/// One that cannot be looked into, since nobody has that version, makes none of what comes after it one more deletion.
 #[sqlx::test]
 async fn a_forged_deletion_that_failed_does_not_stand_for_what_comes_after_it(db: PgPool) {
     let house = House::open(db).await;
@@ -127,7 +141,7 @@ async fn a_forged_deletion_that_failed_does_not_stand_for_what_comes_after_it(db
     let letter = Letter::read(dead.delivery.properties.headers().as_ref()).unwrap();
     assert_eq!((letter.reason, letter.attempts), (Reason::FetchFailed, 1));
     house.amend(&ana, json!({ "city": "Riga" })).await.ok();
-    let mut told = vec!["1 created", "2 deleted", "2 updated[city]"];
+    let mut told = vec!["1 created", "2 updated[city]"];
     is_told(&listener.diary, &ana, &told).await;
     house.amend(&ana, json!({ "phone": "1" })).await.ok();
     told.push("3 updated[phone]");
@@ -145,54 +159,103 @@ async fn a_forged_deletion_that_failed_does_not_stand_for_what_comes_after_it(db
 async fn what_waits_with_a_forged_deletion_is_told_as_well(db: PgPool) {
     let house = House::open(db).await;
     let ana = known(&house).await;
-    let listener = busy(&house, |consumer| consumer).await;
+    let listener = busy(&house, |diary| diary, |consumer| consumer).await;
     house.amend(&ana, json!({ "city": "Riga" })).await.ok();
     house.settle().await;
     listener.tell(&notice(ana, 2, Event::Deleted)).await;
     all_has_come(&listener).await;
     listener.diary.gate.add_permits(1_000);
     is_told(&listener.diary, &ana, &["2 deleted", "2 updated[city]"]).await;
-    assert_eq!(listener.diary.of(&ana)[0].notices, 2, "they waited together");
     listener.end().await;
 }
 
-/// Of a version that nobody has nothing can be shown. What waited with it fails with it once, and comes back without it.
+/// Nor would one that has no method for a deletion, or does not ask whether it is one.
+#[sqlx::test]
+async fn what_waits_with_a_forged_deletion_is_told_to_who_does_not_look_into_that(db: PgPool) {
+    let house = House::open(db).await;
+    let ana = known(&house).await;
+    let listener = busy(&house, Terse, |consumer| consumer).await;
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.settle().await;
+    listener.tell(&notice(ana, 2, Event::Deleted)).await;
+    all_has_come(&listener).await;
+    listener.diary.gate.add_permits(1_000);
+    is_told(&listener.diary, &ana, &["2 updated[city]"]).await;
+    listener.end().await;
+}
+
+/// Of a version that nobody has nothing can be shown. What waited with it has a try of its own, whatever words the handler has for that, and also
+/// where there is no other.
 #[sqlx::test]
 async fn a_forged_version_takes_nothing_genuine_along_to_the_dead_letters(db: PgPool) {
     let house = House::open(db).await;
-    let later = [Duration::from_secs(4)];
     let ana = known(&house).await;
-    let listener = busy(&house, |consumer| consumer.retry_delays(later)).await;
-    let gate = listener.diary.gate.clone();
+    let listener = busy(&house, Terse, |consumer| consumer.retry_delays([])).await;
     house.amend(&ana, json!({ "city": "Riga" })).await.ok();
     house.settle().await;
     listener.tell(&notice(ana, NEVER, updated("phone"))).await;
     all_has_come(&listener).await;
-    gate.add_permits(1_000);
-    let retry = listener.subscription.name.retry_queue(later[0]);
-    let parked = async |expected: u32| {
-        eventually("what waits for another attempt", async || match listener.depth(&retry).await.unwrap().ready {
-            ready if ready == expected => Ok(()),
-            ready => Err(ready),
-        })
-        .await;
-    };
-    parked(2).await;
-    // Somebody else's turn, so that both wait together again.
-    gate.forget_permits(Semaphore::MAX_PERMITS);
-    house.user(json!({})).await;
-    begun(&listener.diary, 3).await;
-    parked(0).await;
-    handed_out(&listener).await;
-    gate.add_permits(1_000);
-    is_told(&listener.diary, &ana, &["2 updated[city,phone]"]).await;
+    listener.diary.gate.add_permits(1_000);
+    is_told(&listener.diary, &ana, &["2 updated[city]"]).await;
     let dead = listener.dead_letter().await;
     let kept = Notice::from_message(&dead.delivery.properties, &dead.delivery.data).unwrap();
     assert_eq!((kept.user_id, kept.version), (ana, NEVER));
+    let letter = Letter::read(dead.delivery.properties.headers().as_ref()).unwrap();
+    assert_eq!((letter.reason, letter.attempts), (Reason::FetchFailed, 1));
     assert_eq!(listener.dead_letters().await, 0);
     let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
     listener.leave().await;
-    topology::delete(&channel, &name, &later).await.unwrap();
+    topology::delete(&channel, &name, &[]).await.unwrap();
+}
+
+/// How calls end, in order.
+#[derive(Clone, Default)]
+struct Ends(Arc<Mutex<Vec<&'static str>>>);
+
+impl Observer for Ends {
+    fn handled(&self, _event: &Event, _notices: usize, _took: Duration, _lag: Duration) {
+        self.0.lock().unwrap().push("handled");
+    }
+
+    fn dead(&self, reason: Reason) {
+        if reason == Reason::FetchFailed {
+            self.0.lock().unwrap().push("not shown");
+        }
+    }
+}
+
+/// What was not shown is tried one by one: her own news does not wait behind it, and nobody else for as long as the owner is given to show it.
+#[sqlx::test]
+async fn forged_versions_that_come_back_hold_up_nobody(db: PgPool) {
+    const FORGED: usize = 20;
+    let house = House::open(db).await;
+    let (ana, ends) = (known(&house).await, Ends::default());
+    let source = Source { exchange: house.exchange.clone(), prefix: None };
+    let patient = Consumer::new(&env("AMQP_URL"), source, subscription(&house), owner_at(&house.service.url)).unwrap();
+    let patient = patient.retry_delays([]).observe(ends.clone());
+    let listener = busy(&house, |diary| diary, |_| patient).await;
+    for _ in 0..FORGED {
+        let (properties, body) = notice(ana, NEVER, updated("phone")).to_message("urn:test");
+        let mut headers = properties.headers().clone().unwrap();
+        Letter { attempts: 1, reason: Reason::FetchFailed, failed_at: None }.write(&mut headers);
+        listener.send(properties.with_headers(headers), &body).await;
+    }
+    house.amend(&ana, json!({ "city": "Riga" })).await.ok();
+    house.user(json!({})).await;
+    house.settle().await;
+    all_has_come(&listener).await;
+    let began = Instant::now();
+    listener.diary.gate.add_permits(1_000);
+    let ended = eventually("an end of all calls", async || match ends.0.lock().unwrap().clone() {
+        ended if ended.len() == 3 + FORGED => Ok(ended),
+        ended => Err(ended),
+    })
+    .await;
+    assert_eq!(ended[..3], ["handled"; 3], "the busy one, her own and another's come first");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    let (channel, name) = (listener.channel.clone(), listener.subscription.name.clone());
+    listener.leave().await;
+    topology::delete(&channel, &name, &[]).await.unwrap();
 }
 
 /// Whoever has seen a message knows its id: another one under it is no duplicate, and spares nobody the genuine one.
@@ -200,7 +263,7 @@ async fn a_forged_version_takes_nothing_genuine_along_to_the_dead_letters(db: Pg
 async fn a_forged_message_does_not_stand_for_the_one_whose_id_it_has(db: PgPool) {
     let house = House::open(db).await;
     let ana = known(&house).await;
-    let listener = busy(&house, |consumer| consumer).await;
+    let listener = busy(&house, |diary| diary, |consumer| consumer).await;
     house.delete(&ana).await.ok();
     house.settle().await;
     let genuine = house.audit.heard().into_iter().find(|notice| notice.event == Event::Deleted).unwrap();
@@ -263,43 +326,4 @@ async fn a_forged_version_makes_no_handler_deaf_that_does_not_fetch(db: PgPool) 
     stop.cancel();
     running.await.unwrap().unwrap();
     topology::delete(&channel, &subscription.name, &SOON).await.unwrap();
-}
-
-/// The owner was set back to before a deletion, which then comes again, and refuses the receipt: that is its own word that she lives.
-#[sqlx::test]
-async fn who_lives_again_by_the_owners_word_is_told_of_again(db: PgPool) {
-    let house = House::open(db).await;
-    let registered = format!("/v1/subscriptions/{}", subscription(&house).name);
-    let wish = json!({ "routing_keys": ["#"], "owner": "a-team", "purpose": "a test" });
-    Answer::to(house.request(Method::PUT, &registered).json(&wish)).await.ok();
-    let listener = Listener::of(&house).await;
-    let ana = house.user(json!({})).await;
-    listener.called(1).await;
-    house.delete(&ana).await.ok();
-    listener.called(2).await;
-    eventually("her deletion to be confirmed", async || {
-        let found = house.page(&format!("/v1/deletions/{ana}")).await.ok().body;
-        if found["subscriptions"][0]["how"] == "receipt" { Ok(()) } else { Err(found) }
-    })
-    .await;
-    house.settle().await;
-    let deletion = house.audit.heard().into_iter().find(|notice| notice.event == Event::Deleted).unwrap();
-    let restore = "
-        update users
-           set version = 1, deleted_at = null, profile = '{}', created_at = now(), updated_at = now()
-         where id = $1
-    ";
-    sqlx::query(restore).bind(ana).execute(&house.db).await.unwrap();
-    listener.tell(&deletion).await;
-    // The answer to the receipt may be under way.
-    eventually("news of her", async || {
-        house.amend(&ana, json!({ "city": Uuid::new_v4() })).await.ok();
-        match said(&listener.diary.of(&ana)).pop() {
-            Some(last) if last.ends_with("updated[city]") => Ok(()),
-            last => Err(last),
-        }
-    })
-    .await;
-    listener.end().await;
-    Answer::to(house.request(Method::DELETE, &format!("{registered}?waiting=discard"))).await.ok();
 }

@@ -13,7 +13,10 @@ use std::{
 use axum::{Json, Router, extract::Request, response::IntoResponse};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::{FutureExt, future::join_all};
-use reqwest::{StatusCode, header::RETRY_AFTER};
+use reqwest::{
+    StatusCode,
+    header::{CONTENT_TYPE, RETRY_AFTER},
+};
 use serde_json::json;
 use sqlx::PgPool;
 use tidings_sdk::{
@@ -464,15 +467,18 @@ async fn set_back_meanwhile(user: Uuid) -> String {
         let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
         async move {
             let page = |changes, next, more| json!({ "changes": changes, "next": next, "more": more }).to_string();
-            match &*path {
+            let (status, said) = match &*path {
                 "/v1/changes" if is_first => {
                     let told = json!([{ "user_id": user, "version": 2, "state": "living" }]);
                     (StatusCode::OK, page(told, "later", true))
                 }
-                "/v1/changes" if query.contains("after=") => (StatusCode::GONE, "{}".to_owned()),
+                "/v1/changes" if query.contains("after=") => {
+                    (StatusCode::GONE, r#"{"code":"cursor_expired"}"#.to_owned())
+                }
                 "/v1/changes" => (StatusCode::OK, page(json!([]), "anew", false)),
-                _ => (StatusCode::INTERNAL_SERVER_ERROR, "{}".to_owned()),
-            }
+                _ => (StatusCode::INTERNAL_SERVER_ERROR, r#"{"code":"internal"}"#.to_owned()),
+            };
+            (status, [(CONTENT_TYPE, "application/json")], said)
         }
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -507,17 +513,18 @@ async fn stand_in(asked: &Asked, gate: &Arc<Semaphore>, gathered: (StatusCode, O
     let (asked, gate) = (asked.clone(), gate.clone());
     let answer = move |request: Request| {
         let (asked, gate, (status, after)) = (asked.clone(), gate.clone(), gathered);
+        let said = r#"{"code":"internal"}"#;
         async move {
             let path = request.uri().path().to_owned();
             let is_gathered = path == "/v1/users:batchGet";
             asked.requests.lock().unwrap().push((path, Instant::now()));
             if is_gathered {
-                return (status, after.map(|after| [(RETRY_AFTER, after)]), "{}").into_response();
+                return (status, after.map(|after| [(RETRY_AFTER, after)]), said).into_response();
             }
             asked.most_open.fetch_max(asked.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             gate.acquire().await.unwrap().forget();
             asked.open.fetch_sub(1, Ordering::SeqCst);
-            (StatusCode::INTERNAL_SERVER_ERROR, "{}").into_response()
+            (StatusCode::INTERNAL_SERVER_ERROR, said).into_response()
         }
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -201,8 +201,13 @@ impl Listener {
     }
 
     async fn started(house: &House, diary: Diary, consumer: Consumer) -> Self {
+        Self::writing(house, diary.clone(), diary, consumer).await
+    }
+
+    /// A consumer whose handler writes into this diary.
+    pub async fn writing(house: &House, diary: Diary, handler: impl Handler, consumer: Consumer) -> Self {
         let (subscription, stop) = (subscription(house), CancellationToken::new());
-        let running = tokio::spawn(consumer.run(diary.clone(), stop.clone()));
+        let running = tokio::spawn(consumer.run(handler, stop.clone()));
         let connection = connect(&house.audit.amqp_url).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();

@@ -21,19 +21,20 @@ use serde_json::json;
 use sqlx::PgPool;
 use tidings_sdk::{
     cache::Cache,
-    consumer::{CatchUp, Dropped, Failure, Gap, Handler, News, Observer},
+    consumer::{CatchUp, Consumer, Dropped, Failure, Gap, Handler, News, Observer},
     envelope::{Event, Notice},
     letter::{Letter, Reason},
     mirror::{Keeper, Mirror},
-    owner::{FetchError, Receipt},
+    owner::{FetchError, Owner, Receipt},
+    subscription::Subscription,
     topology::{self, Depth, Source},
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, connect, env, eventually, owner_at},
+    house::{self, House, PATIENCE, connect, env, eventually, owner_at},
     hurt::HurtBroker,
     load,
     mirror::foreign_cursor,
@@ -111,6 +112,8 @@ async fn line() -> (Proxy, String) {
     (line, through)
 }
 
+pub const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
+
 /// What stands before the owner and answers 500 to whatever is about this user, if there is one; its URL.
 pub async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
     let (owner, http, cursed) = (owner.to_owned(), house::http(), cursed.clone());
@@ -121,11 +124,11 @@ pub async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> Str
             let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
             let is_about = |id: &str| path.contains(id) || String::from_utf8_lossy(&body).contains(id);
             if cursed.is_some_and(|cursed| is_about(&cursed.to_string())) {
-                return (StatusCode::INTERNAL_SERVER_ERROR, "{}".into());
+                return (StatusCode::INTERNAL_SERVER_ERROR, JSON, r#"{"code":"internal"}"#.into());
             }
             let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
             let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
-            (answer.status(), answer.bytes().await.unwrap())
+            (answer.status(), JSON, answer.bytes().await.unwrap())
         }
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -287,25 +290,72 @@ async fn a_user_whom_the_owner_cannot_show_ends_as_a_dead_letter_alone(db: PgPoo
     listener.end().await;
 }
 
+/// What no owner says.
+const NOT_THE_OWNERS: [(u16, (&str, &str), &str); 7] = [
+    (200, ("content-type", "text/html"), "<h1>Back soon</h1>"),
+    (202, ("content-type", "text/plain"), ""),
+    (301, ("location", "/"), ""),
+    (404, ("content-type", "text/html"), "no such page"),
+    (409, JSON[0], ""),
+    (410, JSON[0], "{}"),
+    (500, JSON[0], r#"{"error":"oops"}"#),
+];
+
+/// Somebody who says this to whatever he is asked, asked as an owner.
+async fn stand_in(status: u16, header: [(&'static str, &'static str); 1], said: &'static str) -> Owner {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let owner = owner_at(&format!("http://{}", listener.local_addr().unwrap()));
+    let answer = move || async move { (StatusCode::from_u16(status).unwrap(), header, said) };
+    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
+    owner.patience(Duration::from_millis(300))
+}
+
 /// A deletion is not taken for confirmed because something that is not the owner does not know the address.
 #[tokio::test]
 async fn only_the_owner_can_say_that_there_is_nothing_to_confirm() {
+    let orders = "orders".parse().unwrap();
     let refused = |status, code: &str| Err(FetchError::Refused { status, code: code.to_owned() });
     for (status, said, expected) in [
         (404, r#"{"code":"user_not_found"}"#, Ok(Receipt::Unwanted)),
         (409, r#"{"code":"user_not_deleted"}"#, Ok(Receipt::Unwanted)),
         (404, r#"{"code":"subscription_not_found"}"#, Ok(Receipt::UnknownSubscription)),
-        (404, "no such page", refused(404, "")),
         (404, r#"{"code":"route_not_found"}"#, refused(404, "route_not_found")),
-        (409, "", refused(409, "")),
     ] {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let owner = owner_at(&format!("http://{}", listener.local_addr().unwrap()));
-        let answer = move || async move { (StatusCode::from_u16(status).unwrap(), said) };
-        tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
-        let receipt = owner.confirm_deletion(Uuid::new_v4(), &"orders".parse().unwrap()).await;
+        let receipt = stand_in(status, JSON, said).await.confirm_deletion(Uuid::new_v4(), &orders).await;
         assert_eq!(receipt, expected, "{status} {said}");
     }
+    for (status, header, said) in NOT_THE_OWNERS {
+        let receipt = stand_in(status, [header], said).await.confirm_deletion(Uuid::new_v4(), &orders).await;
+        assert!(matches!(receipt, Err(FetchError::Unavailable(_))), "{status} {said} {receipt:?}");
+    }
+}
+
+/// A gateway's redirect or page is no answer about anybody: taken for one, it would make a dead letter of each message.
+#[tokio::test]
+async fn what_answers_in_the_owners_place_is_an_outage() {
+    let of_another_service =
+        [(404, JSON[0], r#"{"code":"route_not_found"}"#), (410, JSON[0], r#"{"code":"offer_expired"}"#)];
+    for (status, header, said) in NOT_THE_OWNERS.into_iter().chain(of_another_service) {
+        let outcome = stand_in(status, [header], said).await.latest(Uuid::new_v4(), 1).await;
+        assert!(matches!(outcome, Err(FetchError::Unavailable(_))), "{status} {said} {outcome:?}");
+    }
+    let refused = FetchError::Refused { status: 500, code: "internal".to_owned() };
+    for (status, said, expected) in [(500, r#"{"code":"internal"}"#, refused), (200, "{}", FetchError::Malformed)] {
+        assert_eq!(stand_in(status, JSON, said).await.latest(Uuid::new_v4(), 1).await, Err(expected));
+    }
+}
+
+/// From http to https, for one: nobody who begins so would ever be shown anybody.
+#[tokio::test]
+async fn a_consumer_does_not_begin_at_an_address_that_leads_elsewhere() {
+    let owner = stand_in(301, [("location", "https://users.example.org")], "").await;
+    let source = Source { exchange: "none".into(), prefix: None };
+    let mut subscription = Subscription::new("none".parse().unwrap());
+    subscription.keys.insert("#".parse().unwrap());
+    let consumer = Consumer::new(&env("AMQP_URL"), source, subscription, owner).unwrap();
+    let running = consumer.run(Diary::new(), CancellationToken::new());
+    let refused = timeout(PATIENCE, running).await.unwrap().unwrap_err().to_string();
+    assert!(refused.contains("leads elsewhere: 301"), "{refused}");
 }
 
 /// Nor does he hold up a mirror: it has the others and listens, and has him as soon as he can be shown.

@@ -2,7 +2,7 @@
 
 use std::{
     panic::AssertUnwindSafe,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     back_off,
     handler::{Failure, Handler, Kind, News, Observer},
-    memory::Seen,
+    memory::Shown,
     park::{Failed, Owed, Parker},
 };
 use crate::{
@@ -29,6 +29,8 @@ use crate::{
 
 /// For the owner's answer to a receipt.
 const RECEIPT_DEADLINE: Duration = Duration::from_secs(5);
+/// For a state that was waited for before.
+const SECOND_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A notice that came in, and the message that it came in.
 pub(super) struct Arrival {
@@ -38,30 +40,20 @@ pub(super) struct Arrival {
     pub attempts: u32,
     /// Whether it tells a state and not a change.
     pub is_backfill: bool,
-    /// Whether its last attempt failed because the owner did not show what it tells of.
+    /// Whether the owner did not show what it tells of, alone or among others.
     pub was_not_shown: bool,
 }
 
 /// What has become of a job.
 pub(super) enum Report {
-    /// To be acknowledged.
-    /// `deletions` only once they are confirmed to the owner.
-    Handled { user: Uuid, handled: Handled, done: Vec<Delivery>, deletions: Vec<Delivery> },
+    /// To be acknowledged; a deletion once it is confirmed to the owner, unless that showed somebody living.
+    Handled { user: Uuid, event: Event, shown: Option<Shown>, arrivals: Vec<Arrival> },
     /// To be parked.
     Failed { user: Uuid, event: Event, reason: Reason, arrivals: Vec<Arrival> },
     /// Nobody waits for it any more; the messages will come again.
     GivenUp { user: Uuid },
     /// A message that failed is in another queue, or a deletion is confirmed: to be acknowledged; unless it was given up.
     Settled(Option<Box<Delivery>>),
-    /// A deletion that by the owner's word there is not: to be acknowledged too.
-    NotDeleted { user: Uuid, delivery: Box<Delivery> },
-}
-
-/// What a call stood for that succeeded.
-pub(super) struct Handled {
-    pub seen: Option<Seen>,
-    pub is_backfill: bool,
-    pub messages: Vec<Uuid>,
 }
 
 /// Everything that attempts share.
@@ -83,28 +75,17 @@ pub(super) struct Attempts<H> {
 impl<H: Handler> Attempts<H> {
     /// Handles a group, which is not empty, and with it what is owed to this user.
     pub(super) async fn group(self: Arc<Self>, user: Uuid, arrivals: Vec<Arrival>, owed: Option<Event>) -> Report {
-        let beside = beside_deletion(arrivals.iter().map(|arrival| &arrival.notice.event).chain(&owed));
         let (mut news, began) = (self.news(user, &arrivals, owed), Instant::now());
         let span = self.span(&news, &arrivals);
-        let outcome = self.attempt_all(&mut news, beside).instrument(span).await;
+        let outcome = self.attempt(&mut news).instrument(span).await;
         match outcome {
             None => Report::GivenUp { user },
             Some(Ok(())) => {
                 let lag = arrivals.iter().map(|arrival| lag(&arrival.notice)).min().unwrap_or_default();
                 self.observer.handled(&news.event, arrivals.len(), began.elapsed(), lag);
                 // What was fetched may be newer than what was told, and then stands for that too.
-                let seen = Seen::of(&news.event, news.latest.get());
                 news.tell_caches();
-                // Of somebody who lives there is no deletion to be confirmed, nor of whom nobody was told that he does not.
-                let is_deletion = news.event == Event::Deleted && !news.lives();
-                let News { is_backfill, notices, .. } = news;
-                let (deletions, done): (Vec<_>, Vec<_>) =
-                    arrivals.into_iter().partition(|arrival| is_deletion && arrival.notice.event == Event::Deleted);
-                let deliveries =
-                    |arrivals: Vec<Arrival>| arrivals.into_iter().map(|arrival| arrival.delivery).collect();
-                let messages = notices.iter().map(|notice| notice.message_id).collect();
-                let handled = Handled { seen, is_backfill, messages };
-                Report::Handled { user, handled, done: deliveries(done), deletions: deliveries(deletions) }
+                Report::Handled { user, shown: news.latest.get().map(Shown::of), event: news.event, arrivals }
             }
             Some(Err(reason)) => Report::Failed { user, event: news.event, reason, arrivals },
         }
@@ -116,12 +97,15 @@ impl<H: Handler> Attempts<H> {
         let notices: Vec<Notice> = arrivals.iter().map(|arrival| arrival.notice.clone()).collect();
         let newest = notices.iter().max_by_key(|notice| notice.version);
         let trace = newest.and_then(|notice| notice.traceparent);
-        let owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
+        let mut owner = trace.map_or_else(|| self.owner.clone(), |trace| self.owner.within(trace.child()));
+        if let [Arrival { was_not_shown: true, .. }] = arrivals {
+            owner = owner.patience_within(SECOND_PATIENCE);
+        }
         let version = newest.map_or(1, |notice| notice.version);
         let event = merged(notices.iter().map(|notice| &notice.event).chain(&owed));
         let is_backfill = arrivals.iter().any(|arrival| arrival.is_backfill);
-        let (latest, outage, caches) = Default::default();
-        News { user_id: user, version, event, notices, is_backfill, owner, latest, outage, caches }
+        let (latest, refusal, caches) = Default::default();
+        News { user_id: user, version, event, notices, is_backfill, owner, latest, refusal, caches }
     }
 
     /// Part of the trace of the request that made the change.
@@ -137,19 +121,6 @@ impl<H: Handler> Attempts<H> {
             attempts = arrivals.iter().map(|arrival| arrival.attempts).max().unwrap_or_default(),
             traceparent = trace.map(tracing::field::display),
         )
-    }
-
-    /// Where the owner shows somebody living of whom a message says that he is deleted, that message spares the handler nothing: what was told
-    /// `beside` it is told as if it had come alone. `None` as of an attempt.
-    async fn attempt_all(&self, news: &mut News, beside: Option<Event>) -> Option<Result<(), Reason>> {
-        let outcome = self.attempt(news).await?;
-        match beside {
-            Some(beside) if outcome.is_ok() && news.event == Event::Deleted && news.lives() => {
-                news.event = beside;
-                self.attempt(news).await
-            }
-            _ => Some(outcome),
-        }
     }
 
     /// `None` when it was given up because nobody waits for it any more.
@@ -182,13 +153,13 @@ impl<H: Handler> Attempts<H> {
     }
 
     async fn call(&self, news: &News) -> Result<(), Called> {
-        let (latest, outage) = (news.latest.clone(), Arc::<OnceLock<_>>::default());
+        let (latest, refusal) = (news.latest.clone(), Arc::<Mutex<_>>::default());
         let news = News {
             notices: news.notices.clone(),
             event: news.event.clone(),
             owner: news.owner.clone(),
             latest: latest.clone(),
-            outage: outage.clone(),
+            refusal: refusal.clone(),
             caches: news.caches.clone(),
             ..*news
         };
@@ -202,8 +173,8 @@ impl<H: Handler> Attempts<H> {
         match timeout(self.deadline, AssertUnwindSafe(work).catch_unwind()).await {
             Ok(Ok(outcome)) => outcome.map_err(|failure| {
                 // One that is over by now has not made the call fail.
-                let outage = outage.get().copied().filter(|_| latest.get().is_none());
-                Called::Failed(failure.after(outage))
+                let refusal = refusal.lock().unwrap_or_else(PoisonError::into_inner).filter(|_| latest.get().is_none());
+                Called::Failed(failure.after(refusal))
             }),
             Ok(Err(_)) => Err(Called::Panicked),
             Err(_) => Err(Called::TimedOut),
@@ -228,8 +199,7 @@ impl<H: Handler> Attempts<H> {
                 return Report::Settled(None);
             };
             let why = match said {
-                Ok(Receipt::Unwanted) => return Report::NotDeleted { user, delivery: Box::new(delivery) },
-                Ok(_) => return Report::Settled(Some(Box::new(delivery))),
+                Ok(()) => return Report::Settled(Some(Box::new(delivery))),
                 Err(why) => why,
             };
             tracing::warn!(subscription = %self.subscription, user_id = %user, "a deletion is done and cannot be confirmed yet: {why}");
@@ -246,15 +216,15 @@ impl<H: Handler> Attempts<H> {
 
     /// # Errors
     /// Why the owner could not be told.
-    async fn say_done(&self, user: Uuid) -> Result<Receipt, String> {
+    async fn say_done(&self, user: Uuid) -> Result<(), String> {
         match timeout(RECEIPT_DEADLINE, self.owner.confirm_deletion(user, &self.subscription)).await {
             Ok(Ok(Receipt::Kept)) => {
                 tracing::debug!(subscription = %self.subscription, user_id = %user, "a deletion is confirmed");
-                Ok(Receipt::Kept)
+                Ok(())
             }
             Ok(Ok(receipt)) => {
                 tracing::debug!(subscription = %self.subscription, user_id = %user, ?receipt, "a deletion is done, and the owner keeps no receipt of it");
-                Ok(receipt)
+                Ok(())
             }
             Ok(Err(why)) => Err(why.to_string()),
             Err(_) => Err(format!("no answer within {RECEIPT_DEADLINE:?}")),
@@ -316,12 +286,6 @@ fn lag(notice: &Notice) -> Duration {
     (OffsetDateTime::now_utc() - notice.occurred_at).try_into().unwrap_or_default()
 }
 
-/// What several events of one user come to without a deletion, if they tell of anything else.
-fn beside_deletion<'a>(events: impl Iterator<Item = &'a Event>) -> Option<Event> {
-    let others: Vec<&Event> = events.filter(|event| **event != Event::Deleted).collect();
-    (!others.is_empty()).then(|| merged(others.into_iter()))
-}
-
 /// What several events of one user come to.
 fn merged<'a>(events: impl Iterator<Item = &'a Event> + Clone) -> Event {
     if let Some(whole) = [Event::Deleted, Event::Created].into_iter().find(|whole| events.clone().any(|e| e == whole)) {
@@ -347,7 +311,5 @@ mod tests {
         assert_eq!(merged([&both, &city].into_iter()), updated(&["city", "phone"]));
         assert_eq!(merged([&city, &Event::Created].into_iter()), Event::Created);
         assert_eq!(merged([&Event::Deleted, &Event::Created, &city].into_iter()), Event::Deleted);
-        assert_eq!(beside_deletion([&both, &Event::Deleted, &city].into_iter()), Some(updated(&["city", "phone"])));
-        assert_eq!(beside_deletion([&Event::Deleted].into_iter()), None);
     }
 }

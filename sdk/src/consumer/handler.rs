@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -35,7 +35,7 @@ pub trait Handler: Send + Sync + 'static {
     }
 
     /// A user was deleted for good, by the message's word: it may be forged, or from before a restore of the owner. What cannot be undone needs
-    /// [`News::latest`] to be [`Latest::Gone`]. If that shows somebody living, what was told beside it comes to a call of its own.
+    /// [`News::latest`] to be [`Latest::Gone`]; that also spares him what else waits for this user, which comes to a call of its own otherwise.
     fn deleted(&self, news: News) -> impl Future<Output = Result<(), Failure>> + Send {
         self.changed(news)
     }
@@ -52,16 +52,16 @@ pub struct News {
     pub user_id: Uuid,
     /// Of the newest notice.
     pub version: i64,
-    /// Deleted if one of the notices says so, else created if one does, else updated in the fields of all of them, and of those whose
-    /// last attempt failed. A hint: fields of a notice that [`News::latest`] of an earlier call made old are in none.
+    /// Deleted if the notices say so, which come to a call of their own; else created if one does, else updated in the fields of all of them, and
+    /// of those whose last attempt failed. A hint: fields of a notice that [`News::latest`] of an earlier call made old are in none.
     pub event: Event,
     /// The notices that this call stands for, in the order of their versions.
     pub notices: Vec<Notice>,
     pub(super) is_backfill: bool,
     pub(super) owner: Owner,
     pub(super) latest: Arc<OnceCell<Latest>>,
-    /// What kept this call from [`News::latest`], if it was an outage.
-    pub(super) outage: Arc<OnceLock<&'static str>>,
+    /// What kept this call from [`News::latest`] the last time that it asked.
+    pub(super) refusal: Arc<Mutex<Option<Kind>>>,
     /// Those that heeded it, to be told which version it stood for.
     pub(super) caches: Arc<Mutex<Vec<Cache>>>,
 }
@@ -73,10 +73,8 @@ impl News {
     /// [`FetchError`], for which `?` does the right thing.
     pub async fn latest(&self) -> Result<Latest, FetchError> {
         let latest = self.latest.get_or_try_init(|| self.owner.latest(self.user_id, self.version)).await;
-        if let Err(error) = &latest
-            && let Kind::Outage(why) = kind_of_fetch(error)
-        {
-            self.outage.get_or_init(|| why);
+        if let Err(error) = &latest {
+            *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(kind_of_fetch(error));
         }
         latest.cloned()
     }
@@ -92,11 +90,6 @@ impl News {
         if !caches.iter().any(|known| known.is(cache)) {
             caches.push(cache.clone());
         }
-    }
-
-    /// Whether the owner showed somebody living.
-    pub(super) fn lives(&self) -> bool {
-        matches!(self.latest.get(), Some(Latest::Living(_)))
     }
 
     /// Tells those that heeded it which version was fetched: notices up to that one come to no call any more.
@@ -129,7 +122,7 @@ impl Failure {
         Self { kind: Kind::Outage("the application says so"), cause: cause.into() }
     }
 
-    /// For causes that `?` does not take: words, or an `anyhow::Error`. An outage that [`News::latest`] met in this call is one whatever it
+    /// For causes that `?` does not take: words, or an `anyhow::Error`. What kept this call from [`News::latest`] is known whatever it
     /// is wrapped in; others are looked for among the causes, where a bare `anyhow::Error` hides itself: give it a `.context(..)`.
     pub fn because(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let cause = cause.into();
@@ -137,9 +130,9 @@ impl Failure {
     }
 
     /// The same, knowing what kept the call from the latest record, which its cause may have lost.
-    pub(super) fn after(self, outage: Option<&'static str>) -> Self {
-        match (self.kind, outage) {
-            (Kind::Attempt(Reason::HandlerFailed), Some(why)) => Self { kind: Kind::Outage(why), ..self },
+    pub(super) fn after(self, refusal: Option<Kind>) -> Self {
+        match (self.kind, refusal) {
+            (Kind::Attempt(Reason::HandlerFailed), Some(kind)) => Self { kind, ..self },
             _ => self,
         }
     }
@@ -334,7 +327,9 @@ mod tests {
         assert_eq!(Failure::because(boxed).kind, Kind::Outage("no answer"));
         let in_context = anyhow::Error::new(unavailable).context("no badge");
         assert_eq!(Failure::because(in_context).kind, Kind::Outage("no answer"));
-        assert_eq!(Failure::because("no paper").after(Some("no answer")).kind, Kind::Outage("no answer"));
-        assert_eq!(Failure::from(FetchError::UnknownUser).after(Some("no answer")).reason(), "unknown_user");
+        for kind in [Kind::Outage("no answer"), Kind::Attempt(Reason::FetchFailed)] {
+            assert_eq!(Failure::because("no paper").after(Some(kind)).kind, kind);
+            assert_eq!(Failure::from(FetchError::UnknownUser).after(Some(kind)).reason(), "unknown_user");
+        }
     }
 }

@@ -156,6 +156,9 @@ pub enum StartError {
     InvalidPrefix(String),
     #[error("the owner answers {status} {code} to this key: give the consumer a valid one with the scope users:read")]
     KeyRefused { status: u16, code: String },
+    /// Nobody is followed to where he sends us: the key would be told there.
+    #[error("the owner's URL leads elsewhere: {status}; give the consumer the address that answers by itself")]
+    LeadsElsewhere { status: u16 },
 }
 
 impl Consumer {
@@ -314,6 +317,7 @@ impl Consumer {
     async fn check_key(&self) -> Result<(), StartError> {
         match timeout(KEY_DEADLINE, self.owner.objection()).await {
             Ok(Some(FetchError::Denied { status, code })) => Err(StartError::KeyRefused { status, code }),
+            Ok(Some(FetchError::Refused { status, .. })) => Err(StartError::LeadsElsewhere { status }),
             _ => Ok(()),
         }
     }

@@ -20,11 +20,11 @@ use uuid::Uuid;
 
 use super::{
     Consumer, StartError,
-    attempt::{Arrival, Attempts, Handled, Report},
+    attempt::{Arrival, Attempts, Report},
     handler::{Dropped, Gap, Handler},
     lanes::Lanes,
     ledger::{Ack, Ledger},
-    memory::Memory,
+    memory::{Memory, Shown},
     park::{self, Parker},
 };
 use crate::{
@@ -350,18 +350,29 @@ impl<'a> Session<'a> {
         memory: &mut Memory,
     ) -> Result<(), Ended> {
         match report.map_err(|_| Ended::Lost("an attempt broke off".to_owned()))? {
-            Report::Handled { user, handled: Handled { seen, is_backfill, messages }, done, deletions } => {
+            Report::Handled { user, event, shown, arrivals } => {
                 self.is_back(user);
-                match is_backfill {
-                    true => memory.begin_anew(user, seen),
-                    false => memory.note(user, seen, &messages),
+                if arrivals.iter().any(|arrival| arrival.is_backfill) {
+                    memory.begin_anew(user);
                 }
-                for delivery in deletions.into_iter().filter(|delivery| delivery.acker.usable()) {
-                    self.jobs.spawn(attempts.clone().confirm(user, delivery));
+                let messages: Vec<_> = arrivals.iter().map(|arrival| arrival.notice.message_id).collect();
+                memory.note(user, &event, shown, &messages);
+                // Of somebody who lives there is no deletion to be confirmed.
+                let is_deletion = event == Event::Deleted && !matches!(shown, Some(Shown::Living(_)));
+                for Arrival { delivery, .. } in arrivals.into_iter().filter(|a| a.delivery.acker.usable()) {
+                    if is_deletion {
+                        self.jobs.spawn(attempts.clone().confirm(user, delivery));
+                    } else {
+                        self.ledger.done(delivery.delivery_tag);
+                    }
                 }
-                for delivery in done {
-                    self.ledger.done(delivery.delivery_tag);
+            }
+            // One of them may be of a version that nobody ever had: they have failed when each has failed alone.
+            Report::Failed { user, reason: Reason::FetchFailed, arrivals, .. } if arrivals.len() > 1 => {
+                for arrival in arrivals.into_iter().filter(|arrival| arrival.delivery.acker.usable()) {
+                    self.lanes.arrive(user, Arrival { was_not_shown: true, ..arrival });
                 }
+                self.is_back(user);
             }
             Report::Failed { user, event, reason, arrivals } => {
                 self.is_back(user);
@@ -376,10 +387,6 @@ impl<'a> Session<'a> {
                 }
             }
             Report::GivenUp { user } => self.is_back(user),
-            Report::NotDeleted { user, delivery } => {
-                memory.is_not_deleted(user);
-                self.ledger.done(delivery.delivery_tag);
-            }
             Report::Settled(None) => {}
             Report::Settled(Some(delivery)) => self.ledger.done(delivery.delivery_tag),
         }
@@ -463,16 +470,15 @@ fn distinct(mut arrivals: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
 }
 
 /// What comes to one call, and the rest. A backfill is one by itself: what waits with it may be from before a restore of the owner, which
-/// shows no version so high any more. So is what was not shown before: its version may be one that nobody ever had, and then whatever waits with
-/// it would fail with it again.
+/// shows no version so high any more. So is what was not shown before, behind what may be: its version may be one that nobody ever had. Deletions
+/// come without the others, for which one that is forged would speak; and first, since after one that is borne out nothing is news.
 fn apart(mut group: Vec<Arrival>) -> (Vec<Arrival>, Vec<Arrival>) {
-    let end = match group.iter().position(|arrival| arrival.is_backfill || arrival.was_not_shown) {
-        Some(0) => 1,
-        Some(before) => before,
-        None => group.len(),
-    };
-    let rest = group.split_off(end);
-    (group, rest)
+    group.sort_by_key(|arrival| arrival.was_not_shown);
+    let together = group.iter().take_while(|arrival| !arrival.is_backfill && !arrival.was_not_shown).count();
+    let rest = group.split_off(together.max(1));
+    let (deletions, others): (Vec<_>, Vec<_>) =
+        group.into_iter().partition(|arrival| arrival.notice.event == Event::Deleted);
+    if deletions.is_empty() { (others, rest) } else { (deletions, others.into_iter().chain(rest).collect()) }
 }
 
 /// A backfill is for those who have lost what they held, whatever this process remembers.

@@ -38,6 +38,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// For how long at a time an owner is left alone that asks for it: whoever stands before it may ask for years.
 const LONGEST_REST: Duration = Duration::from_secs(120);
 const LEFT_ALONE: &str = "it asks to be left alone for now";
+pub(super) const SOMEBODY_ELSE: &str = "what answers is not the owner";
 
 /// Not an address of an owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -68,7 +69,8 @@ pub enum FetchError {
     /// The owner has an older state, or none, and nothing newer has come in good time. A forged notice may be the reason.
     #[error("the owner does not show a state this new")]
     NotYetVisible,
-    /// An outage: unreachable, silent, or asking to be left alone for a while. Nothing is wrong with the request.
+    /// An outage: unreachable, silent, asking to be left alone for a while, or somebody else answers in its place. Nothing is wrong with the
+    /// request.
     #[error("the owner does not answer: {0}")]
     Unavailable(&'static str),
     /// The owner does not let this key in (401), or not to what was asked for (403). Nothing is wrong with the request: it can be sent
@@ -147,7 +149,9 @@ impl Key {
     }
 }
 
+/// White space around a key, such as the end of a secret's file, is no part of it.
 fn authorization(key: &str) -> Result<HeaderValue, InvalidKey> {
+    let key = key.trim();
     if key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(InvalidKey);
     }
@@ -157,7 +161,7 @@ fn authorization(key: &str) -> Result<HeaderValue, InvalidKey> {
 }
 
 fn authorization_in(file: &Path) -> Result<HeaderValue, KeyFileError> {
-    Ok(authorization(fs::read_to_string(file)?.trim())?)
+    Ok(authorization(&fs::read_to_string(file)?)?)
 }
 
 /// A request that can be sent again.
@@ -275,12 +279,9 @@ impl Http {
         Ok(())
     }
 
-    /// Sends a request once, unless the owner asked to be left alone; `None` when it was not answered.
+    /// Sends a request once; the answer, whoever gave it, or `None` without one.
     pub(super) async fn ask_once(&self, ask: Ask) -> Option<Answer> {
-        if self.rest.end().is_some() {
-            return None;
-        }
-        self.send(&ask, self.authorization().as_ref()).await.ok()
+        self.exchange(&ask, self.authorization().as_ref()).await.ok()
     }
 
     fn authorization(&self) -> Option<HeaderValue> {
@@ -295,7 +296,18 @@ impl Http {
     }
 
     async fn send(&self, ask: &Ask, authorization: Option<&HeaderValue>) -> Result<Answer, Outage> {
-        timeout(DEADLINE, self.exchange(ask, authorization)).await.unwrap_or(Err(SILENCE))
+        let answer = timeout(DEADLINE, self.exchange(ask, authorization)).await.unwrap_or(Err(SILENCE))?;
+        let what = match answer.status {
+            status if is_outage(status) => LEFT_ALONE,
+            _ if !answer.is_the_owners() => SOMEBODY_ELSE,
+            _ => return Ok(answer),
+        };
+        let (pause, is_stale) = (answer.pause, answer.code() == "not_yet_visible");
+        // Who is late is so for whoever asks for him: others need not wait, or a forged version would make them.
+        if !is_stale {
+            self.rest.lasts(pause);
+        }
+        Err(Outage { what, pause, is_stale })
     }
 
     async fn exchange(&self, ask: &Ask, authorization: Option<&HeaderValue>) -> Result<Answer, Outage> {
@@ -309,19 +321,10 @@ impl Http {
         }
         let request = request.body(Full::new(ask.body.clone())).map_err(|_| broken("the request cannot be written"))?;
         let response = self.client.request(request).await.map_err(|_| broken("it cannot be reached"))?;
-        let (status, pause) = (response.status(), pause_asked_for(&response));
+        let (status, pause, is_json) = (response.status(), pause_asked_for(&response), is_json(&response));
         let body = Limited::new(response.into_body(), ANSWER_LIMIT_BYTES).collect().await;
         let body = body.map_err(|_| broken("its answer broke off"))?.to_bytes();
-        let answer = Answer { status, body };
-        if is_outage(status) {
-            let is_stale = answer.code() == "not_yet_visible";
-            // Who is late is so for whoever asks for him: others need not wait, or a forged version would make them.
-            if !is_stale {
-                self.rest.lasts(pause);
-            }
-            return Err(Outage { what: LEFT_ALONE, pause, is_stale });
-        }
-        Ok(answer)
+        Ok(Answer { status, pause, is_json, body })
     }
 }
 
@@ -364,6 +367,10 @@ fn pause_asked_for<B>(response: &Response<B>) -> Duration {
     Duration::from_secs(seconds.unwrap_or(0)).min(LONGEST_REST)
 }
 
+fn is_json<B>(response: &Response<B>) -> bool {
+    response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"))
+}
+
 /// The owner's own 503 and those of proxies before it. Not 500: that one may be this user's alone, and for ever.
 fn is_outage(status: StatusCode) -> bool {
     matches!(
@@ -376,13 +383,28 @@ fn is_outage(status: StatusCode) -> bool {
     )
 }
 
-/// The owner's word on a request.
+/// The word on a request, the owner's or that of who stands in its place.
 pub(super) struct Answer {
     pub status: StatusCode,
+    /// For how long its giver asks to be left alone.
+    pause: Duration,
+    is_json: bool,
     body: Bytes,
 }
 
 impl Answer {
+    /// Whether it has the marks of an owner's. Not a redirect, nor a page that a gateway shows for maintenance: who believed that would take each
+    /// message for one that cannot be handled.
+    fn is_the_owners(&self) -> bool {
+        match self.status {
+            StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                true
+            }
+            status if status.is_success() => self.is_json,
+            _ => !self.code().is_empty(),
+        }
+    }
+
     pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, FetchError> {
         serde_json::from_slice(&self.body).map_err(|_| FetchError::Malformed)
     }
@@ -392,7 +414,7 @@ impl Answer {
         if self.status.is_success() { self.read() } else { Err(self.refusal()) }
     }
 
-    /// The stable code of a problem; what stands before us may answer without one.
+    /// The stable code of a problem.
     pub(super) fn code(&self) -> String {
         #[derive(Deserialize)]
         struct Problem {
@@ -406,6 +428,10 @@ impl Answer {
     /// The owner's own 404; another one's says that the address is wrong.
     pub(super) fn is_unknown_user(&self) -> bool {
         self.status == StatusCode::NOT_FOUND && self.code() == "user_not_found"
+    }
+
+    pub(super) fn is_deleted_user(&self) -> bool {
+        self.status == StatusCode::GONE && self.code() == "user_deleted"
     }
 
     /// Whether it is the key that is refused, not the request.
@@ -429,6 +455,14 @@ mod tests {
         assert!(http.end() > Instant::now() + http.patience() / 2);
         let asks = Response::builder().header(RETRY_AFTER, u64::MAX);
         assert_eq!(pause_asked_for(&asks.body(()).unwrap()), LONGEST_REST);
+    }
+
+    #[test]
+    fn white_space_around_a_key_is_no_part_of_it() {
+        assert_eq!(authorization(" tdg_a\n").unwrap(), authorization("tdg_a").unwrap());
+        for wrong in ["", "\n", "tdg_a tdg_b", "tdg_ä"] {
+            assert!(authorization(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ use crate::{
     trust::{InvalidCa, Trust},
 };
 use gather::Gatherer;
-use http::{Ask, Http};
+use http::{Ask, Http, SOMEBODY_ELSE};
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
@@ -176,14 +176,14 @@ impl Owner {
         Ok(Self { gatherer: Gatherer::new(http.clone()), http, trace: self.trace })
     }
 
-    /// What the owner says against the key, asked once. `None` when it says nothing: the key is good, or there is none, or the owner is
-    /// away.
+    /// What the owner says against the key, asked once, or that its URL leads elsewhere. `None` when it says nothing: the key is good, or there is
+    /// none, or the owner is away.
     pub(crate) async fn objection(&self) -> Option<FetchError> {
         if !self.http.has_key() {
             return None;
         }
         let answer = self.http.ask_once(Ask::get("/v1/users?limit=1".to_owned())).await?;
-        answer.is_denial().then(|| answer.refusal())
+        (answer.is_denial() || answer.status.is_redirection()).then(|| answer.refusal())
     }
 
     /// How long an outage of the owner is waited out for one question; 10 s unless told otherwise. What has not been answered by then
@@ -247,8 +247,10 @@ impl Owner {
         let latest = match answer.status {
             StatusCode::OK => Latest::Living(answer.read()?),
             StatusCode::NOT_MODIFIED => return Ok(Fetched::Unchanged),
-            StatusCode::GONE => Latest::Gone(answer.read::<Gone>()?.of(user)),
+            _ if answer.is_deleted_user() => Latest::Gone(answer.read::<Gone>()?.of(user)),
             _ if answer.is_unknown_user() => return Err(FetchError::UnknownUser),
+            // Of whom an owner says neither: the address is another service's.
+            StatusCode::GONE | StatusCode::NOT_FOUND => return Err(FetchError::Unavailable(SOMEBODY_ELSE)),
             _ => return Err(answer.refusal()),
         };
         // The owner promised; whoever stands between may not have.
