@@ -433,7 +433,7 @@ impl Changed {
 fn stale(version: Option<Version>) -> Problem {
     let detail = match version {
         Some(version) => format!(
-            "somebody has this id, at version {version}, and the condition asks for another version, or for nobody; read the user and decide anew"
+            "the user is at version {version}, which is not what the condition asks for; read the user and decide anew"
         ),
         None => "nobody has this id, and the condition asks for somebody who has".to_owned(),
     };

@@ -145,7 +145,7 @@ codes! {
 
     /// `If-Match`, `If-None-Match` or `if_version` does not hold. `version` is the one that is there, if there is a user.
     VersionMismatch PRECONDITION_FAILED "version_mismatch"
-        "somebody has this id, at version 8, and the condition asks for another version, or for nobody; read the user and decide anew";
+        "the user is at version 8, which is not what the condition asks for; read the user and decide anew";
     /// Another owner has the name, or it is the exchange's.
     NameTaken CONFLICT "name_taken" "\"team-orders\" has registered this name: it is changed with the same owner, by the same client or an administrator";
     /// The broker has a part of this name with other properties; nothing was changed.

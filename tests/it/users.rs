@@ -220,7 +220,7 @@ async fn a_condition_that_does_not_hold_changes_nothing(db: PgPool) {
             let refused = Answer::to(request.header(name, value)).await;
             assert_eq!((refused.refusal(412), refused.version()), ("version_mismatch", 2), "{name}: {value}");
             let detail = refused.body["detail"].as_str().unwrap();
-            assert!(detail.starts_with("somebody has this id, at version 2"), "{name}: {value}: {detail}");
+            assert!(detail.starts_with("the user is at version 2"), "{name}: {value}: {detail}");
         }
     }
     assert_eq!(house.told(&ana).await, ["user.created", "profile.updated[first_name]"]);
