@@ -1,6 +1,6 @@
 //! From a JSON document to a type, with the place of each fault when it does not fit.
 //!
-//! Promise: every fault is named by JSON pointer (RFC 6901), all at once, and no value is repeated: serde's own words would quote it, and
+//! Promise: faults are named by JSON pointer (RFC 6901), up to ten at once, and no value is repeated: serde's own words would quote it, and
 //! speak of Rust. Serde ends at the first fault; so it reads once more, with something that fits in that place, until it finds none.
 //! Not here, on purpose: what a value has to say beyond its type.
 

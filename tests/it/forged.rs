@@ -10,7 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, body::to_bytes, extract::Request};
 use lapin::{BasicProperties, options::ConfirmSelectOptions};
 use serde_json::json;
 use sqlx::PgPool;
@@ -20,14 +19,14 @@ use tidings_sdk::{
     letter::{Letter, Reason},
     topology::{self, Source},
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    house::{self, House, connect, env, eventually, owner_at},
+    house::{House, connect, env, eventually, owner_at},
     sdk::{Diary, Listener, SOON, consumer, is_attended, notice, said, subscription, updated},
-    sdk_faults::{JSON, begun},
+    sdk_faults::{begun, stand_before},
 };
 
 /// A version that nobody ever has.
@@ -79,34 +78,17 @@ async fn is_told(diary: &Diary, user: &Uuid, expected: &[&str]) {
     .await;
 }
 
-/// What stands before the owner, passes on whatever it is asked, and counts the receipts; its URL.
-async fn counting_before(owner: &str, receipts: &Arc<AtomicUsize>) -> String {
-    let (owner, http, receipts) = (owner.to_owned(), house::http(), receipts.clone());
-    let answer = move |request: Request| {
-        let (owner, http, receipts) = (owner.clone(), http.clone(), receipts.clone());
-        async move {
-            let (head, body) = request.into_parts();
-            let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
-            if path.ends_with("/receipts") {
-                receipts.fetch_add(1, Ordering::SeqCst);
-            }
-            let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
-            let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
-            (answer.status(), JSON, answer.bytes().await.unwrap())
-        }
-    };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(axum::serve(listener, Router::new().fallback(answer)).into_future());
-    url
-}
-
 /// A message says that she is deleted, and the owner that she lives: she is told of as before, her deletion too, and only that is confirmed.
 #[sqlx::test]
 async fn a_forged_deletion_makes_nobody_deaf_to_one_who_lives(db: PgPool) {
     let mut house = House::open(db).await;
     let receipts = Arc::<AtomicUsize>::default();
-    let stand_in = counting_before(&house.service.url, &receipts).await;
+    let counted = receipts.clone();
+    let stand_in = stand_before(&house.service.url, move |path, _| {
+        counted.fetch_add(path.ends_with("/receipts").into(), Ordering::SeqCst);
+        None
+    })
+    .await;
     let direct = mem::replace(&mut house.service.url, stand_in);
     let listener = Listener::of(&house).await;
     house.service.url = direct;

@@ -116,15 +116,28 @@ pub const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
 
 /// What stands before the owner and answers 500 to whatever is about this user, if there is one; its URL.
 pub async fn curse_before(owner: &str, cursed: &Arc<Mutex<Option<Uuid>>>) -> String {
-    let (owner, http, cursed) = (owner.to_owned(), house::http(), cursed.clone());
+    let cursed = cursed.clone();
+    stand_before(owner, move |path, body| {
+        let cursed = (*cursed.lock().unwrap())?.to_string();
+        let is_about = path.contains(&cursed) || body.contains(&cursed);
+        is_about.then_some((StatusCode::INTERNAL_SERVER_ERROR, r#"{"code":"internal"}"#))
+    })
+    .await
+}
+
+/// What stands before the owner, and passes on what it does not answer itself, by path and body; its URL.
+pub async fn stand_before(
+    owner: &str,
+    answers: impl Fn(&str, &str) -> Option<(StatusCode, &'static str)> + Send + Sync + 'static,
+) -> String {
+    let (owner, http, answers) = (owner.to_owned(), house::http(), Arc::new(answers));
     let answer = move |request: Request| {
-        let (owner, http, cursed) = (owner.clone(), http.clone(), *cursed.lock().unwrap());
+        let (owner, http, answers) = (owner.clone(), http.clone(), answers.clone());
         async move {
             let (head, body) = request.into_parts();
             let (path, body) = (head.uri.to_string(), to_bytes(body, usize::MAX).await.unwrap());
-            let is_about = |id: &str| path.contains(id) || String::from_utf8_lossy(&body).contains(id);
-            if cursed.is_some_and(|cursed| is_about(&cursed.to_string())) {
-                return (StatusCode::INTERNAL_SERVER_ERROR, JSON, r#"{"code":"internal"}"#.into());
+            if let Some((status, said)) = answers(&path, &String::from_utf8_lossy(&body)) {
+                return (status, JSON, said.into());
             }
             let passed_on = http.request(head.method, format!("{owner}{path}")).body(body);
             let answer = passed_on.header("content-type", "application/json").send().await.unwrap();
